@@ -1,0 +1,18 @@
+"""From a notebook to a Ray Serve route, with the proof that the model may be there
+
+Modules:
+
+- `mlray.contract`: What a row must look like, said once and held everywhere
+- `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
+- `mlray.errors`: One family of errors, each a short letter to a tired person
+- `mlray.fairness`: How good for whom: every group metric from one table of counts
+- `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
+- `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
+- `mlray.model`: Numbers to scores: a network, and training as a generator of epochs
+- `mlray.samples`: Real rows that are there without a download
+- `mlray.score`: How good: every measure with its interval, over all rows and by group
+- `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
+- `mlray.spec`: What to run: rows, contract, network, training, gates, route
+- `mlray.table`: Rows: read, named by a fingerprint, and divided the same way every time"""
+
+__version__ = "0.1.0"
