@@ -19,7 +19,7 @@ def cell(
     value: Any, # anything
 ) -> str: # short text
     "How one value is written in a table."
-    if value is None: return "–"
+    if value is None or value != value: return "–"
     if isinstance(value, bool): return "✓ passed" if value else "✗ failed"
     if isinstance(value, float): return f"{value:.4g}"
     return str(value)

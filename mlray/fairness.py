@@ -128,7 +128,7 @@ def fairness_report(
     min_group: int = 30, # rows a group needs to be judged
 ) -> FairnessReport:
     "Judge nothing; measure every group, alone and in pairs."
-    divisions = [*((c,) for c in counts.columns), *combinations(counts.columns, 2)]
+    divisions = [*((c,) for c in counts.columns), *combinations(sorted(counts.columns), 2)]
     groups = {columns: counts.by(columns) for columns in divisions}
     values = {f"{name}[{','.join(columns)}]": value for columns, cells in groups.items()
               for name, value in gaps([c for c in cells.values() if c.rows >= min_group]).items()}

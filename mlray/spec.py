@@ -81,7 +81,7 @@ class Csv(Part):
     "How a delimited text file is written. Blanks around values are always trimmed."
     header: bool = True         # False: columns come in the order of the contract
     separator: str = ","
-    null: tuple[str, ...] = ("",) # what stands for a missing value
+    missing: tuple[str, ...] = ("",) # what stands for a missing value
     comment: str | None = None  # lines that start with this are skipped
 
 
@@ -139,8 +139,8 @@ class Rule(Part):
 
     @property
     def measure(self) -> str:
-        "The measure's full name: `roc_auc`, or `demographic_parity_difference[sex,race]`."
-        return f"{self.metric}[{','.join(self.by)}]" if self.by else self.metric
+        "The measure's full name: `roc_auc`, or `demographic_parity_difference[race,sex]`, columns in alphabetical order."
+        return f"{self.metric}[{','.join(sorted(self.by))}]" if self.by else self.metric
 
 
 class Serve(Part):
