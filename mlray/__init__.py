@@ -13,8 +13,10 @@ Modules:
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.model`: Numbers to scores: a network, and training as a generator of epochs
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
+- `mlray.run`: The story of one run, from rows to a registered version with its verdict
 - `mlray.samples`: Real rows that are there without a download
 - `mlray.score`: How good: every measure with its interval, over all rows and by group
+- `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
 - `mlray.table`: Rows: read, named by a fingerprint, and divided the same way every time
