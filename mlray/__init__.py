@@ -4,6 +4,8 @@ Modules:
 
 - `mlray.access`: Who may do what: keys, roles, actions
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
+- `mlray.cli`: The door: `mlray` on the command line
+- `mlray.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
 - `mlray.contract`: What a row must look like, said once and held everywhere
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.errors`: One family of errors, each a short letter to a tired person
@@ -11,15 +13,37 @@ Modules:
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
+- `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
+- `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.model`: Numbers to scores: a network, and training as a generator of epochs
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
 - `mlray.samples`: Real rows that are there without a download
 - `mlray.score`: How good: every measure with its interval, over all rows and by group
+- `mlray.serve_on_ray`: HTTP in front of the service, on Ray Serve
 - `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
 - `mlray.table`: Rows: read, named by a fingerprint, and divided the same way every time
-- `mlray.tracking`: Who listens to a run"""
+- `mlray.track_on_wandb`: One W&B run for each training
+- `mlray.tracking`: Who listens to a run
+- `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are"""
 
 __version__ = "0.1.0"
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach(
+    __name__,
+    submod_attrs={
+        "spec": ["read_spec"],
+        "settings": ["read_settings"],
+        "run": ["train", "evaluate", "read_candidate"],
+        "gate": ["judge"],
+        "bundle": ["load_bundle", "predict"],
+        "registry": ["Registry", "open_registry"],
+        "service": ["Service"],
+        "score": ["scorecard"],
+        "fairness": ["fairness_report"],
+    },
+)

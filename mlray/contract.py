@@ -221,12 +221,13 @@ def _wire(column: Column) -> Any:
 
 def row_type(
     contract: Contract,
+    name: str = "Row",  # what OpenAPI calls it
 ) -> type[msgspec.Struct]: # fields `f0, f1, …`, named on the wire as the columns are
     "The type of one row in a request: the features, and nothing else."
     named = [(f"f{i}", n, contract.columns[n]) for i, n in enumerate(contract.features)]
     required = [(f, _wire(c)) for f, _, c in named if not c.nullable]
     optional = [(f, _wire(c), None) for f, _, c in named if c.nullable]
-    return msgspec.defstruct("Row", [*required, *optional], rename={f: n for f, n, _ in named}, forbid_unknown_fields=True, kw_only=True, gc=False)
+    return msgspec.defstruct(name, [*required, *optional], rename={f: n for f, n, _ in named}, forbid_unknown_fields=True, kw_only=True, gc=False)
 
 # %% ../nbs/10_contract.ipynb #2f9216e7
 def _breaks(column: Column, value: Any) -> str | None:

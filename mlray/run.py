@@ -14,6 +14,7 @@ __all__ = ['Rows', 'read_source', 'check_sources', 'quarantine', 'read_rows', 'B
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version as installed
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -239,9 +240,9 @@ class Candidate:
 
     @property
     def spec(self) -> RunSpec: return self.bundle.spec
-    @property
+    @cached_property
     def evaluation(self) -> Evaluation: return evaluate(self.bundle, self.parts.test)
-    @property
+    @cached_property
     def incumbent_evaluation(self) -> Evaluation | None: return evaluate(self.incumbent, self.parts.test) if self.incumbent else None
 
     def judge(self, *gates: str) -> Verdict:

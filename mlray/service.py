@@ -68,9 +68,9 @@ class Served:
 
     @cached_property
     def decoder(self) -> Any:
-        rows: Any = list[row_type(self.bundle.contract)]  # type: ignore[misc]
+        rows: Any = list[row_type(self.bundle.contract, f"{self.bundle.name} row")]  # type: ignore[misc]
         bounded = Annotated[rows, msgspec.Meta(min_length=1, max_length=self.bundle.spec.serve.max_rows)]
-        body = msgspec.defstruct("Body", [("instances", bounded)], forbid_unknown_fields=True)
+        body = msgspec.defstruct(f"{self.bundle.name} rows", [("instances", bounded)], forbid_unknown_fields=True)
         return msgspec.json.Decoder(body, strict=True)
 
     @cached_property

@@ -35,6 +35,7 @@ class Settings(BaseModel):
     ray: str = "local"                      # `local`, or the address of a cluster that runs
     workers: Annotated[int, Field(ge=1)] = 2 # training processes on Ray
     gpu: bool = False                       # one GPU a training process
+    object_store_mb: Annotated[int, Field(ge=80)] = 512 # shared memory of a local Ray cluster
     host: str = "127.0.0.1"                 # HTTP
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     replicas: Annotated[int, Field(ge=1)] = 1
