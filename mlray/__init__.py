@@ -9,6 +9,7 @@ Modules:
 - `mlray.contract`: What a row must look like, said once and held everywhere
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.errors`: One family of errors, each a short letter to a tired person
+- `mlray.evaluation`: What a bundle does with rows it has not learned from
 - `mlray.fairness`: How good for whom: every group metric from one table of counts
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
@@ -17,6 +18,7 @@ Modules:
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.model`: Numbers to scores: a network, and training as a generator of epochs
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
+- `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
 - `mlray.samples`: Real rows that are there without a download
 - `mlray.score`: How good: every measure with its interval, over all rows and by group
@@ -38,7 +40,8 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     submod_attrs={
         "spec": ["read_spec"],
         "settings": ["read_settings"],
-        "run": ["train", "evaluate", "read_candidate"],
+        "run": ["train"],
+        "evaluation": ["evaluate", "read_candidate"],
         "gate": ["judge"],
         "bundle": ["load_bundle", "predict"],
         "registry": ["Registry", "open_registry"],

@@ -126,7 +126,7 @@ def _backend(on: str, settings: "Settings") -> Iterator["Backend"]:
 @app.command()
 def check(spec: Spec, overrides: Overrides = None, env: Env = None, as_json: Json = False) -> None:
     "Hold the data against its contract; bad rows go to quarantine."
-    from mlray.run import check_sources, quarantine
+    from mlray.rows import check_sources, quarantine
     from mlray.spec import read_spec
     read, settings = read_spec(spec, overrides or ()), _settings(env)
     checked = check_sources(read, settings)
@@ -310,7 +310,7 @@ def demo(keep: Annotated[bool, typer.Option("--keep", help="Stay up until Ctrl-C
     settings, step = _settings(env, port=port, workers=workers), _Steps(6)
     from mlray.cluster_on_ray import cluster
     from mlray.registry import open_registry, promote as move
-    from mlray.run import check_sources
+    from mlray.rows import check_sources
     from mlray.serve_on_ray import check_port
     from mlray.settings import shipped
     from mlray.spec import read_spec
