@@ -6,6 +6,7 @@ Modules:
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
 - `mlray.cli`: The door: `mlray` on the command line
 - `mlray.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
+- `mlray.commands`: What each command does, with its vendors chosen
 - `mlray.contract`: What a row must look like, said once and held everywhere
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.errors`: One family of errors, each a short letter to a tired person

@@ -9,6 +9,7 @@ a cluster that runs. A local cluster is always asked for by name: a bare `ray.in
 __all__ = ['free_port', 'serve_environment', 'cluster']
 
 # %% ../nbs/40_cluster_on_ray.ipynb #a87d6c6e
+import logging
 import os
 import shutil
 import socket
@@ -48,12 +49,12 @@ _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "WARNING", "RAY_
 def _start(settings: Settings) -> None:
     import ray
     if settings.ray != "local":
-        try: ray.init(address=settings.ray, log_to_driver=False, logging_level="ERROR")
+        try: ray.init(address=settings.ray, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise Unavailable(f"The Ray cluster at {settings.ray} did not answer: {str(error).splitlines()[0]}") from error
         return
     ray.init(address="local", num_cpus=max(os.cpu_count() or 1, settings.workers), object_store_memory=settings.object_store_mb * 2**20,
-             include_dashboard=False, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+             include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
 
 
 @contextmanager

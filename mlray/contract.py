@@ -191,7 +191,7 @@ def label_names(
 def _band(name: str, bands: tuple[float, ...]) -> pl.Expr:
     names = [f"under {bands[0]:g}", *(f"{a:g} to {b:g}" for a, b in zip(bands, bands[1:], strict=False)), f"{bands[-1]:g} and over"]
     value = pl.col(name)
-    band = pl.when(value.is_null()).then(pl.lit(None, pl.String))
+    band: Any = pl.when(value.is_null()).then(pl.lit(None, pl.String))
     for end, called in zip(bands, names, strict=False): band = band.when(value < end).then(pl.lit(called))
     return band.otherwise(pl.lit(names[-1]))
 
@@ -208,15 +208,18 @@ def groups(
 _INT64 = {"ge": -2**63, "le": 2**63 - 1}
 
 
+def _meta(bounds: Mapping[str, Any]) -> msgspec.Meta: return msgspec.Meta(**bounds)
+
+
 def _wire(column: Column) -> Any:
     "The msgspec type of one value."
     bounds = {k: v for k, v in {"ge": column.min, "le": column.max}.items() if v is not None}
-    if column.type == "integer": kind: Any = Annotated[int, msgspec.Meta(**_INT64 | {k: (ceil if k == "ge" else floor)(v) for k, v in bounds.items()})]
-    elif column.type == "number": kind = Annotated[float, msgspec.Meta(**bounds)]
+    if column.type == "integer": kind: Any = Annotated[int, _meta(_INT64 | {k: (ceil if k == "ge" else floor)(v) for k, v in bounds.items()})]
+    elif column.type == "number": kind = Annotated[float, _meta(bounds)]
     elif column.type == "boolean": kind = bool
     elif column.values: kind = Literal[column.values]
     else: kind = Annotated[str, msgspec.Meta(max_length=1000)]
-    return Optional[kind] if column.nullable else kind
+    return Optional[kind] if column.nullable else kind  # noqa: UP045 (a Literal made at run time takes no `|`)
 
 
 def row_type(

@@ -10,7 +10,7 @@ __all__ = ['Cell', 'Counts', 'count', 'rates', 'gaps', 'FairnessReport', 'fairne
 
 # %% ../nbs/21_fairness.ipynb #2c8762cd
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -97,7 +97,7 @@ def gaps(
             "accuracy_difference": accuracy[0], "accuracy_ratio": accuracy[1]}
 
 
-def _worst(which: type[max] | type[min], *values: float) -> float: return math.nan if any(map(math.isnan, values)) else which(values)  # type: ignore
+def _worst(which: Callable[[Sequence[float]], float], *values: float) -> float: return math.nan if any(map(math.isnan, values)) else which(values)
 
 # %% ../nbs/21_fairness.ipynb #c7dafe49
 @dataclass(frozen=True)

@@ -59,11 +59,11 @@ class Features:
 
 # %% ../nbs/12_features.ipynb #d197d38e
 def _number(name: str, values: pl.Series, bins: int) -> Number:
-    known = values.cast(pl.Float64).drop_nulls().sort()
-    if known.is_empty(): return Number(name, 0.0, 1.0, 0.0, ())
-    edges = np.unique(np.quantile(known.to_numpy(), np.linspace(0, 1, bins + 1)))
-    std = float(known.std(ddof=0) or 0.0)
-    return Number(name, float(known.mean()), std if std > 0 else 1.0, float(known.median()), tuple(map(float, edges)) if len(edges) > 1 else ())
+    known = values.cast(pl.Float64).drop_nulls().sort().to_numpy() # sorted: sums do not depend on the rows' order
+    if len(known) == 0: return Number(name, 0.0, 1.0, 0.0, ())
+    edges = np.unique(np.quantile(known, np.linspace(0, 1, bins + 1)))
+    std = float(known.std())
+    return Number(name, float(known.mean()), std if std > 0 else 1.0, float(np.median(known)), tuple(map(float, edges)) if len(edges) > 1 else ())
 
 
 def learn(

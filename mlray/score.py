@@ -129,8 +129,8 @@ def scorecard(
 ) -> Scorecard:
     "Measure all rows, and each group of each column."
     by_group = {}
-    for column in groups.columns if groups is not None else ():
-        for value in groups[column].unique().sort():
-            at = (groups[column] == value).to_numpy()
-            by_group[f"{column}={value}"] = {"rows": Measure(int(at.sum())), **measures(labels[at], scores[at], decisions[at])}
+    for column in groups.get_columns() if groups is not None else ():
+        for value in column.unique().sort():
+            at = (column == value).to_numpy()
+            by_group[f"{column.name}={value}"] = {"rows": Measure(int(at.sum())), **measures(labels[at], scores[at], decisions[at])}
     return Scorecard(len(labels), measures(labels, scores, decisions), by_group)

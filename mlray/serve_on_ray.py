@@ -50,7 +50,7 @@ def describe(
     types = [Answer, Refusal, *(s.decoder.type for s in service.models.values())]
     (answer, refusal, *bodies), parts = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     content = lambda schema: {"content": {"application/json": {"schema": schema}}}
-    refusals = {c: {"description": d, **content(refusal)} for c, d in {400: "not JSON", 401: "no valid key", 403: "role", 413: "too large", 422: "breaks the contract"}.items()}
+    refusals: dict[int | str, dict[str, Any]] = {c: {"description": d, **content(refusal)} for c, d in {400: "not JSON", 401: "no valid key", 403: "role", 413: "too large", 422: "breaks the contract"}.items()}
     for name, body in zip(service.models, bodies, strict=True):
         app.add_api_route(f"/v1/models/{name}:predict", lambda: None, methods=["POST"], operation_id=f"predict_{name}", summary=f"Ask {name}",
                           responses={200: {"description": "one prediction a row", **content(answer)}, **refusals},
@@ -112,13 +112,13 @@ class Gateway:
         "Which route, and what it says."
         path, method = request.url.path, request.method
         if asked := _PREDICT.fullmatch(path):
-            if method != "POST": return refuse(405, "wrong_method", "Use POST.", request_id, Allow="POST")
+            if method != "POST": return refuse(405, "wrong_method", "Use POST.", request_id, headers={"Allow": "POST"})
             body = await _body(request)
-            if body is None: return refuse(413, "too_large", f"A body may have {MAX_BODY} bytes.", request_id, Connection="close")
+            if body is None: return refuse(413, "too_large", f"A body may have {MAX_BODY} bytes.", request_id, headers={"Connection": "close"})
             return self.service.answer(asked[1], body, _presented(request), request_id)
         if path not in _ROUTES: return refuse(404, "no_route", "There is nothing here.", request_id)
         allowed, action = _ROUTES[path]
-        if method != allowed: return refuse(405, "wrong_method", f"Use {allowed}.", request_id, Allow=allowed)
+        if method != allowed: return refuse(405, "wrong_method", f"Use {allowed}.", request_id, headers={"Allow": allowed})
         if action and (no := self.service.refused(_presented(request), action, request_id)): return _with_dialogue(no)
         return self.page(path)
 
@@ -155,7 +155,7 @@ def deploy(
     from ray.serve.config import HTTPOptions
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
-    deployment = serve.deployment(Gateway, num_replicas=settings.replicas, max_ongoing_requests=64, max_queued_requests=1024, health_check_period_s=5,
+    deployment: Any = serve.deployment(Gateway, num_replicas=settings.replicas, max_ongoing_requests=64, max_queued_requests=1024, health_check_period_s=5,
                                   graceful_shutdown_wait_loop_s=0.1, graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": 0.5})
     try: serve.run(deployment.bind(list(models), list(keys)), name="mlray", route_prefix="/")
     except RuntimeError as error: raise ServingError(f"The service did not start: {str(error).strip().splitlines()[-1]}") from error

@@ -204,7 +204,7 @@ def _override(tree: dict, text: str) -> None:
     for key in above:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict): raise SpecError(f"{text!r}: {key!r} is a value, not a section.")
-    tree[last] = yaml.load(value, _Strict)  # noqa: S506 (a SafeLoader)
+    tree[last] = yaml.load(value, _Strict)
 
 # %% ../nbs/01_spec.ipynb #7e446f20
 def _known(location: Sequence[Any]) -> list[str]:
@@ -232,7 +232,7 @@ def parse_spec(
     where: str = "spec",             # how messages name the source
 ) -> RunSpec:
     "A spec from YAML text. Raises `SpecError`."
-    try: tree = yaml.load(text, _Strict)  # noqa: S506 (a SafeLoader)
+    try: tree = yaml.load(text, _Strict)
     except yaml.YAMLError as error: raise SpecError(f"{where} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict): raise SpecError(f"{where} is empty, or not a mapping. Start it with `name: …`.")
     for override in overrides: _override(tree, override)

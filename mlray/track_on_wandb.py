@@ -28,7 +28,7 @@ class WandbTracker:
     mode: Literal["offline", "online"] = "offline"
     _run: Any = field(default=None, init=False, repr=False)
 
-    def _open(self, spec: RunSpec, mode: str) -> Any:
+    def _open(self, spec: RunSpec, mode: Literal["offline", "online"]) -> Any:
         quiet = wandb.Settings(console="off", silent=True, init_timeout=10, disable_code=True, disable_git=True, x_disable_meta=True, x_disable_machine_info=True)
         return wandb.init(project=self.project, dir=str(self.folder), mode=mode, group=spec.name, job_type="train", config=spec.model_dump(mode="json") | {"spec_id": spec.id},
                           settings=quiet, reinit="create_new")

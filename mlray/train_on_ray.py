@@ -48,7 +48,7 @@ def _work(config: dict[str, Any]) -> None:
     for epoch in epochs(job.shard(rank, world), _resumed(), rank, world, _averaged if world > 1 else lambda n: n, get_device()):
         metrics = {"epoch": epoch.number, **epoch.metrics}
         with TemporaryDirectory() as folder:
-            if rank == 0: (Path(folder) / _STATE).write_bytes(dump_state(epoch.state))
+            if rank == 0 and epoch.state: (Path(folder) / _STATE).write_bytes(dump_state(epoch.state))
             ray.train.report(metrics, Checkpoint.from_directory(folder) if rank == 0 else None)
         if rank == 0: config["news"].put(replace(epoch, state=None))
 

@@ -1,0 +1,39 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each makes .venv if it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch first, by its exact version: any other way of asking may bring gigabytes of CUDA along
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c cluster/constraints.txt
+export WANDB_SILENT ?= true
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: demo test chaos lab clean
+demo: $(VENV)/ready
+	$(BIN)/mlray demo
+
+test: $(VENV)/ready
+	$(BIN)/python tests/checks.py
+	$(BIN)/python -m pytest -q -n 2 --nb-pkg nbs
+	$(BIN)/python -m pytest -q -n 2
+
+chaos: $(VENV)/ready
+	$(BIN)/python -m pytest -q -m chaos tests
+
+# JupyterLab lives in an environment of its own: a package it brings would slow every Ray process that shares it
+lab: $(VENV)/ready $(VENV)-lab/ready
+	$(VENV)-lab/bin/jupyter lab nbs
+
+$(VENV)/ready: pyproject.toml cluster/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) -e '.[dev]'
+	touch $@
+
+$(VENV)-lab/ready: pyproject.toml cluster/constraints.txt
+	$(PYTHON) -m venv $(VENV)-lab
+	$(VENV)-lab/bin/pip install --quiet --disable-pip-version-check -c cluster/constraints.txt jupyterlab ipywidgets
+	$(BIN)/python -m ipykernel install --prefix $(VENV)-lab --name python3 --display-name mlray
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-lab .mlray build dist *.egg-info

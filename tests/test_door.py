@@ -1,0 +1,200 @@
+"""Bad input at the command line: exit code 2, one helpful sentence, nothing half-written; and a run that is killed."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mlray.settings import shipped
+
+SPEC = yaml.safe_load((shipped("configs") / "diabetes.yaml").read_text())
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "A folder with settings of its own, as the current one."
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\ntracking = disabled\nobject_store_mb = 100\n[local]\n[production]\n")
+    monkeypatch.chdir(tmp_path)
+    for name in [n for n in os.environ if n.startswith("MLRAY_")]: monkeypatch.delenv(name)
+    return tmp_path
+
+
+@pytest.fixture
+def mlray(project, monkeypatch, capsys):
+    "Run a command here; exit code, stdout, stderr."
+    from mlray.cli import main
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlray", *words])
+        try: main(); status = 0
+        except SystemExit as end: status = int(end.code or 0)
+        said = capsys.readouterr()
+        return status, said.out, said.err
+    return run
+
+
+def write(path: Path, **changes) -> str:
+    path.write_text(yaml.safe_dump({**SPEC, **changes}, sort_keys=False))
+    return str(path)
+
+
+def rows_file(path: Path, rows: int = 60, drop: str = "") -> Path:
+    from mlray.samples import diabetes
+    frame = diabetes().head(rows)
+    (frame.drop(drop) if drop else frame).write_csv(path)
+    return path
+
+
+def letter(status: int, err: str, *words: str) -> None:
+    "Exit code 2, and the last thing on stderr is one letter, with no traceback."
+    assert status == 2, err
+    assert err.splitlines()[-1].startswith("mlray: ") and "Traceback" not in err
+    for word in words: assert word in err, err
+
+
+def empty(project: Path) -> bool:
+    "Nothing was left behind but an empty registry."
+    home = project / ".mlray"
+    return not home.exists() or not any(p.is_file() and p.name not in ("registry.db",) for p in home.rglob("*"))
+
+
+def test_an_unknown_key(mlray, project):
+    status, _, err = mlray("train", write(project / "s.yaml", train={"epoch": 5}))
+    letter(status, err, "train.epoch", "Did you mean 'epochs'?")
+    assert empty(project)
+
+
+def test_an_unknown_key_in_an_override(mlray, project):
+    letter(*mlray("train", write(project / "s.yaml"), "train.epoch=5")[::2], "Did you mean 'epochs'?")
+
+
+def test_a_missing_spec(mlray, project):
+    write(project / "adult.yaml")
+    letter(*mlray("train", "adlut.yaml")[::2], "no spec 'adlut.yaml'", "Did you mean 'adult.yaml'?")
+
+
+def test_a_missing_file(mlray, project):
+    letter(*mlray("train", write(project / "s.yaml", data={"train": {"file": "nowhere.csv"}}))[::2], "no file 'nowhere.csv'", "MLRAY_DATA")
+    assert empty(project)
+
+
+def test_a_wrong_sha256(mlray, project):
+    rows_file(project / "rows.csv")
+    letter(*mlray("train", write(project / "s.yaml", data={"train": {"file": "rows.csv", "sha256": "0" * 64}}))[::2], "sha256", "rows.csv")
+    assert empty(project)
+
+
+def test_a_missing_column(mlray, project):
+    rows_file(project / "rows.csv", drop="bmi")
+    letter(*mlray("train", write(project / "s.yaml", data={"train": {"file": "rows.csv"}}))[::2], "no column 'bmi'")
+    assert empty(project)
+
+
+def test_an_empty_table(mlray, project):
+    rows_file(project / "rows.csv", rows=0)
+    letter(*mlray("train", write(project / "s.yaml", data={"train": {"file": "rows.csv"}}))[::2], "no rows")
+    (project / "rows.csv").write_text("")
+    letter(*mlray("train", write(project / "s.yaml", data={"train": {"file": "rows.csv"}}))[::2], "no rows")
+    assert empty(project)
+
+
+def test_one_class_only(mlray, project):
+    contract = {**SPEC["contract"], "progression": {**SPEC["contract"]["progression"], "positive_above": 499}}
+    letter(*mlray("train", write(project / "s.yaml", contract=contract))[::2], "one class", "progression")
+    assert empty(project)
+
+
+def test_a_version_that_does_not_exist(mlray, trained, project, monkeypatch):
+    letter(*mlray("promote", "diabetes/7")[::2], "no model 'diabetes'")
+    monkeypatch.setenv("MLRAY_HOME", str(trained[0].home))
+    for words in (["gate", "diabetes/7"], ["show", "diabetes/7"], ["promote", "diabetes/7"], ["serve", "diabetes"]):
+        letter(*mlray(*words)[::2], "no version", "diabetes/1")
+
+
+def test_a_gate_that_does_not_exist(mlray, trained, monkeypatch):
+    monkeypatch.setenv("MLRAY_HOME", str(trained[0].home))
+    letter(*mlray("gate", "diabetes/1", "--gate", "fairnes")[::2], "Did you mean 'fairness'?")
+
+
+def test_a_port_in_use(mlray, project):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        letter(*mlray("demo", "--port", str(taken.getsockname()[1]))[::2], "cannot be used", "--port")
+    assert empty(project)
+
+
+def test_an_environment_that_does_not_exist(mlray):
+    letter(*mlray("models", "--env", "produktion")[::2], "Did you mean 'production'?")
+
+
+def test_a_command_that_is_not_built(mlray):
+    for word in ("tune", "monitor", "doctor"): letter(*mlray(word)[::2], f"`mlray {word}` is not built yet")
+    letter(*mlray("trian")[::2], "Did you mean 'train'?")
+
+
+def test_a_registry_that_is_none(mlray, project):
+    (project / ".mlray").mkdir()
+    (project / ".mlray/registry.db").write_text("this is a letter, not a database\n" * 100)
+    letter(*mlray("models")[::2], "registry")
+
+
+def test_a_newer_registry_is_left_alone(mlray, project):
+    import sqlite3
+    mlray("models")
+    with sqlite3.connect(project / ".mlray/registry.db") as db: db.execute("update alembic_version set version_num='9999'")
+    letter(*mlray("models")[::2], "9999", "newer")
+
+
+def test_bad_rows_are_counted_shown_and_kept(mlray, project):
+    path = rows_file(project / "rows.csv")
+    path.write_text(path.read_text() + "thirty,group 1,25,90,180,100,50,4,4.5,80,150\n205,group 9,25,90,180,100,50,4,4.5,80,150\n")
+    spec = write(project / "s.yaml", data={"train": {"file": "rows.csv"}})
+    status, out, _ = mlray("check", spec, "--json")
+    found = json.loads(out)
+    assert status == 1 and found["train"]["good"] == 60 and found["train"]["bad"] == 2
+    assert {(p["column"], p["rule"]) for p in found["train"]["problems"]} == {("age", "type"), ("age", "max"), ("sex", "values")}
+    kept = Path(found["quarantine"][0]).read_text()
+    assert "thirty" in kept and "205" in kept and kept.count("\n") == 3
+    letter(*mlray("train", spec, "data.on_invalid=stop")[::2], "a whole number", "quarantine")
+
+
+def test_json_is_all_there_is_on_stdout(mlray, trained, monkeypatch):
+    monkeypatch.setenv("MLRAY_HOME", str(trained[0].home))
+    assert json.loads(mlray("models", "--json")[1])[0]["version"] == "diabetes/1"
+    shown = json.loads(mlray("show", "diabetes/1", "--json")[1])
+    assert shown["digest"] == trained[1].version.digest and shown["provenance"]["workers"] == 1
+    assert json.loads(mlray("key", "create", "--json")[1])["key"].startswith("mlr_")
+
+
+def test_train_prints_version_measures_and_verdict(mlray, project):
+    status, out, _ = mlray("train", write(project / "s.yaml"), "train.epochs=3", "--json")
+    said = json.loads(out)
+    assert said["version"] == "diabetes/1" and len(said["digest"]) == 64 and status == (0 if said["verdict"]["passed"] else 1)
+    assert set(said["measures"]["roc_auc"]) == {"value", "low", "high"} and len(said["verdict"]["findings"]) == 6
+
+
+def test_a_verdict_that_fails_ends_with_1_and_cannot_be_promoted(mlray, project):
+    spec = write(project / "s.yaml", gates={"quality": [{"metric": "roc_auc", "at_least": 0.999}]})
+    status, out, _ = mlray("train", spec, "train.epochs=2", "--json")
+    assert status == 1 and json.loads(out)["verdict"]["passed"] is False
+    letter(*mlray("promote", "diabetes/1")[::2], "no verdict of the gate", "mlray gate diabetes/1")
+    assert mlray("gate", "diabetes/1", "--gate", "quality")[0] == 1
+    letter(*mlray("promote", "diabetes/1")[::2], "no verdict of the gate fairness")
+
+
+@pytest.mark.parametrize("delay", [1.5, 3.0, 4.5, 6.0])
+def test_a_killed_run_leaves_a_registry_that_opens(project, delay):
+    from mlray.registry import bundle_of, open_registry, versions
+    from mlray.settings import read_settings
+    run = subprocess.Popen([str(Path(sys.executable).with_name("mlray")), "train", write(project / "s.yaml")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(delay)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    registry = open_registry(read_settings(start=project, environ={}))
+    for version in versions(registry): assert bundle_of(registry, version).digest == version.digest

@@ -1,0 +1,98 @@
+"""The same loop here and on Ray: to the bit with one worker, as good with two, and through the death of a worker."""
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+from mlray.evaluation import evaluate
+from mlray.registry import bundle_of, open_registry
+from mlray.rows import read_rows
+from mlray.run import LocalBackend, make_job, train
+from mlray.settings import shipped
+from mlray.spec import read_spec
+from tests.conftest import adult_data
+
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+
+
+def same(a, b) -> bool:
+    import torch
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def job(diabetes, tmp_path_factory):
+    from mlray.settings import Settings
+    root = tmp_path_factory.mktemp("job")
+    return make_job(diabetes, read_rows(diabetes, Settings(root=root, home=root)))
+
+
+def test_one_worker_gives_the_same_bits(ray_cluster, job, tmp_path):
+    from mlray.train_on_ray import RayBackend
+    here, there = list(LocalBackend().train(job, "d", tmp_path)), list(RayBackend(1).train(job, "d", tmp_path))
+    assert [e.number for e in here] == [e.number for e in there] and [e.metrics for e in here] == [e.metrics for e in there]
+    assert same(here[-1].state.now, there[-1].state.now) and same(here[-1].state.best, there[-1].state.best)
+
+
+def test_two_workers_share_the_rows_and_agree(ray_cluster, job, tmp_path):
+    from mlray.train_on_ray import RayBackend
+    first, second = job.shard(0, 2), job.shard(1, 2)
+    assert len(first.labels) == len(second.labels) and len(first.labels) * 2 >= len(job.labels) and (first.rows.numbers[:5] != second.rows.numbers[:5]).any()
+    history = list(RayBackend(2).train(job, "d", tmp_path))
+    assert history[-1].metrics["valid_loss"] < history[0].metrics["valid_loss"] and not same(history[-1].state.now, list(LocalBackend().train(job, "d", tmp_path))[-1].state.now)
+
+
+def worker_process() -> psutil.Process | None:
+    "The training worker among our own descendants."
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in process.name() or any("RayTrainWorker" in part for part in process.cmdline()): return process
+        except psutil.Error: pass
+    return None
+
+
+def test_a_killed_worker_changes_nothing(ray_cluster, job, tmp_path):
+    from dataclasses import replace
+
+    from mlray.train_on_ray import RayBackend
+    longer = replace(job, train=job.train.model_copy(update={"epochs": 40, "patience": 40}))
+    killed: list[int] = []
+
+    def kill() -> None:
+        process = worker_process()
+        if process is not None:
+            os.kill(process.pid, signal.SIGKILL)
+            killed.append(process.pid)
+    history = []
+    for epoch in RayBackend(1).train(longer, "d", tmp_path):
+        history.append(epoch)
+        if len(history) == 3: threading.Thread(target=kill).start()
+        time.sleep(0.02)
+    assert killed, "nobody was killed, so nothing was shown"
+    undisturbed = list(LocalBackend().train(longer, "d", tmp_path))
+    assert same(history[-1].state.now, undisturbed[-1].state.now) and history[-1].number == 40
+
+
+def test_an_error_on_a_worker_is_a_letter(ray_cluster, job, tmp_path):
+    from dataclasses import replace
+
+    from mlray.errors import TrainingError
+    from mlray.train_on_ray import RayBackend
+    with pytest.raises(TrainingError, match=r"Lower train\.learning_rate"):
+        list(RayBackend(1).train(replace(job, train=job.train.model_copy(update={"learning_rate": 1e30, "epochs": 30, "patience": 30})), "d", tmp_path))
+
+
+@adult_data
+def test_adult(ray_cluster, settings):
+    "On the original test file: AUC at least 0.905, with one process and, within 0.005, with two workers."
+    from mlray.train_on_ray import RayBackend
+    spec = read_spec(shipped("configs") / "adult.yaml")
+    run = train(spec, settings, RayBackend(2))
+    auc = run.evaluation.scorecard.overall["roc_auc"].value
+    assert run.rows.parts.test.height == 16281 and auc >= 0.905 and run.verdict.passed
+    here = train(spec, settings, LocalBackend())
+    assert abs(here.evaluation.scorecard.overall["roc_auc"].value - auc) <= 0.005
+    assert str(here.version) == "adult/2" and evaluate(bundle_of(open_registry(settings), here.version), here.rows.parts.test).values == here.evaluation.values
