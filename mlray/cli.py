@@ -66,7 +66,7 @@ def _show(as_json: bool, value: Any, *faces: Any) -> None:
     if as_json: return typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
     from rich.console import Console
     out = Console(highlight=False)
-    for face in faces: out.print(face)
+    for face in faces: out.print(face, soft_wrap=isinstance(face, str), markup=not isinstance(face, str))
 
 # %% ../nbs/59_cli.ipynb #e18be544
 @app.command()
