@@ -51,7 +51,7 @@ class Bundle:
     def size(self) -> int: return sum(p.stat().st_size for p in self.path.iterdir())
 
 # %% ../nbs/30_bundle.ipynb #70624441
-def _json(value: Any) -> bytes: return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+def _json(value: Any) -> bytes: return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode() # in the given order: that of columns means something
 def _sha256(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
 
 

@@ -67,15 +67,16 @@ def count(
     return Counts(tuple(groups.columns), dict(sorted(cells.items())))
 
 # %% ../nbs/21_fairness.ipynb #b78dbc39
-def _share(a: int, b: int) -> float: return a / b if b else math.nan
+def _share(a: int, b: int, least: int) -> float: return a / b if b >= max(least, 1) else math.nan
 
 
 def rates(
     cell: Cell,
-) -> dict[str, float]: # in [0, 1], NaN where it does not exist
+    least: int = 1, # rows that a rate must be taken over: all, those with label 1, or those with label 0
+) -> dict[str, float]: # in [0, 1], NaN where there are too few
     "What a group gets, by fairlearn's names."
-    return {"selection_rate": _share(cell.tp + cell.fp, cell.rows), "true_positive_rate": _share(cell.tp, cell.tp + cell.fn),
-            "false_positive_rate": _share(cell.fp, cell.fp + cell.tn), "accuracy": _share(cell.tp + cell.tn, cell.rows)}
+    return {"selection_rate": _share(cell.tp + cell.fp, cell.rows, least), "true_positive_rate": _share(cell.tp, cell.tp + cell.fn, least),
+            "false_positive_rate": _share(cell.fp, cell.fp + cell.tn, least), "accuracy": _share(cell.tp + cell.tn, cell.rows, least)}
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
@@ -86,10 +87,11 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def gaps(
-    cells: Sequence[Cell], # one a group
+    cells: Sequence[Cell],  # one a group
+    least: int = 1,         # rows that a rate must be taken over; a group with fewer stays out of that metric
 ) -> dict[str, float]: # NaN with fewer than two groups
     "How far groups are apart, by fairlearn's names."
-    by_rate = {name: _spread([rates(c)[name] for c in cells]) for name in rates(Cell())}
+    by_rate = {name: _spread([rates(c, least)[name] for c in cells]) for name in rates(Cell())}
     dp, tpr, fpr, accuracy = (by_rate[n] for n in ("selection_rate", "true_positive_rate", "false_positive_rate", "accuracy"))
     return {"demographic_parity_difference": dp[0], "demographic_parity_ratio": dp[1],
             "equal_opportunity_difference": tpr[0], "equal_opportunity_ratio": tpr[1],
@@ -105,8 +107,7 @@ class FairnessReport:
     "What each group gets, and how far groups are apart."
     groups: Mapping[tuple[str, ...], Mapping[tuple[str, ...], Cell]] # columns → group → counts
     values: Mapping[str, float]             # `demographic_parity_difference[sex]` → number
-    min_group: int
-    small: tuple[str, ...]                  # groups that were not judged
+    min_group: int                          # rows that a judged rate is taken over, at least
 
     def table(self) -> Table:
         "One line a metric and a division."
@@ -116,21 +117,19 @@ class FairnessReport:
 
     def groups_table(self) -> Table:
         "One line a group."
-        rows = [(f"{', '.join(group)}", cell.rows, *rates(cell).values(), "too small to judge" * (cell.rows < self.min_group))
-                for cells in self.groups.values() for group, cell in cells.items()]
-        return table(["group", "rows", *rates(Cell()), ""], rows, "What each group gets")
+        rows = [(f"{', '.join(group)}", cell.rows, *rates(cell, self.min_group).values()) for cells in self.groups.values() for group, cell in cells.items()]
+        return table(["group", "rows", *rates(Cell())], rows, f"What each group gets (–: over fewer than {self.min_group} rows, not judged)")
 
     def _repr_markdown_(self) -> str: return self.table()._repr_markdown_() + "\n\n" + self.groups_table()._repr_markdown_()
 
 
 def fairness_report(
     counts: Counts,
-    min_group: int = 30, # rows a group needs to be judged
+    min_group: int = 30, # rows that a rate must be taken over to be judged
 ) -> FairnessReport:
     "Judge nothing; measure every group, alone and in pairs."
     divisions = [*((c,) for c in counts.columns), *combinations(sorted(counts.columns), 2)]
     groups = {columns: counts.by(columns) for columns in divisions}
     values = {f"{name}[{','.join(columns)}]": value for columns, cells in groups.items()
-              for name, value in gaps([c for c in cells.values() if c.rows >= min_group]).items()}
-    small = tuple(", ".join(group) for cells in groups.values() for group, cell in cells.items() if cell.rows < min_group)
-    return FairnessReport(groups, values, min_group, small)
+              for name, value in gaps(list(cells.values()), min_group).items()}
+    return FairnessReport(groups, values, min_group)

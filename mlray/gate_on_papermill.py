@@ -108,7 +108,8 @@ def run_gate(
     started, broken = time.monotonic(), ""
     with TemporaryDirectory() as scratch:
         out = Path(scratch) / path.name
-        try: papermill.execute_notebook(str(path), str(out), dict(parameters), progress_bar=False, execution_timeout=timeout, config=_ENCRYPTED)
+        try: papermill.execute_notebook(str(path), str(out), dict(parameters), progress_bar=False, execution_timeout=timeout, config=_ENCRYPTED,
+                                           extra_arguments=["--log-level=50"])
         except PapermillExecutionError as error: broken = f"{error.ename}: {error.evalue}"
         except nbclient.exceptions.CellTimeoutError: broken = f"a cell ran longer than {timeout} s"
         except nbclient.exceptions.DeadKernelError: broken = "its kernel died (out of memory?)"

@@ -70,6 +70,9 @@ def read_rows(
         raise ContractError(f"{first.bad.height} {part} rows break the contract, first in column {problem.column!r}: expected {problem.expected}; {', '.join(problem.examples)}. "
                             "Fix the source, or put such rows aside with `data.on_invalid: quarantine`.")
     quarantine(spec, settings, checked)
+    for part, result in checked.items():
+        if result.good.is_empty(): raise DataError(f"None of the {result.bad.height} {part} rows keeps the contract, first in column {result.problems[0].column!r}: expected {result.problems[0].expected}; "
+                                                   f"{', '.join(result.problems[0].examples)}. Is the contract that of this source, in its order of columns?")
     parts = split(checked["train"].good, spec.data.split, checked["test"].good if "test" in checked else None)
     for part, frame in vars(parts).items(): learnable(contract, labels(contract, frame), part)
     return Rows(contract, checked, parts, {part: fingerprint(frame).digest for part, frame in vars(parts).items()})

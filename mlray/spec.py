@@ -157,7 +157,7 @@ class RunSpec(Part):
     model: Model = Model()
     train: Train = Train()
     gates: dict[Name, tuple[Rule, ...]] = {}
-    min_group: Annotated[int, Field(ge=1)] = 30 # smaller groups are not judged, and said not to be
+    min_group: Annotated[int, Field(ge=1)] = 30 # a group's rate over fewer rows is not judged, and said not to be
     serve: Serve = Serve()
 
     @model_validator(mode="after")
@@ -179,7 +179,9 @@ class RunSpec(Part):
     @property
     def id(self) -> str:
         "Twelve hex digits that name this intent."
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        values = self.model_dump(mode="json")
+        values["contract"] = list(values["contract"].items()) # the order of columns means something
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 # %% ../nbs/01_spec.ipynb #df9d22b2

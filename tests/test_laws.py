@@ -36,6 +36,10 @@ def test_the_same_spec_gives_the_same_bytes(trained, diabetes, tmp_path):
     assert train(diabetes, settings).version.digest == trained[1].version.digest
 
 
+def test_a_bundle_keeps_the_spec_as_it_was(bundle, diabetes):
+    assert bundle.spec == diabetes and bundle.spec.id == diabetes.id and list(bundle.spec.contract) == list(diabetes.contract)
+
+
 def test_a_bundle_tells_nothing_of_the_machine(bundle):
     import getpass
     import socket
