@@ -14,7 +14,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python tests/checks.py
 	$(BIN)/python -m pytest -q -n 2 --nb-pkg nbs
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 chaos: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m chaos tests

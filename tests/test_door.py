@@ -169,7 +169,12 @@ def test_json_is_all_there_is_on_stdout(mlray, trained, monkeypatch):
     assert json.loads(mlray("models", "--json")[1])[0]["version"] == "diabetes/1"
     shown = json.loads(mlray("show", "diabetes/1", "--json")[1])
     assert shown["digest"] == trained[1].version.digest and shown["provenance"]["workers"] == 1
-    assert json.loads(mlray("key", "create", "--json")[1])["key"].startswith("mlr_")
+
+
+def test_a_key_is_shown_once(mlray, project):
+    text = json.loads(mlray("key", "create", "--json")[1])["key"]
+    assert text.startswith("mlr_") and not any(text[-43:].encode() in p.read_bytes() for p in (project / ".mlray").rglob("*") if p.is_file())
+    letter(*mlray("key", "create", "--role", "vewer")[::2], "Did you mean 'viewer'?")
 
 
 def test_train_prints_version_measures_and_verdict(mlray, project):
