@@ -189,6 +189,11 @@ class _Steps:
         self.console.print(f"[bold]{self.number}/{self.of}[/bold] {text}  [dim]{time.monotonic() - self.start:.0f} s[/dim]")
 
 
+def _curl(settings: "Settings", name: str, row: Mapping[str, Any], key: str) -> str:
+    body = json.dumps({"instances": [row]}, ensure_ascii=False)
+    return f"try   curl -s {settings.url}/v1/models/{name}:predict -H \"Authorization: Bearer {key}\" -d '{body}'"
+
+# %% ../nbs/59_cli.ipynb #a2399649
 @app.command()
 def demo(keep: Annotated[bool, typer.Option("--keep", help="Stay up until Ctrl-C.")] = False, port: Port = None, workers: Workers = None, env: Env = None) -> None:
     "The whole story in one command: check, train on Ray, gate, promote, serve, ask."
@@ -225,11 +230,6 @@ def demo(keep: Annotated[bool, typer.Option("--keep", help="Stay up until Ctrl-C
             typer.echo("Up until Ctrl-C.")
             until_stopped()
     if not keep: typer.echo("Down again. Stay up with `mlray demo --keep`, or `mlray key create` and `mlray serve diabetes`.")
-
-
-def _curl(settings: "Settings", name: str, row: Mapping[str, Any], key: str) -> str:
-    body = json.dumps({"instances": [row]}, ensure_ascii=False)
-    return f"try   curl -s {settings.url}/v1/models/{name}:predict -H \"Authorization: Bearer {key}\" -d '{body}'"
 
 # %% ../nbs/59_cli.ipynb #f38644f9
 def main() -> None:

@@ -23,7 +23,7 @@ class Tracker(Protocol):
     def log(self, metrics: Mapping[str, float], step: int) -> None: "The numbers of an epoch."
     def finish(self, summary: Mapping[str, Any]) -> None: "It ended: its results, or `{'error': …}`."
 
-
+# %% ../nbs/37_tracking.ipynb #4061498e
 class NullTracker:
     "Nobody listens."
     def start(self, spec: RunSpec) -> None: pass

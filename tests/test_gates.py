@@ -67,3 +67,18 @@ def test_newer_evidence_counts(trained):
         if allowed: promote(registry, run.version, "staging", gates=["extra"])
         else:
             with pytest.raises(RegistryError, match="failed the gate extra"): promote(registry, run.version, "staging", gates=["extra"])
+
+
+def test_the_next_version_is_held_against_production(trained, diabetes):
+    "A worse candidate is told how much worse it is, by the run and by the gate."
+    from mlray.run import train
+    settings, first = trained
+    registry = open_registry(settings)
+    for gate in settings.gates: add_evidence(registry, first.version, gate, first.verdict, b"{}")
+    promote(registry, first.version, gates=settings.gates)
+    worse = train(diabetes.model_copy(update={"train": diabetes.train.model_copy(update={"epochs": 1, "learning_rate": 1e-5})}), settings)
+    finding = worse.verdict.findings[0]
+    assert finding.measure == "roc_auc" and not finding.passed and "production has" in finding.why
+    [run] = run_gates(registry, worse.version, ["quality"], settings)
+    assert run.verdict.findings[0] == finding and not run.broken
+    with pytest.raises(RegistryError, match="failed the gate quality"): promote(registry, worse.version, gates=["quality"])
