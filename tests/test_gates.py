@@ -1,5 +1,6 @@
 """Gates against real papermill and real kernels: every way to end without a verdict is a failure with its reason."""
 import json
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -69,10 +70,11 @@ def test_newer_evidence_counts(trained):
             with pytest.raises(RegistryError, match="failed the gate extra"): promote(registry, run.version, "staging", gates=["extra"])
 
 
-def test_the_next_version_is_held_against_production(trained, diabetes):
+def test_the_next_version_is_held_against_production(trained, diabetes, tmp_path):
     "A worse candidate is told how much worse it is, by the run and by the gate."
     from mlray.run import train
-    settings, first = trained
+    shutil.copytree(trained[0].home, tmp_path / "home")
+    settings, first = trained[0].model_copy(update={"home": tmp_path / "home"}), trained[1]
     registry = open_registry(settings)
     for gate in settings.gates: add_evidence(registry, first.version, gate, first.verdict, b"{}")
     promote(registry, first.version, gates=settings.gates)
