@@ -23,13 +23,14 @@ from typer.core import TyperGroup
 from mlray.commands import (
     ask_service,
     create_key,
-    deploy_names,
+    deploy_versions,
     find_version,
     gate_version,
     settings_of,
     stderr,
     train_run,
     until_stopped,
+    versions_to_serve,
 )
 from .errors import MlrayError, ServingError, suggest
 
@@ -57,7 +58,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdo
 Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, such as configs/adult.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Changes to the spec, such as train.epochs=5.")]
 Reference = Annotated[str, typer.Argument(metavar="VERSION", help="name/3, name@alias, or name for the newest.")]
-Port = Annotated[int | None, typer.Option("--port", help="HTTP port (default: that of the settings).")]
+Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="HTTP port (default: that of the settings).")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Training processes on Ray (default: that of the settings).")]
 
 # %% ../nbs/59_cli.ipynb #a7d6b760
@@ -121,12 +122,11 @@ def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Mo
     "Serve the versions in production until Ctrl-C."
     settings = settings_of(env, port=port)
     from mlray.cluster_on_ray import cluster
-    from mlray.registry import open_registry, version
     from mlray.serve_on_ray import check_port, undeploy
-    for name in names: version(open_registry(settings), name if "@" in name or "/" in name else f"{name}@production") # before anything starts
+    found = versions_to_serve(names, settings)
     if settings.ray == "local": check_port(settings)
     with cluster(settings):
-        found = deploy_names(names, settings)
+        deploy_versions(found, settings)
         typer.echo(f"{', '.join(map(str, found))} at {settings.url} (Ctrl-C stops)")
         until_stopped()
         if settings.ray != "local": undeploy()
@@ -220,7 +220,7 @@ def demo(keep: Annotated[bool, typer.Option("--keep", help="Stay up until Ctrl-C
         move(registry, run.version, "production", settings.gates)
         step(f"serve {spec.name}@production behind HAProxy")
         key = create_key("predictor", settings)
-        deploy_names([spec.name], settings)
+        deploy_versions([run.version], settings)
         row = {n: checked.good[n][0] for n in run.rows.contract.features}
         step(f"ask {settings.url}")
         said = ask_service(spec.name, [row], settings.url, key)

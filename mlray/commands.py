@@ -7,7 +7,7 @@ not given. How results are printed is `mlray.cli`'s business."""
 
 # %% auto #0
 __all__ = ['stderr', 'ConsoleTracker', 'settings_of', 'tracker_of', 'backend_on', 'train_run', 'find_version', 'gate_version',
-           'deploy_names', 'until_stopped', 'ask_service', 'create_key']
+           'versions_to_serve', 'deploy_versions', 'until_stopped', 'ask_service', 'create_key']
 
 # %% ../nbs/58_commands.ipynb #d3866d23
 import signal
@@ -115,16 +115,19 @@ def gate_version(registry: "Registry", found: "Version", gates: Sequence[str], s
     return {gate: done[gate] for gate in gates}
 
 # %% ../nbs/58_commands.ipynb #8a9524bc
-def deploy_names(names: Sequence[str], settings: "Settings") -> list["Version"]:
-    "The versions in production, up and answering; inside a cluster."
-    from mlray.registry import keys, open_registry, version
+def versions_to_serve(names: Sequence[str], settings: "Settings") -> list["Version"]:
+    "Of each name the version in production, unless it names another."
+    return [find_version(name if "@" in name or "/" in name else f"{name}@production", settings)[1] for name in names]
+
+
+def deploy_versions(found: Sequence["Version"], settings: "Settings") -> None:
+    "Put versions up, inside a cluster; returns when they answer."
+    from mlray.registry import keys, open_registry
     from mlray.serve_on_ray import Model, deploy
     registry = open_registry(settings)
-    found = [version(registry, name if "@" in name or "/" in name else f"{name}@production") for name in names]
     known = keys(registry)
     if not known: raise ServingError("There is no API key yet, so nobody could ask. Make one: `mlray key create --role predictor`.")
     deploy([Model(v.name, str(v.number), str(registry.store.path(v.digest).resolve()), v.digest) for v in found], known, settings)
-    return found
 
 
 def until_stopped() -> None:
