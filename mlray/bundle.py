@@ -122,6 +122,9 @@ def _run(session: onnxruntime.InferenceSession, rows: Matrix) -> np.ndarray:
     return session.run(["score"], {i.name: getattr(rows, i.name) for i in session.get_inputs()})[0]
 
 
+_CHUNK = 8192 # rows that go through the graph together, so that memory is bounded
+
+
 @lru_cache(maxsize=16)
 def _session(path: Path, digest: str) -> onnxruntime.InferenceSession:
     return _open((path / "model.onnx").read_bytes())
@@ -133,7 +136,8 @@ def predict(
     rows: int,                                 # their length
 ) -> np.ndarray: # float32 [rows], the probability of the positive class
     "Score rows. The one function that does."
-    return _run(_session(bundle.path, bundle.digest), apply(bundle.features, columns, rows))
+    session, matrix = _session(bundle.path, bundle.digest), apply(bundle.features, columns, rows)
+    return np.concatenate([_run(session, matrix[at:at + _CHUNK]) for at in range(0, max(rows, 1), _CHUNK)])
 
 
 def decide(

@@ -19,15 +19,15 @@ import polars as pl
 from .contract import Contract
 from .display import Table, table
 
-# %% ../nbs/12_features.ipynb #10301b07
+# %% ../nbs/12_features.ipynb #57a9cab9
 @dataclass(frozen=True)
 class Number:
     "A numeric feature."
     name: str
-    mean: float
-    std: float                  # 1 for a constant column
     fill: float                 # the median; stands in for a missing value
-    edges: tuple[float, ...]    # rising quantiles; empty for a constant column
+    edges: tuple[float, ...]    # rising values; empty for a constant column
+    heights: tuple[float, ...]  # the standardised value at each edge
+    common: tuple[float, ...]   # values that are categories of their own, exact in float32
 
 
 @dataclass(frozen=True)
@@ -47,34 +47,79 @@ class Features:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "Features":
-        numbers = tuple(Number(**{**n, "edges": tuple(n["edges"])}) for n in data["numbers"])
-        return Features(numbers, tuple(Category(c["name"], tuple(c["values"])) for c in data["categories"]))
+        numbers = (Number(n["name"], n["fill"], tuple(n["edges"]), tuple(n["heights"]), tuple(n["common"])) for n in data["numbers"])
+        return Features(tuple(numbers), tuple(Category(c["name"], tuple(c["values"])) for c in data["categories"]))
 
     def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
     def table(self) -> Table:
         "One line a feature."
-        rows = [(n.name, "number", f"mean {n.mean:.4g}, spread {n.std:.4g}, {max(len(n.edges) - 1, 0)} pieces") for n in self.numbers]
+        rows = [(n.name, "number", f"{max(len(n.edges) - 1, 0)} pieces, {len(n.common)} common values") for n in self.numbers]
         return table(["feature", "kind", "learned"], rows + [(c.name, "category", f"{len(c.values)} values") for c in self.categories])
 
-# %% ../nbs/12_features.ipynb #d197d38e
-def _number(name: str, values: pl.Series, bins: int) -> Number:
-    known = values.cast(pl.Float64).drop_nulls().sort().to_numpy() # sorted: sums do not depend on the rows' order
-    if len(known) == 0: return Number(name, 0.0, 1.0, 0.0, ())
-    edges = np.unique(np.quantile(known, np.linspace(0, 1, bins + 1)))
-    std = float(known.std())
-    return Number(name, float(known.mean()), std if std > 0 else 1.0, float(np.median(known)), tuple(map(float, edges)) if len(edges) > 1 else ())
+# %% ../nbs/12_features.ipynb #0aafcc48
+def _floats(values: Any) -> np.ndarray:
+    "One column of numbers, missing as NaN."
+    if isinstance(values, pl.Series): values = values.cast(pl.Float64).to_numpy()
+    return np.asarray(values, dtype=np.float64).astype(np.float32)
+
+
+_FEW, _OFTEN, _MOST = 0.02, 8, 2048 # a column of so few distinct values is a category as a whole; else a value must recur so often; in all numbers together
+
+
+def _skew(values: np.ndarray) -> float:
+    spread = values.std()
+    return 0.0 if spread == 0 else float((((values - values.mean()) / spread) ** 3).mean())
+
+
+def _long_tail(values: np.ndarray) -> bool:
+    "Nonnegative, long to the right, and less so as a logarithm."
+    return values[0] >= 0 and _skew(values) > 2 and abs(_skew(np.log1p(values))) < _skew(values)
+
+
+def _edges(heights: np.ndarray, bins: int) -> np.ndarray:
+    "Where the pieces begin and end: every value if there are few, else the spikes, and quantiles of the rest."
+    distinct, seen = np.unique(heights, return_counts=True)
+    if len(distinct) <= bins + 1: return distinct
+    spikes = distinct[seen > len(heights) / bins]
+    rest = heights[~np.isin(heights, spikes)]
+    between = np.quantile(rest, np.linspace(0, 1, max(bins - len(spikes), 2))) if len(rest) else []
+    return np.unique(np.concatenate([heights[[0, -1]], spikes, between]))
+
+
+def _common(values: np.ndarray, personal: bool, most: int) -> np.ndarray:
+    "The values that are categories of their own; two values need none, for a line tells them apart."
+    distinct, seen = np.unique(values, return_counts=True)
+    if len(distinct) <= 2: return distinct[:0]
+    whole = len(distinct) <= min(most, len(values) * _FEW) and not personal
+    kept = distinct if whole else distinct[seen >= _OFTEN]
+    return kept if len(kept) <= most else np.sort(distinct[np.argsort(-seen, kind="stable")[:most]])
+
+# %% ../nbs/12_features.ipynb #992f96c5
+def _number(name: str, column: pl.Series, bins: int, personal: bool, most: int) -> Number:
+    values = np.sort(_floats(column.drop_nulls()).astype(np.float64))
+    if len(values) == 0: return Number(name, 0.0, (), (), ())
+    up, down = (np.log1p, np.expm1) if _long_tail(values) else (np.asarray, np.asarray)
+    shaped = up(values)
+    mean, std = shaped.mean(), shaped.std() or 1.0
+    edges = np.unique(down(_edges((shaped - mean) / std, bins) * std + mean).astype(np.float32).astype(np.float64))
+    edges = edges[np.concatenate([[True], np.diff(edges) > 1e-6 * (edges[-1] - edges[0])])]
+    heights = (up(np.maximum(edges, 0) if up is np.log1p else edges) - mean) / std
+    curve = (tuple(map(float, edges)), tuple(map(float, heights))) if len(edges) > 1 else ((), ())
+    return Number(name, float(np.float32(np.median(values))), *curve, tuple(map(float, _common(values, personal, most))))
 
 
 def learn(
     contract: Contract,
     frame: pl.DataFrame,    # checked training rows, and no others
-    bins: int = 32,         # pieces of a number's encoding, at most
+    bins: int = 32,         # pieces of a number's curve, at most
 ) -> Features:
     "Fit every encoder in one look at the training rows."
-    kinds = {n: contract.columns[n].type for n in contract.features}
-    numbers = tuple(_number(n, frame[n], bins) for n, kind in kinds.items() if kind != "category")
-    return Features(numbers, tuple(Category(n, tuple(frame[n].drop_nulls().unique().sort())) for n, kind in kinds.items() if kind == "category"))
+    named = {n: contract.columns[n] for n in contract.features}
+    numeric = [n for n, c in named.items() if c.type != "category"]
+    most = max(16, min(256, _MOST // max(len(numeric), 1)))
+    return Features(tuple(_number(n, frame[n], bins, named[n].personal, most) for n in numeric),
+                    tuple(Category(n, tuple(frame[n].drop_nulls().unique().sort())) for n, c in named.items() if c.type == "category"))
 
 # %% ../nbs/12_features.ipynb #4b83f498
 @dataclass(frozen=True)
@@ -85,12 +130,6 @@ class Matrix:
 
     def __len__(self) -> int: return len(self.numbers)
     def __getitem__(self, rows: Any) -> "Matrix": return Matrix(self.numbers[rows], self.codes[rows])
-
-
-def _floats(values: Any) -> np.ndarray:
-    "One column of numbers, missing as NaN."
-    if isinstance(values, pl.Series): values = values.cast(pl.Float64).to_numpy()
-    return np.asarray(values, dtype=np.float64).astype(np.float32)
 
 
 def apply(

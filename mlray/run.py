@@ -18,14 +18,17 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import nn
 
 from .bundle import Bundle, pack
 from .contract import labels
 from .errors import TrainingError
 from .evaluation import Evaluation, evaluate, incumbent_of, verdict_of
-from .features import apply, learn
+from .features import Matrix, apply, learn
 from .gate import Verdict
-from .model import Epoch, Job, epochs, fitted, scores, to_onnx
+from .model import Epoch, Job, epochs
+from .network import fitted, scores, sensible, to_onnx
 from .registry import Registry, Version, open_registry, register
 from .rows import Rows, read_rows
 from .settings import Settings, read_settings
@@ -50,10 +53,11 @@ class LocalBackend:
 # %% ../nbs/38_run.ipynb #590772eb
 def make_job(spec: RunSpec, rows: Rows) -> Job:
     "Everything that a backend needs."
-    features = learn(rows.contract, rows.parts.train, spec.model.bins)
+    model, pace = sensible(spec.model, spec.train, rows.parts.train.height)
+    features = learn(rows.contract, rows.parts.train, model.bins or 32)
     encoded = {part: apply(features, frame, frame.height) for part, frame in vars(rows.parts).items()}
     truth = {part: labels(rows.contract, frame).to_numpy().astype(np.float32) for part, frame in vars(rows.parts).items()}
-    return Job(features, spec.model, spec.train, encoded["train"], truth["train"], encoded["valid"], truth["valid"])
+    return Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"])
 
 
 def _provenance(rows: Rows, backend: Backend, last: Epoch) -> dict[str, Any]:
@@ -63,6 +67,9 @@ def _provenance(rows: Rows, backend: Backend, last: Epoch) -> dict[str, Any]:
             "backend": type(backend).__name__, "python": platform.python_version(), "packages": packages}
 
 
+def _answers(network: nn.Module, rows: Matrix) -> np.ndarray: return scores(network, torch.from_numpy(rows.numbers), torch.from_numpy(rows.codes)).numpy()
+
+
 def make_bundle(spec: RunSpec, rows: Rows, backend: Backend, tracker: Tracker, settings: Settings, folder: Path) -> Bundle:
     "Train and pack."
     job = make_job(spec, rows)
@@ -70,9 +77,9 @@ def make_bundle(spec: RunSpec, rows: Rows, backend: Backend, tracker: Tracker, s
     for last in backend.train(job, spec.name, settings.home / "runs"): tracker.log(last.metrics, last.number)
     if last is None or last.state is None: raise TrainingError("training ended without an epoch. Raise train.epochs.")
     tracker.note("exporting to ONNX")
-    network = fitted(job, last.state.best)
+    network = fitted(job.features, job.model, last.state.best)
     arrays = {k: v.numpy() for k, v in last.state.best.items()}
-    return pack(folder, spec, job.features, to_onnx(network), arrays, _provenance(rows, backend, last), job.valid_rows, scores(network, job.valid_rows))
+    return pack(folder, spec, job.features, to_onnx(network), arrays, _provenance(rows, backend, last), job.valid_rows, _answers(network, job.valid_rows))
 
 # %% ../nbs/38_run.ipynb #ba8ea05b
 @dataclass(frozen=True)

@@ -104,21 +104,23 @@ class Data(Part):
 # %% ../nbs/01_spec.ipynb #eeab3058
 class Model(Part):
     "The network, and where its score becomes a decision."
-    network: Literal["mlp", "linear"] = "mlp"
-    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (128, 128) # units of each hidden layer
-    dropout: Share = 0.1
-    embedding: Annotated[int, Field(ge=1)] = 8      # numbers that stand for one category
-    bins: Annotated[int, Field(ge=2, le=256)] = 32  # pieces of the piecewise-linear encoding of a number
+    network: Literal["tabm", "mlp", "linear"] = "tabm"
+    members: Annotated[int, Field(ge=1, le=64)] = 16 # of TabM's ensemble
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] | None = None # units of each hidden layer
+    dropout: Share | None = None
+    embedding: Annotated[int, Field(ge=1)] = 16     # numbers that stand for one number or one category
+    bins: Annotated[int, Field(ge=2, le=256)] | None = None # pieces of the piecewise-linear encoding of a number
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5 # a score at or above it is a positive decision
 
 
 class Train(Part):
     "How to fit it."
-    epochs: Annotated[int, Field(ge=1)] = 20        # at most
-    patience: Annotated[int, Field(ge=1)] = 4       # epochs without a better validation loss before stopping
-    batch_size: Annotated[int, Field(ge=1)] = 256   # rows a step, over all workers together
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    epochs: Annotated[int, Field(ge=1)] | None = None   # at most
+    patience: Annotated[int, Field(ge=1)] | None = None # epochs without a better validation loss before stopping
+    batch_size: Annotated[int, Field(ge=1)] | None = None # rows a step, over all workers together
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    average: Annotated[float, Field(ge=0, lt=1)] | None = None # decay of the moving average of the weights; 0: none
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] = 1        # CPU threads a worker; more can change the last bits
 

@@ -27,9 +27,9 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture(scope="session")
 def diabetes():
-    "The spec that ships, shortened."
+    "The spec that ships."
     from mlray.spec import read_spec
-    return read_spec(shipped("configs") / "diabetes.yaml", ["train.epochs=15"])
+    return read_spec(shipped("configs") / "diabetes.yaml")
 
 
 @pytest.fixture(scope="session")

@@ -37,9 +37,9 @@ def test_a_training_is_one_run_with_losses_spec_and_scorecard(settings, diabetes
     found = list(records(files[0]))
     history = [{(i.key or "/".join(i.nested_key)): plain(i) for i in r.history.item} for r in found if r.WhichOneof("record_type") == "history"]
     losses = [h["valid_loss"] for h in history if "valid_loss" in h]
-    assert losses == [e["valid_loss"] for e in memory.logged] and len(losses) == 15
+    assert losses == [e["valid_loss"] for e in memory.logged] and len(losses) > 5
     config = {i.key: json.loads(i.value_json) for r in found if r.WhichOneof("record_type") == "run" for i in r.run.config.update if i.value_json}
-    assert config["train"]["epochs"] == 15 and config["spec_id"] == diabetes.id
+    assert config["data"]["split"]["seed"] == 8 and config["spec_id"] == diabetes.id
     summary = {(i.key or "/".join(i.nested_key)): plain(i) for r in found if r.WhichOneof("record_type") == "summary" for i in r.summary.update}
     assert summary["roc_auc"] == run.evaluation.scorecard.overall["roc_auc"].value and summary["version"] == "diabetes/1"
     assert list((settings.home / "runs").glob("wandb/offline-run-*/files/media/table/scorecard*"))
