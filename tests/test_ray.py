@@ -89,7 +89,7 @@ def test_an_error_on_a_worker_is_a_letter(ray_cluster, job, tmp_path):
 def test_adult(ray_cluster, settings):
     "On the original test file: AUC at least 0.905, with one process and, within 0.005, with two workers."
     from mlray.train_on_ray import RayBackend
-    spec = read_spec(shipped("configs") / "adult.yaml")
+    spec = read_spec(shipped("configs") / "adult.yaml", ["train.epochs=3"])
     run = train(spec, settings, RayBackend(2))
     auc = run.evaluation.scorecard.overall["roc_auc"].value
     assert run.rows.parts.test.height == 16281 and auc >= 0.905 and run.verdict.passed
