@@ -91,8 +91,7 @@ class Evidence:
 _lgamma = np.vectorize(math.lgamma, otypes=[np.float64])
 
 
-def _xlogy(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"): return np.where(x == 0, 0.0, x * np.log(y))
+def _xlogy(x: np.ndarray, y: np.ndarray) -> np.ndarray: return x * np.log(np.maximum(y, 1e-300))
 
 
 def _log_mixture(total: np.ndarray, n: np.ndarray) -> np.ndarray:
@@ -127,7 +126,8 @@ def difference(
 ) -> tuple[np.ndarray, np.ndarray]: # ends of the interval, in [-1, 1]
     "Where the canary's mean minus the champion's lies, at every look: the beta-binomial mixture e-process (Robbins 1970; Howard et al. 2021), by universal inference (Wasserman et al. 2020)."
     a, n, b, m, level = np.broadcast_arrays(*(np.asarray(x, np.float64) for x in (total, n, champion_total, champion_n, alpha)))
-    return _lowest(a, n, b, m, level), -_lowest(b, m, a, n, level)
+    low, turned = _lowest(np.stack([a, b]), np.stack([n, m]), np.stack([b, a]), np.stack([m, n]), level)
+    return low, -turned
 
 
 def interval(
@@ -244,15 +244,19 @@ def _hits(rate: str, cell: Cell) -> tuple[int, int]:
             "false_positive_rate": (cell.fp, cell.fp + cell.tn), "accuracy": (cell.tp + cell.tn, cell.rows)}[rate]
 
 
-def _gap(metric: str, cells: Sequence[Cell], alpha: float) -> tuple[float, float]:
+def _gap(metric: str, cells: Sequence[Cell], groups: int, alpha: float) -> tuple[float, float]:
     "How far groups are apart, at least and at most; of a ratio, one minus it."
     family, _, kind = metric.rpartition("_")
     ends = []
     for rate in _RATES[family]:
         hits, of = np.array([_hits(rate, c) for c in cells]).T
-        low, high = interval(hits, of, alpha)
-        if kind == "difference": ends.append((max(0.0, low.max() - high.min()), high.max() - low.min()))
-        else: ends.append((max(0.0, 1 - high.min() / max(low.max(), 1e-300)), 1 - low.min() / high.max()))
+        if kind == "difference":    # by pairs, which is sharper than by groups
+            i, j = np.triu_indices(len(cells), 1)
+            low, high = difference(hits[i], of[i], hits[j], of[j], alpha / len(_RATES[family]) / (groups * (groups - 1) / 2))
+            ends.append((np.maximum(low, -high).max(initial=0.0), np.maximum(-low, high).max(initial=0.0)))
+        else:
+            low, high = interval(hits, of, alpha / len(_RATES[family]) / groups)
+            ends.append((max(0.0, 1 - high.min() / max(low.max(), 1e-300)), 1 - low.min() / high.max()))
     return float(max(e[0] for e in ends)), float(max(e[1] for e in ends))
 
 
@@ -262,8 +266,8 @@ def _group(rule: Rule, fair: Fair, evidence: Evidence, alpha: float) -> list[Fin
     if (rule.at_least if less else rule.at_most) is not None: raise SpecError(f"Rule {rule.measure}: a difference is promised `at_most`, a ratio `at_least`; turn it round.")
     counted = [arm.counts if arm.counts and set(rule.by) <= set(arm.counts.columns) else None for arm in (evidence.canary, evidence.champion)]
     c, h = (list(k.by(sorted(rule.by)).values()) if k else [] for k in counted)
-    each = alpha / (2 * fair.groups * len(_RATES[rule.metric.rpartition("_")[0]]))
-    (low, high), (low_h, high_h) = (_gap(rule.metric, cells, each) if cells else (0.0, 1.0) for cells in (c, h))
+    each = alpha if rule.within is None else alpha / 2
+    (low, high), (low_h, high_h) = (_gap(rule.metric, cells, fair.groups, each) if cells else (0.0, 1.0) for cells in (c, h))
     found = []
     for margin, sides, ends in ((bound if bound is None or less else 1 - bound, [c], (low, high)), (rule.within, [c, h], (low - high_h, high - low_h))):
         if margin is None: continue
