@@ -8,8 +8,23 @@ from hypothesis import given, settings, strategies as st
 from scipy.special import betaln, xlogy
 
 from mlray.errors import DataError, SpecError
-from mlray.fairness import Cell, Counts
-from mlray.rollout import EDGES, Arm, Decision, Evidence, Hold, Mean, Promote, RollBack, decide, decision_from, difference, interval, latencies, mean_of
+from mlray.fairness import Cell, Counts, gaps
+from mlray.rollout import (
+    EDGES,
+    Arm,
+    Decision,
+    Evidence,
+    Hold,
+    Mean,
+    Promote,
+    RollBack,
+    decide,
+    decision_from,
+    difference,
+    interval,
+    latencies,
+    mean_of,
+)
 from mlray.spec import Check, Rollout, Rule, parse_spec
 
 # ---- the interval, against other ways to compute it -----------------------------------------------------------------
@@ -102,39 +117,43 @@ def test_a_z_test_is_caught_by_the_same_computation():
     assert chance_ever(z_test, 0.5, 0.5, 60) > 0.4    # at a nominal 0.2
 
 
-def every_look(generator, draw, runs, looks):
-    "Sums after each request of both arms."
-    return (draw(generator, (runs, looks)).cumsum(axis=1) for _ in range(2))
+def every_look(generator, draw, runs, looks, share):
+    "Sums and numbers of both arms after each request; each request is the canary's with probability `share`."
+    values, canary = draw(generator, (runs, looks)), generator.random((runs, looks)) < share
+    return (of.cumsum(axis=1) for of in (values * canary, 1.0 * canary, values * ~canary, 1.0 * ~canary))
 
 
-def ever_rejected(a, b, alpha):
-    "Per run, whether equal means were ever called worse, and ever better, looking after each pair of requests."
-    n = np.broadcast_to(np.arange(1, a.shape[1] + 1), a.shape)
-    at_most = log_likelihood(a, n, a / n) + log_likelihood(b, n, b / n) - log_likelihood(a + b, 2 * n, (a + b) / (2 * n))
+def ever_rejected(a, n, b, m, alpha):
+    "Per run, whether equal means were ever called worse, and ever better, looking after each request."
+    p, q = a / np.maximum(n, 1), b / np.maximum(m, 1)
+    at_most = log_likelihood(a, n, p) + log_likelihood(b, m, q) - log_likelihood(a + b, n + m, (a + b) / (n + m))
     possible = at_most >= -np.log(alpha) # a mixture never exceeds the maximum, so elsewhere zero is inside
     low, high = np.full(a.shape, -1.0), np.full(a.shape, 1.0)
-    low[possible], high[possible] = difference(a[possible], n[possible], b[possible], n[possible], alpha)
+    low[possible], high[possible] = difference(a[possible], n[possible], b[possible], m[possible], alpha)
     return (low > 0).any(axis=1), (high < 0).any(axis=1)
 
 
 KINDS = {"no errors": lambda g, s: np.zeros(s), "1 % errors": lambda g, s: 1.0 * (g.random(s) < 0.01), "50 % errors": lambda g, s: 1.0 * (g.random(s) < 0.5),
-         "a uniform loss": lambda g, s: g.random(s), "a skewed loss": lambda g, s: g.beta(0.05, 1.0, s)}
+         "a uniform loss": lambda g, s: g.random(s), "a skewed loss": lambda g, s: g.beta(0.05, 1.0, s),
+         "errors that come and go": lambda g, s: 1.0 * (g.random(s) < np.where(np.arange(s[1]) // 200 % 2, 0.3, 0.01)),
+         "errors that grow": lambda g, s: 1.0 * (g.random(s) < np.linspace(0.0, 0.5, s[1]))}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_a_in_short(kind):
-    worse, better = ever_rejected(*every_look(np.random.default_rng(1), KINDS[kind], 200, 500), 0.05)
+    worse, better = ever_rejected(*every_look(np.random.default_rng(1), KINDS[kind], 200, 1000, 0.5), 0.05)
     assert (worse | better).mean() <= 0.05
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("share", [0.05, 0.5])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_thousand_a_a_rollouts_looked_at_after_every_request(kind):
+def test_a_thousand_a_a_rollouts_looked_at_after_every_request(kind, share):
     generator, worse, better = np.random.default_rng(0), [], []
     for _ in range(20):
-        w, b = ever_rejected(*every_look(generator, KINDS[kind], 50, 10_000), 0.05)
+        w, b = ever_rejected(*every_look(generator, KINDS[kind], 50, 20_000, share), 0.05)
         worse += w.tolist(); better += b.tolist()
-    print(f"\nA/A, {kind}: of {len(worse)} rollouts of 10 000 requests a side, called worse {sum(worse)}, called better {sum(better)}; at most 50 allowed together")
+    print(f"\nA/A, {kind}, share {share:.0%}: of {len(worse)} rollouts of 20 000 requests, called worse {sum(worse)}, called better {sum(better)}; at most 50 allowed together")
     assert len(worse) == 1000 and np.mean(np.array(worse) | np.array(better)) <= 0.05
 
 
@@ -351,6 +370,29 @@ def test_more_errors_never_turn_a_rollback_into_a_promotion(canary, champion, de
     order = {RollBack: 0, Hold: 1, Promote: 2}
     before, after = (order[type(decide(Evidence(0.5, Arm(n, {"error_rate": Mean(k, n)}), Arm(champion[1], {"error_rate": Mean(*champion)})), policy))] for k in (few, many))
     assert after <= before
+
+
+cells = st.lists(st.builds(Cell, *[st.integers(0, 300)] * 4).filter(lambda c: c.tp and c.fp and c.fn and c.tn), min_size=2, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cells, cells, st.sampled_from(list(gaps([]))))
+def test_the_bounds_of_a_gap_hold_the_gap_that_was_counted(ours, theirs, metric):
+    ratio, many = metric.endswith("_ratio"), Rollout(fairness={"minimum": 1})
+    rule = Rule(metric=metric, by=("g",), within=0.1, **({"at_least": 0.5} if ratio else {"at_most": 0.5}))
+    counts = [Counts(("g",), {(str(i),): c for i, c in enumerate(side)}) for side in (ours, theirs)]
+    alone, compared = decide(Evidence(0.05, Arm(counts=counts[0]), Arm(counts=counts[1])), many, [rule]).findings[-2:]
+    far, far_theirs = ((1 - gaps(side)[metric]) if ratio else gaps(side)[metric] for side in (ours, theirs))
+    assert alone.low - 1e-9 <= far <= alone.high + 1e-9 and compared.low - 1e-9 <= far - far_theirs <= compared.high + 1e-9
+    assert alone.canary == compared.canary == gaps(ours)[metric] and compared.champion == gaps(theirs)[metric]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 500), min_size=63, max_size=63), st.integers(0, 3))
+def test_what_is_slower_by_the_ratio_and_no_more_is_never_called_worse(counts, quarters):
+    champion, canary = (*counts, 0, 0, 0), (*[0] * quarters, *counts, 0, 0, 0)[:66]
+    slower = Rollout(checks=(), latency={"ratio": 2 ** 0.75, "margin": 1e-9, "minimum": 1, "demand": "not worse"})
+    assert decide(Evidence(0.05, Arm(latency=canary), Arm(latency=champion)), slower).findings[0].verdict != "worse"
 
 
 def test_a_latency_falls_where_its_edge_says():
