@@ -18,6 +18,7 @@ Modules:
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
+- `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
 - `mlray.samples`: Real rows that are there without a download
