@@ -45,7 +45,7 @@ def scan_files(
     if suffix in (".jsonl", ".ndjson"): return pl.scan_ndjson(found, infer_schema_length=None)
     if suffix in (".arrow", ".feather", ".ipc"): return pl.scan_ipc(found, glob="://" in found[0])
     frame = pl.scan_csv(found, has_header=csv.header, separator=csv.separator, comment_prefix=csv.comment, infer_schema=False,
-                        new_columns=None if csv.header else list(columns), truncate_ragged_lines=False, glob="://" in found[0])
+                        new_columns=None if csv.header or not columns else list(columns), truncate_ragged_lines=False, glob="://" in found[0])
     frame = frame.rename({name: name.strip() for name in frame.collect_schema().names()})
     return frame.filter(~pl.all_horizontal(pl.all().is_null()))
 
@@ -120,13 +120,13 @@ def open_source(
 def read_source(
     source: Source,
     csv: Csv,
-    columns: Sequence[str], # of the contract; others are not read
+    columns: Sequence[str], # of the contract; others are not read. Empty: all
     settings: Settings,
 ) -> tuple[pl.DataFrame, str | None]: # rows as they are; the source's own name for them
     "Read a source. Raises `DataError`, or `Unavailable` when the network fails."
     lazy, version = open_source(source, csv, columns, settings)
     with _letters(source.label):
         there = lazy.collect_schema().names()
-        frame = (lazy.select(columns) if set(columns) <= set(there) else lazy).collect()
+        frame = (lazy.select(columns) if columns and set(columns) <= set(there) else lazy).collect()
     if frame.is_empty(): raise DataError(f"{source.label} has no rows.")
     return frame, version

@@ -7,7 +7,7 @@ frozen value that can be hashed, pickled and compared. Where to run is `mlray.se
 
 # %% auto #0
 __all__ = ['Name', 'Share', 'Sql', 'Source', 'Csv', 'Split', 'Data', 'Model', 'Train', 'Rule', 'Serve', 'RunSpec', 'parse_spec',
-           'read_spec']
+           'parse_data', 'read_spec']
 
 # %% ../nbs/01_spec.ipynb #283dc5d7
 import hashlib
@@ -235,18 +235,35 @@ def _explain(where: str, error: ValidationError) -> SpecError:
     return SpecError(f"{where}: {place}: {text.rstrip('.')}." + (f" ({more} more after this one.)" if more else ""))
 
 
+def _tree(text: str, overrides: Sequence[str], where: str) -> dict:
+    "A spec as YAML has it."
+    try: tree = yaml.load(text, _Strict)
+    except yaml.YAMLError as error: raise SpecError(f"{where} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, dict): raise SpecError(f"{where} is empty, or not a mapping. Start it with `name: …`.")
+    for override in overrides: _override(tree, override)
+    return tree
+
+
 def parse_spec(
     text: str,                       # YAML
     overrides: Sequence[str] = (),   # `train.epochs=5`
     where: str = "spec",             # how messages name the source
 ) -> RunSpec:
     "A spec from YAML text. Raises `SpecError`."
-    try: tree = yaml.load(text, _Strict)
-    except yaml.YAMLError as error: raise SpecError(f"{where} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(tree, dict): raise SpecError(f"{where} is empty, or not a mapping. Start it with `name: …`.")
-    for override in overrides: _override(tree, override)
+    tree = _tree(text, overrides, where)
     try: return RunSpec.model_validate(tree)
     except ValidationError as error: raise _explain(where, error) from error
+
+
+def parse_data(
+    text: str,                       # YAML of a spec whose contract is not written yet
+    overrides: Sequence[str] = (),
+    where: str = "spec",
+) -> tuple[Data, bool]: # and whether there is a contract already
+    "The rows that a spec names, whatever else it lacks. Raises `SpecError`."
+    tree = _tree(text, overrides, where)
+    try: return Data.model_validate(tree.get("data", {})), "contract" in tree
+    except ValidationError as error: raise _explain(f"{where}: data", error) from error
 
 
 def read_spec(
