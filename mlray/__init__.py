@@ -18,6 +18,7 @@ Modules:
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.model`: Numbers to scores: a network, and training as a generator of epochs
+- `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
