@@ -32,7 +32,8 @@ Modules:
 - `mlray.table`: Rows: named by a fingerprint, and divided the same way every time
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
-- `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are"""
+- `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
+- `mlray.watermark`: A source that grows, read from where it was left: each row once"""
 
 __version__ = "0.1.0"
 

@@ -246,7 +246,8 @@ def _plain(value: Any) -> Any: return value.to_list() if isinstance(value, pl.Se
 def _with_reasons(raw: pl.DataFrame, bad: pl.Series, broken: Mapping[tuple[tuple[str, ...], str, str], pl.Series]) -> pl.DataFrame:
     reasons = [pl.when(rows).then(pl.lit(f"{', '.join(names)}: {r}")) for (names, r, _), rows in broken.items()]
     problem = pl.concat_str(reasons, separator="; ", ignore_nulls=True) if reasons else pl.lit("")
-    return raw.with_row_index("row", offset=1).with_columns(problem.alias("problem")).filter(bad)
+    number, reason = (n if n not in raw.columns else f"{n} in the source" for n in ("row", "problem"))
+    return raw.with_row_index(number, offset=1).with_columns(problem.alias(reason)).filter(bad)
 
 
 def _stale(name: str, column: Column, times: pl.Series, now: datetime) -> Problem | None:

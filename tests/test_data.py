@@ -212,3 +212,92 @@ def test_given_parts_are_taken_as_they_are(settings):
     spec = parse_spec(SPEC, ["data.valid.file=v.parquet", "data.test.file=t.parquet"])
     parts = read_rows(spec, settings, datetime(2024, 2, 1, tzinfo=UTC)).parts
     assert [f.height for f in vars(parts).values()] == [20, 10, 10]
+
+
+# Inference, and sources that grow.
+
+def test_infer_writes_a_contract_once_and_never_over_one(settings, capsys, monkeypatch):
+    from typer.testing import CliRunner
+
+    from mlray.cli import app
+    monkeypatch.chdir(settings.root)
+    invoices().drop("face").write_csv("rows.csv")
+    (settings.root / "credit.yaml").write_text("# mine\nname: credit\ndata: {train: {file: rows.csv}}\n")
+    first = CliRunner().invoke(app, ["check", "--infer", "credit.yaml"])
+    written = (settings.root / "credit.yaml").read_text()
+    assert first.exit_code == 0 and written.startswith("# mine\n") and "role: id, unique: true" in written and "day: {type: date" in written
+    second = CliRunner().invoke(app, ["check", "--infer", "credit.yaml", "--json"])
+    assert second.exit_code == 0 and not json.loads(second.stdout)["written"] and (settings.root / "credit.yaml").read_text() == written
+    spec = parse_spec(written.replace("paid: {type: boolean}", "paid: {type: boolean, role: target}"))
+    assert not check_sources(spec, settings)["train"].problems
+
+
+def test_infer_of_a_file_without_header(settings):
+    from mlray.infer import infer_contract
+    (settings.root / "rows.csv").write_text("1,a\n2,b\n3,a\n4,b\n")
+    frame, _ = read_source(Source(file="rows.csv"), Csv(header=False), (), settings)
+    assert [c["type"] for c in infer_contract(frame).values()] == ["integer", "category"]
+
+
+GROWING = """
+name: visits
+data: {train: {delta: visits}}
+contract:
+  row: {type: integer, role: time, min: 0}
+  x: {type: number}
+  y: {type: boolean, role: target}
+"""
+
+
+def visits(*rows: int) -> pl.DataFrame: return pl.DataFrame({"row": rows, "x": [float(r) for r in rows], "y": [True] * len(rows)}, schema={"row": pl.Int64, "x": pl.Float64, "y": pl.Boolean})
+
+
+def test_a_delta_table_is_followed_and_compaction_brings_no_row_twice(settings):
+    deltalake = pytest.importorskip("deltalake", reason="pip install 'mlray[delta]'")
+    from mlray.watermark import accept, next_batch, read_mark
+    spec, table, seen = parse_spec(GROWING), str(settings.root / "visits"), []
+
+    def take() -> tuple[int, int] | None:
+        batch = next_batch(spec, settings)
+        if batch is None: return None
+        accept(spec, settings, batch)
+        seen.extend(batch.good["row"])
+        return batch.good.height, batch.late
+    visits(0, 1, 5).write_delta(table)
+    assert take() == (3, 0) and take() is None
+    visits(6, -7, 2).write_delta(table, mode="append")
+    visits(3, 9).write_delta(table, mode="append")
+    assert take() == (4, 2) and read_mark(spec, settings).time == "9" and len(list((settings.home / "quarantine").iterdir())) == 1
+    deltalake.DeltaTable(table).optimize.compact()
+    assert take() is None
+    visits(10).write_delta(table, mode="append")
+    assert take() == (1, 0) and sorted(seen) == [0, 1, 2, 3, 5, 6, 9, 10]
+    deltalake.DeltaTable(table).delete("row = 10")
+    with pytest.raises(DataError, match="follows what is appended"): next_batch(spec, settings)
+
+
+def test_a_batch_that_breaks_the_contract_does_not_count_where_the_spec_says_stop(settings):
+    from mlray.watermark import Mark, next_batch, read_mark
+    spec = parse_spec(GROWING, ["data.train={file: v-*.parquet}", "data.on_invalid=stop"])
+    visits(1, -2).write_parquet(settings.root / "v-1.parquet")
+    with pytest.raises(ContractError, match="The mark was not moved"): next_batch(spec, settings)
+    assert read_mark(spec, settings) == Mark()
+
+
+@hypothesis_settings(max_examples=25, deadline=None)
+@given(arrivals=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=5), min_size=1, max_size=6), looks=st.lists(st.booleans(), min_size=6, max_size=6))
+def test_each_row_comes_once_and_late_ones_are_counted(arrivals, looks, tmp_path_factory):
+    from mlray.settings import Settings
+    from mlray.watermark import accept, next_batch
+    root = tmp_path_factory.mktemp("growing")
+    here, spec, seen = Settings(root=root, home=root / "home"), parse_spec(GROWING, ["data.train={file: v-*.parquet}"]), []
+    for i, rows in enumerate(arrivals):
+        visits(*rows).write_parquet(root / f"v-{i}.parquet")
+        if not looks[i]: continue
+        batch = next_batch(spec, here)
+        assert next_batch(spec, here).good.equals(batch.good), "not accepted, so it comes again"
+        accept(spec, here, batch)
+        assert batch.late == sum(row < max(seen) for row in batch.good["row"]) if seen else batch.late == 0
+        seen += batch.good["row"].to_list()
+    if batch := next_batch(spec, here): accept(spec, here, batch); seen += batch.good["row"].to_list()
+    assert sorted(seen) == sorted(r for rows in arrivals for r in rows) and next_batch(spec, here) is None
