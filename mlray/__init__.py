@@ -17,6 +17,7 @@ Modules:
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
 - `mlray.haproxy`: Close what is left open in front of a service
+- `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
@@ -26,11 +27,13 @@ Modules:
 - `mlray.serve_on_ray`: HTTP in front of the service, on Ray Serve
 - `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
+- `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a function
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
-- `mlray.table`: Rows: read, named by a fingerprint, and divided the same way every time
+- `mlray.table`: Rows: named by a fingerprint, and divided the same way every time
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
-- `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are"""
+- `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
+- `mlray.watermark`: A source that grows, read from where it was left: each row once"""
 
 __version__ = "0.1.0"
 

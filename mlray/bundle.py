@@ -46,7 +46,7 @@ class Bundle:
     @property
     def name(self) -> str: return self.spec.name
     @property
-    def contract(self) -> Contract: return Contract(self.spec.contract)
+    def contract(self) -> Contract: return Contract(self.spec.contract, self.spec.rules)
     @property
     def size(self) -> int: return sum(p.stat().st_size for p in self.path.iterdir())
 

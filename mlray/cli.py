@@ -26,6 +26,7 @@ from mlray.commands import (
     deploy_versions,
     find_version,
     gate_version,
+    propose_contract,
     settings_of,
     stderr,
     train_run,
@@ -71,8 +72,14 @@ def _show(as_json: bool, value: Any, *faces: Any) -> None:
 
 # %% ../nbs/59_cli.ipynb #e18be544
 @app.command()
-def check(spec: Spec, overrides: Overrides = None, env: Env = None, as_json: Json = False) -> None:
+def check(spec: Spec, overrides: Overrides = None, infer: Annotated[bool, typer.Option("--infer", help="Propose a contract from the data; written into the spec if it has none.")] = False,
+          env: Env = None, as_json: Json = False) -> None:
     "Hold the data against its contract; bad rows go to quarantine."
+    if infer:
+        contract, text, written = propose_contract(spec, overrides or (), settings_of(env))
+        said = f"Written to {spec}. Correct it, and give one column `role: target` with `positive` or `positive_above`." if written else f"{spec} has a contract already; nothing was written."
+        stderr().print(said, markup=False)
+        return _show(as_json, {"contract": contract, "written": written}, text.rstrip())
     from mlray.rows import check_sources, quarantine
     from mlray.spec import read_spec
     read, settings = read_spec(spec, overrides or ()), settings_of(env)
@@ -80,7 +87,7 @@ def check(spec: Spec, overrides: Overrides = None, env: Env = None, as_json: Jso
     kept = [str(p) for p in quarantine(read, settings, checked)]
     value = {part: {"good": c.good.height, "bad": c.bad.height, "problems": [vars(p) for p in c.problems]} for part, c in checked.items()}
     _show(as_json, {**value, "quarantine": kept}, *(f for part, c in checked.items() for f in (part, c.table() if c.problems else c.table().title)), *(f"bad rows: {p}" for p in kept))
-    if kept: raise typer.Exit(1)
+    if any(c.problems for c in checked.values()): raise typer.Exit(1)
 
 
 @app.command()

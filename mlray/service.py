@@ -19,7 +19,8 @@ import numpy as np
 
 from .access import Key, allowed
 from .bundle import Bundle, decide, predict
-from .contract import broken_rules, label_names, row_type
+from .contract import label_names
+from .request import broken_rules, row_type
 
 # %% ../nbs/39_service.ipynb #6e7daff7
 class Prediction(msgspec.Struct, gc=False):

@@ -2,18 +2,22 @@
 import json
 import os
 import shutil
+from datetime import UTC, date, datetime, timedelta, timezone
 
+import msgspec
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 from mlray.access import new_key
 from mlray.bundle import decide, load_bundle, predict
-from mlray.contract import Contract, broken_rules, check, row_type
+from mlray.column import Column
+from mlray.contract import Contract, check
 from mlray.errors import BundleError
 from mlray.registry import bundle_of, open_registry
+from mlray.request import broken_rules, row_type
 from mlray.service import Served, Service
-from mlray.spec import Column
 
 
 @pytest.fixture(scope="module")
@@ -133,18 +137,42 @@ def test_every_answer_is_the_prediction(service, trained):
 
 # A frame and a request are held to the same rules.
 
-contract = Contract({"n": Column(type="integer", min=-5, max=5, nullable=True), "x": Column(type="number", min=0.5), "c": Column(type="category", values=("a", "b")),
-                     "b": Column(type="boolean"), "y": Column(type="boolean", role="target")})
+contract = Contract(
+    {"n": Column(type="integer", min=-5, max=5, nullable=True), "x": Column(type="number", min=0.5), "c": Column(type="category", values=("a", "b")),
+     "b": Column(type="boolean"), "t": Column(type="text", pattern="[a-c]+|z"), "d": Column(type="date", min="2024-01-01", max="2024-12-31"),
+     "w": Column(type="datetime", time_zone="Europe/Berlin", max="2024-06-01T00:00:00+02:00", nullable=True), "l": Column(type="datetime", min="2024-01-01T00:00:00"),
+     "u": Column(type="duration", min=0, max=3600), "v": Column(type="array", length=2, max=2), "y": Column(type="boolean", role="target")},
+    {"small": "n <= x", "late": "d >= '2024-02-01'::date OR b", "not_of_the_request": "y OR NOT y"})
+good_row = {"n": 0, "x": 1.0, "c": "a", "b": True, "t": "abc", "d": date(2024, 5, 1), "w": datetime(2024, 5, 1, tzinfo=UTC), "l": datetime(2024, 5, 1), "u": timedelta(minutes=5), "v": [1.0, 2.0]}
+moments = st.datetimes(datetime(2022, 1, 1), datetime(2026, 1, 1))
+row_values = {"n": st.none() | st.integers(-8, 8), "x": st.none() | st.floats(-1, 3), "c": st.sampled_from(["a", "b", "z"]), "b": st.booleans(), "t": st.text("abdz", min_size=1, max_size=4),
+              "d": st.dates(date(2023, 6, 1), date(2025, 6, 1)), "w": st.none() | moments.map(lambda t: t.replace(tzinfo=timezone(timedelta(hours=-3)))), "l": moments,
+              "u": st.timedeltas(timedelta(minutes=-9), timedelta(minutes=69)), "v": st.lists(st.floats(-3, 3), min_size=1, max_size=3)}
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
-@given(n=st.none() | st.integers(-8, 8), x=st.floats(-1, 3), c=st.sampled_from(["a", "b", "z"]), b=st.booleans())
-def test_frame_and_request_agree(n, x, c, b):
-    import msgspec
-    import polars as pl
-    row = {"n": n, "x": x, "c": c, "b": b}
-    frame = pl.DataFrame([{**row, "y": True}], schema={"n": pl.Int64, "x": pl.Float64, "c": pl.String, "b": pl.Boolean, "y": pl.Boolean})
-    good = check(contract, frame).good.height == 1
-    try: msgspec.json.decode(json.dumps(row), type=row_type(contract)); decoded = True
+def iso(value):
+    if isinstance(value, timedelta): return f"{'-' * (value < timedelta())}PT{abs(value) // timedelta(microseconds=1) / 1e6:.6f}S"
+    return value.isoformat() if isinstance(value, date) else value
+
+
+@hypothesis_settings(max_examples=400, deadline=None)
+@given(changed=st.fixed_dictionaries({}, optional=row_values))
+def test_frame_and_request_agree(changed):
+    row = {**good_row, **changed}
+    kinds = {"n": pl.Int64, "x": pl.Float64, "c": pl.String, "b": pl.Boolean, "t": pl.String, "d": pl.Date, "w": pl.Datetime("us", "UTC"), "l": pl.Datetime("us"), "u": pl.Duration("us"), "v": pl.List(pl.Float64)}
+    frame = pl.DataFrame([row | {"y": True}], schema=kinds | {"y": pl.Boolean})
+    sent = {n: iso(v) for n, v in row.items()}
+    text = frame.with_columns(pl.lit(sent[n], pl.String).alias(n) for n in ("d", "w", "l", "u"))
+    problems = check(contract, frame).problems
+    assert [(p.column, p.rule) for p in check(contract, text).problems] == [(p.column, p.rule) for p in problems]
+    try: msgspec.json.decode(json.dumps(sent), type=row_type(contract)); decoded = True
     except msgspec.ValidationError: decoded = False
-    assert good == decoded == (not broken_rules(contract, row))
+    said = broken_rules(contract, sent)
+    assert (not problems) == decoded == (not said)
+    assert {c for c, _ in said if c} == {p.column for p in problems if p.column in contract.columns}
+
+
+@pytest.mark.parametrize(("column", "bad"), [("d", "2024-02-30"), ("d", "1.5.2024"), ("w", "2024-05-01T12:00:00"), ("l", "2024-05-01T12:00:00Z"), ("u", "300"), ("u", "P"), ("u", "P1Y"), ("t", "abc d")])
+def test_text_that_is_no_value_is_refused_by_both(column, bad):
+    frame = pl.DataFrame([{n: iso(v) for n, v in good_row.items()} | {"y": True, column: bad}])
+    assert [p.column for p in check(contract, frame).problems] == [column] == [c for c, _ in broken_rules(contract, {n: iso(v) for n, v in good_row.items()} | {column: bad})]
