@@ -19,10 +19,12 @@ Modules:
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.model`: Numbers to scores: a network, and training as a generator of epochs
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
+- `mlray.reproduce`: The same run again, compared to the bit
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
 - `mlray.samples`: Real rows that are there without a download
 - `mlray.score`: How good: every measure with its interval, over all rows and by group
+- `mlray.search`: What to try next, and what was found
 - `mlray.serve_on_ray`: HTTP in front of the service, on Ray Serve
 - `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
@@ -30,7 +32,8 @@ Modules:
 - `mlray.table`: Rows: read, named by a fingerprint, and divided the same way every time
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
-- `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are"""
+- `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
+- `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed"""
 
 __version__ = "0.1.0"
 
