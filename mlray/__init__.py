@@ -19,11 +19,13 @@ Modules:
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
+- `mlray.reproduce`: The same run again, compared to the bit
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
 - `mlray.samples`: Real rows that are there without a download
 - `mlray.score`: How good: every measure with its interval, over all rows and by group
+- `mlray.search`: What to try next, and what was found
 - `mlray.serve_on_ray`: HTTP in front of the service, on Ray Serve
 - `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
@@ -33,6 +35,7 @@ Modules:
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
+- `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
 - `mlray.watermark`: A source that grows, read from where it was left: each row once"""
 
 __version__ = "0.1.0"

@@ -21,7 +21,8 @@ from .display import Table, table
 from .errors import DataError, SpecError, suggest
 from .fairness import Cell, Counts, gaps
 from .gate import less_is_better
-from .spec import Check, Demand, Fair, Rollout, Rule, Slower
+from .rollout_policy import Check, Demand, Fair, Rollout, Slower
+from .spec import Rule
 
 # %% ../nbs/26_rollout.ipynb #03a8204a
 @dataclass(frozen=True)

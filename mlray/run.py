@@ -60,10 +60,12 @@ def make_job(spec: RunSpec, rows: Rows) -> Job:
     return Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"])
 
 
-def _provenance(rows: Rows, backend: Backend, last: Epoch) -> dict[str, Any]:
+def _provenance(spec: RunSpec, rows: Rows, backend: Backend, last: Epoch) -> dict[str, Any]:
     packages = {p: installed(p) for p in ("mlray", "torch", "polars", "numpy", "onnx", "onnxscript")}
     state = {"epochs": last.number, "best_epoch": int(last.metrics["best_epoch"])}
-    return {**{f"{part}_rows": digest for part, digest in rows.fingerprints.items()}, **state, "workers": backend.workers,
+    name, _, trial = (spec.search.found or "" if spec.search else "").rpartition("/")
+    found = {"search": {"name": name, "trial": int(trial), "seed": spec.search.seed}} if spec.search and name else {}
+    return {**{f"{part}_rows": digest for part, digest in rows.fingerprints.items()}, **state, **found, "workers": backend.workers,
             "backend": type(backend).__name__, "python": platform.python_version(), "packages": packages}
 
 
@@ -79,7 +81,7 @@ def make_bundle(spec: RunSpec, rows: Rows, backend: Backend, tracker: Tracker, s
     tracker.note("exporting to ONNX")
     network = fitted(job.features, job.model, last.state.best)
     arrays = {k: v.numpy() for k, v in last.state.best.items()}
-    return pack(folder, spec, job.features, to_onnx(network), arrays, _provenance(rows, backend, last), job.valid_rows, _answers(network, job.valid_rows))
+    return pack(folder, spec, job.features, to_onnx(network), arrays, _provenance(spec, rows, backend, last), job.valid_rows, _answers(network, job.valid_rows))
 
 # %% ../nbs/38_run.ipynb #ba8ea05b
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from mlray.rollout import (
     latencies,
     mean_of,
 )
-from mlray.spec import Check, Rollout, Rule, parse_spec
+from mlray.rollout_policy import Check, Rollout
+from mlray.spec import Rule, parse_spec
 
 # ---- the interval, against other ways to compute it -----------------------------------------------------------------
 

@@ -1,0 +1,248 @@
+"""A search: the same seed proposes the same, ASHA spends less, a killed driver loses nothing that was finished; and a version trained again is the same to the bit."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlray.errors import SpecError
+from mlray.registry import bundle_of, open_registry
+from mlray.reproduce import reproduce
+from mlray.rows import read_rows
+from mlray.run import LocalBackend, make_job, train
+from mlray.search import Proposals
+from mlray.settings import Settings, shipped
+from mlray.spec import RunSpec, changed, parse_spec
+
+DIABETES = (shipped("configs") / "diabetes.yaml").read_text()
+SEARCH = """
+search:
+  trials: 8
+  grace: 2
+  space:
+    train.learning_rate: {low: 1.0e-4, high: 0.1, log: true}
+    model.dropout: {low: 0, high: 0.5}
+    model.hidden: {choices: [[16], [32], [64, 64]]}
+    model.bins: {low: 4, high: 12, integer: true}
+"""
+
+
+def spec_of(*overrides: str) -> RunSpec: return parse_spec(DIABETES + SEARCH, ["train.epochs=12", *overrides])
+
+
+def in_a_home(folder: Path) -> Settings: return Settings(root=folder, home=folder / "home", object_store_mb=100, tracking="disabled")
+
+
+@pytest.fixture
+def project(tmp_path):
+    "A folder with settings and a spec, and a command that runs there as a process of its own."
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\ntracking = disabled\nobject_store_mb = 100\n[local]\n")
+    (tmp_path / "s.yaml").write_text(DIABETES + SEARCH)
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("MLRAY_")}
+
+    def start(*words: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", "from mlray.cli import main; main()", *words], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return tmp_path, start
+
+
+# --- the spec
+
+def test_a_path_that_does_not_exist(project):
+    folder, start = project
+    (folder / "s.yaml").write_text(DIABETES + SEARCH.replace("train.learning_rate", "train.learning_rat"))
+    run = start("tune", "s.yaml")
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 2 and not out and "Traceback" not in err
+    assert err.startswith("mlray: ") and "Did you mean 'train.learning_rate'?" in err and not (folder / ".mlray").exists()
+
+
+def test_a_spec_without_a_search(project):
+    folder, start = project
+    (folder / "s.yaml").write_text(DIABETES)
+    run = start("tune", "s.yaml")
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 2 and "no `search`" in err and not (folder / ".mlray").exists()
+
+
+@pytest.mark.parametrize(("old", "new", "said"), [
+    ("{low: 0, high: 0.5}", "{low: 0, high: 1.5}", "model.dropout cannot be 1.5"), ("integer: true", "log: true", "model.bins cannot be"), ("[64, 64]]", "[64, 0]]", "model.hidden cannot be"),
+    ("{low: 0, high: 0.5}", "{low: 0}", "below high"), ("{low: 0, high: 0.5}", "{low: 0, high: 0.5, log: true}", "above 0"), ("{low: 0, high: 0.5}", "{low: 0, hihg: 0.5}", "Did you mean 'high'?"),
+    ("grace: 2", "grase: 2", "Did you mean 'grace'?"), ("model.dropout", "data.split.seed", "no 'data.split.seed' to search"), ("{low: 0, high: 0.5}", "{}", "either low and high, or choices")])
+def test_a_space_that_cannot_be(old, new, said):
+    with pytest.raises(SpecError) as letter: parse_spec(DIABETES + SEARCH.replace(old, new))
+    assert said in str(letter.value)
+
+
+def test_a_search_belongs_to_what_is_asked_for_and_its_absence_changes_no_id():
+    plain = parse_spec(DIABETES)
+    assert spec_of("train.epochs=60").id != plain.id and "search" not in json.dumps(plain.model_dump(mode="json", exclude={"search"}))
+    assert parse_spec(DIABETES, ["search=null"]).id == plain.id
+
+
+# --- proposals
+
+def proposed(*overrides: str, tell=lambda values: values["model.dropout"]) -> list[dict]:
+    search, made = spec_of("search.trials=30", *overrides).search, []
+    proposals = Proposals(search)
+    for _ in range(search.trials):
+        made.append(proposals.ask())
+        proposals.tell(tell(made[-1]))
+    return made
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_the_same_seed_proposes_the_same(sampler):
+    first = proposed(f"search.sampler={sampler}")
+    assert first == proposed(f"search.sampler={sampler}") != proposed(f"search.sampler={sampler}", "search.seed=1")
+    assert len({json.dumps(values) for values in first}) == 30 and all(4 <= values["model.bins"] <= 12 and isinstance(values["model.bins"], int) for values in first)
+
+
+def test_tpe_learns_and_random_does_not():
+    last = lambda sampler: sum(values["model.dropout"] for values in proposed(f"search.sampler={sampler}")[-10:]) / 10
+    assert last("tpe") < 0.15 < last("random")
+    assert proposed("search.sampler=random") == proposed("search.sampler=random", tell=lambda values: -values["model.dropout"])
+
+
+# --- on Ray
+
+@pytest.fixture(scope="module")
+def tuned(ray_cluster, tmp_path_factory):
+    "A search with ASHA and TPE past its random beginning, and what came of it."
+    from mlray.tune_on_ray import tune
+    settings = in_a_home(tmp_path_factory.mktemp("tuned"))
+    return settings, tune(spec_of("search.trials=14", "search.parallel=3"), settings)
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("ray")
+class TestOnRay:
+    def test_the_best_trial_becomes_a_version(self, tuned):
+        settings, done = tuned
+        good = [t.value for t in done.trials if not t.failed]
+        assert len(good) == 14 == len({t.key for t in done.trials}) and done.best.value == min(good) and [t.number for t in done.trials] == [*range(1, 15)]
+        bundle = bundle_of(open_registry(settings), done.run.version)
+        assert bundle.provenance["search"] == {"name": f"diabetes-{spec_of('search.trials=14', 'search.parallel=3').id}-search", "trial": done.best.number, "seed": 0}
+        assert bundle.spec.model.hidden == tuple(done.best.values["model.hidden"]) and bundle.spec.model.bins == done.best.values["model.bins"]
+        said = json.loads(json.dumps(done.as_dict(), allow_nan=False))
+        assert said["version"] == "diabetes/1" and said["overrides"] == done.best.values and len(said["trials"]) == 14 and said["verdict"]["findings"]
+
+    def test_a_trial_finds_what_a_run_finds(self, tuned, tmp_path):
+        "The trial's metric is, to the bit, that of the same spec trained in this process: the loop is the same, and so are the encoders, whatever `model.bins`."
+        _, done = tuned
+        for trial in (done.best, max(done.trials, key=lambda t: t.values["model.bins"])):
+            spec = changed(spec_of(), trial.values)
+            losses = [e.metrics["valid_loss"] for e in LocalBackend().train(make_job(spec, read_rows(spec, in_a_home(tmp_path))), "d", tmp_path)]
+            assert trial.value == min(losses[:trial.epochs]) and trial.early == min(losses[:2])
+
+    def test_the_same_seed_gives_the_same_trials_and_asha_spends_less(self, tuned, tmp_path):
+        from mlray.tune_on_ray import search_trials
+        _, done = tuned
+        spec, settings = spec_of("search.trials=14", "search.parallel=3"), in_a_home(tmp_path)
+        again = search_trials(spec, read_rows(spec, settings), settings)
+        assert [(t.key, t.early) for t in again] == [(t.key, t.early) for t in done.trials]
+        whole = changed(spec, {"search.scheduler": "none", "search.sampler": "random"})
+        every = search_trials(whole, read_rows(whole, settings), settings)
+        stopped = search_trials(changed(whole, {"search.scheduler": "asha"}), read_rows(whole, settings), settings)
+        assert [t.key for t in stopped] == [t.key for t in every] and sum(t.epochs for t in stopped) < 0.75 * sum(t.epochs for t in every)
+
+    def test_a_search_that_is_done_runs_nothing(self, tuned):
+        from mlray.tune_on_ray import search_trials
+        settings, done = tuned
+        spec, said = spec_of("search.trials=14", "search.parallel=3"), []
+        assert search_trials(spec, read_rows(spec, settings), settings, said.append) == done.trials and said == ["14 trials are known already"]
+
+    def test_other_rows_are_another_search(self, tuned, tmp_path):
+        from mlray.tune_on_ray import search_trials
+        settings, _ = tuned
+        spec = spec_of("search.trials=14", "search.parallel=3")
+        other, said = changed(spec, {"data.split.seed": 3, "search.trials": 2}), []
+        search_trials(other, read_rows(other, settings), settings, said.append)
+        assert search_trials(other, read_rows(changed(other, {"data.split.seed": 4}), settings), settings, said.append) and sum("trial " in s for s in said) == 4
+
+    def test_a_trial_that_fails_ends_itself_and_a_small_space_ends_the_search(self, ray_cluster, tmp_path):
+        from mlray.tune_on_ray import search_trials
+        spec = parse_spec(DIABETES + "search: {trials: 9, space: {train.learning_rate: {choices: [1.0e-3, 1.0e+30]}}}", ["train.epochs=5"])
+        trials = search_trials(spec, read_rows(spec, in_a_home(tmp_path)), in_a_home(tmp_path))
+        assert len(trials) == 2 and {bool(t.failed) for t in trials} == {True, False}
+        assert next(t for t in trials if t.failed).value is None and "Lower train.learning_rate" in next(t for t in trials if t.failed).failed
+
+    def test_two_workers_are_reproduced(self, ray_cluster, tmp_path, diabetes):
+        from mlray.train_on_ray import RayBackend
+        settings = in_a_home(tmp_path)
+        run = train(changed(diabetes, {"train.epochs": 4}), settings, RayBackend(2))
+        made = reproduce(bundle_of(open_registry(settings), run.version), "diabetes/1", settings, RayBackend(2))
+        assert made.identical and made.differences == ()
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] if path.is_file() else []
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("ray")
+def test_a_driver_killed_twice_loses_nothing_and_repeats_nothing(project):
+    folder, start = project
+    words = ("tune", "s.yaml", "train.epochs=40", "train.patience=40", "train.batch_size=8", "search.grace=10", "--json")
+    path, before = folder / ".mlray/runs" / f"diabetes-{parse_spec(DIABETES + SEARCH, words[2:6]).id}-search/results.jsonl", []
+    for wanted in (2, 5):
+        run = start(*words)
+        while len(lines(path)) < wanted:
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.02)
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        kept = lines(path)
+        assert wanted <= len(kept) < 8 and kept[:len(before)] == before
+        before = kept
+        with path.open("ab") as file: file.write(b'{"number": 7, "key": "0') # the machine died, too, in the middle of a line
+    run = start(*words)
+    out, err = run.communicate(timeout=600)
+    said = json.loads(out)
+    assert run.returncode == (0 if said["verdict"]["passed"] else 1), err
+    assert lines(path)[:len(before)] == before and len(lines(path)) == 8 == len({t["key"] for t in lines(path)}) == len(path.read_bytes().splitlines())
+    proposals = Proposals(spec_of().search) # eight trials are TPE's random beginning: what an undisturbed search tries
+    assert [t["values"] for t in said["trials"]] == [proposals.ask() for _ in range(8)] and sorted(t["key"] for t in said["trials"]) == sorted(t["key"] for t in lines(path))
+    assert said["version"] == "diabetes/1" and f"{len(before)} trials are known already" in err
+
+
+# --- again, to the bit
+
+def test_an_untouched_version_is_reproduced(project):
+    _, start = project
+    start("train", "s.yaml", "train.epochs=3").communicate()
+    run = start("reproduce", "diabetes/1", "--json")
+    said = json.loads(run.communicate(timeout=120)[0])
+    assert run.returncode == 0 and said["identical"] and said["differences"] == [] and said["weights"]["then"] == said["weights"]["now"]
+    assert start("reproduce", "diabetes/2").wait() == 2
+
+
+def test_changed_rows_are_named(project):
+    from mlray.samples import diabetes
+    folder, start = project
+    text = DIABETES.replace("{call: mlray.samples:diabetes}", "{file: rows.csv}")
+    assert text != DIABETES
+    (folder / "s.yaml").write_text(text)
+    diabetes().write_csv(folder / "rows.csv")
+    start("train", "s.yaml", "train.epochs=3").communicate()
+    diabetes().tail(400).write_csv(folder / "rows.csv")
+    run = start("reproduce", "diabetes/1", "--json")
+    said = json.loads(run.communicate(timeout=120)[0])
+    assert run.returncode == 1 and not said["identical"] and {d["what"] for d in said["differences"]} == {"training rows", "validation rows", "test rows"}
+
+
+def test_a_changed_package_is_named(trained, tmp_path):
+    from safetensors.numpy import load
+
+    from mlray.bundle import pack, predict
+    settings, run = trained
+    bundle = bundle_of(open_registry(settings), run.version)
+    job = make_job(bundle.spec, run.rows)
+    older = {**bundle.provenance, "packages": {**bundle.provenance["packages"], "torch": "2.12.0"}}
+    made = pack(tmp_path / "bundle", bundle.spec, bundle.features, (bundle.path / "model.onnx").read_bytes(), load((bundle.path / "weights.safetensors").read_bytes()), older,
+                job.valid_rows, predict(bundle, run.rows.parts.valid, run.rows.parts.valid.height))
+    again = reproduce(made, "diabetes/9", settings, LocalBackend())
+    assert again.identical and [(d.what, d.then) for d in again.differences] == [("package torch", "2.12.0")] and "although this has changed: package torch" in again.finding
