@@ -114,11 +114,20 @@ class Model(Part):
 
 class Train(Part):
     "How to fit it."
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+    parent: str | None = Field(None, alias="from", pattern=r"^[a-z0-9][a-z0-9._-]*/[1-9][0-9]*$") # start from the weights and encoders of this version
     epochs: Annotated[int, Field(ge=1)] = 20        # at most
     patience: Annotated[int, Field(ge=1)] = 4       # epochs without a better validation loss before stopping
     batch_size: Annotated[int, Field(ge=1)] = 256   # rows a step, over all workers together
+    accumulate: Annotated[int, Field(ge=1)] = 1     # pieces in which a batch is computed: more need less memory
+    optimizer: str = "adamw"                        # adamw, sgd, or module:Class
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant" # of the learning rate
+    warmup: Share = 0.0                             # share of all steps in which the rate rises to its height
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    clip: Annotated[float, Field(gt=0)] | None = None # largest norm of a step's gradient
+    precision: Literal["float32", "bf16"] = "float32" # of the forward pass while training; weights stay float32
+    compile: bool = False                           # torch.compile; needs a C++ compiler on the workers
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] = 1        # CPU threads a worker; more can change the last bits
 
