@@ -54,7 +54,8 @@ class LocalBackend:
 
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Iterator[Epoch]:
         kept = Checkpoints(home / name)
-        start = kept.newest(note) if resume else kept.forget()
+        if not resume: kept.forget()
+        start = kept.newest(note)
         yield from replayed(start)
         for epoch in epochs(job, start):
             if epoch.state: kept.save(epoch.state)

@@ -32,7 +32,7 @@ class WandbTracker:
     _name: str = field(default="", init=False, repr=False)
 
     def _open(self, spec: RunSpec, mode: Literal["offline", "online"]) -> Any:
-        quiet = wandb.Settings(console="off", silent=True, init_timeout=10, finish_timeout=10, login_timeout=5, disable_code=True, disable_git=True, x_disable_meta=True,
+        quiet = wandb.Settings(console="off", silent=True, init_timeout=10, finish_timeout=10 if mode == "online" else 600, login_timeout=5, disable_code=True, disable_git=True, x_disable_meta=True, host="-", program="mlray",
                                x_stats_sampling_interval=2)
         return wandb.init(project=self.project, dir=str(self.folder), mode=mode, group=spec.name, job_type="train", config=spec.model_dump(mode="json") | {"spec_id": spec.id},
                           settings=quiet, reinit="create_new")
@@ -51,7 +51,7 @@ class WandbTracker:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         "One row of the history."
-        self._run.log(dict(metrics), step=step)
+        self._run.log(dict(metrics), step=step, commit=True) # at once: W&B would hold the row back until the next one
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         "The scorecard, the verdict, the bundle by reference, the end."

@@ -189,7 +189,7 @@ def test_what_stops_the_loop_says_what_to_do(job):
         network = Broken(answer)
         with pytest.raises(TrainingError, match=letter): one_pass(network, make_optimizer(network.parameters(), job.train), rows, job.train, 7)
     for name in ("nothing.here:Adam", "torch.optim:Nothing", "json:dumps"):
-        with pytest.raises(SpecError, match="train.optimizer"): make_optimizer([torch.nn.Parameter(torch.ones(1))], Train(optimizer=name))
+        with pytest.raises(SpecError, match=r"train\.optimizer"): make_optimizer([torch.nn.Parameter(torch.ones(1))], Train(optimizer=name))
 
 
 def test_a_child_must_be_of_the_same_kind_as_its_parent(trained, diabetes):

@@ -100,6 +100,8 @@ def test_an_online_run_is_whole_and_keeps_its_key_to_itself(settings, diabetes, 
     assert len(bundles) == 1 and server.artifacts[bundles[0]]["state"] == "COMMITTED" and manifest["bundle"]["ref"] == f"mlray://diabetes/1?sha256={run.version.digest}"
     assert not any(path.startswith(f"artifact/{bundles[0]}/file/") for path in server.uploads), "the bundle's bytes were copied"
     everywhere = [*server.received, *(p.read_bytes() for p in settings.home.rglob("*") if p.is_file()), "".join(capfd.readouterr()).encode(), "\n".join(memory.notes).encode()]
+    sent = [json.loads(body)["variables"] for body in server.received if b"mutation UpsertBucket" in body]
+    assert {(v.get("host"), v.get("program")) for v in sent} <= {("-", "mlray"), (None, None)}, "the name of this machine was sent"
     assert any(b"wandb-core" in place for place in everywhere) and not [place[:80] for place in everywhere if KEY.encode() in place], "the key was left somewhere"
 
 
