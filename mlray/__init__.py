@@ -4,6 +4,7 @@ Modules:
 
 - `mlray.access`: Who may do what: keys, roles, actions
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
+- `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line
 - `mlray.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
 - `mlray.commands`: What each command does, with its vendors chosen
@@ -14,6 +15,7 @@ Modules:
 - `mlray.fairness`: How good for whom: every group metric from one table of counts
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
+- `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
 - `mlray.haproxy`: Close what is left open in front of a service

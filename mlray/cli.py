@@ -94,10 +94,10 @@ def check(spec: Spec, overrides: Overrides = None, infer: Annotated[bool, typer.
 
 @app.command()
 def train(spec: Spec, overrides: Overrides = None, on: Annotated[str, typer.Option("--on", help="local, or ray.")] = "local", workers: Workers = None,
-          env: Env = None, as_json: Json = False) -> None:
+          resume: Annotated[bool, typer.Option("--resume", help="Go on where the same command stopped, if it did.")] = False, env: Env = None, as_json: Json = False) -> None:
     "Train, measure and register a version; print it with its verdict."
     from mlray.spec import read_spec
-    run = train_run(read_spec(spec, overrides or ()), settings_of(env, workers=workers), on)
+    run = train_run(read_spec(spec, overrides or ()), settings_of(env, workers=workers), on, resume)
     _show(as_json, run.as_dict(), run.evaluation.scorecard.table(), run.verdict.table(), str(run.version))
     if not run.verdict.passed: raise typer.Exit(1)
 

@@ -42,8 +42,7 @@ def serve_environment() -> dict[str, str]:
     }
 
 
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "WARNING", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
-          "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "WARNING", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 
 # %% ../nbs/40_cluster_on_ray.ipynb #26d344b8
 def _start(settings: Settings) -> None:
@@ -62,7 +61,7 @@ def cluster(
     settings: Settings,
 ) -> Iterator[None]:
     "A connection to the Ray of these settings. A cluster started here also ends here. Raises `Unavailable`."
-    for name, value in (serve_environment() | _QUIET).items(): os.environ.setdefault(name, value)
+    for name, value in (serve_environment() | _QUIET | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(settings.health_timeout_s)}).items(): os.environ.setdefault(name, value)
     import ray
     if ray.is_initialized():
         yield

@@ -90,7 +90,7 @@ def backend_on(on: str, settings: "Settings") -> Iterator["Backend"]:
         from mlray.cluster_on_ray import cluster
         with cluster(settings):
             from mlray.train_on_ray import RayBackend
-            yield RayBackend(settings.workers, settings.gpu)
+            yield RayBackend(settings.workers, settings.gpu, settings.failures, settings.collective_timeout_s)
     else: raise SpecError(f"--on {on!r} is not understood. {suggest(on, ['local', 'ray'])}")
 
 # %% ../nbs/58_commands.ipynb #b0aad257
@@ -118,10 +118,10 @@ def propose_contract(path: str, overrides: Sequence[str], settings: "Settings") 
     return contract, text, True
 
 
-def train_run(spec: "RunSpec", settings: "Settings", on: str) -> "Run":
+def train_run(spec: "RunSpec", settings: "Settings", on: str, resume: bool = False) -> "Run":
     "One run, from rows to a version."
     from mlray.run import train as run
-    with backend_on(on, settings) as backend: return run(spec, settings, backend, tracker_of(settings))
+    with backend_on(on, settings) as backend: return run(spec, settings, backend, tracker_of(settings), resume=resume)
 
 
 def tune_run(spec: "RunSpec", settings: "Settings", on: str) -> "Tuned":

@@ -17,9 +17,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .bundle import Bundle
+from .checkpoints import Checkpoints
 from .display import Table, table
+from .registry import bundle_of, open_registry, version as find_version
 from .rows import read_rows
-from .run import Backend, make_bundle
+from .run import Backend, make_bundle, make_job
 from .settings import Settings
 from .tracking import NullTracker, Tracker
 
@@ -99,7 +101,9 @@ def reproduce(
     rows = read_rows(bundle.spec, settings)
     (settings.home / "runs").mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{bundle.name}-", dir=settings.home / "runs") as scratch:
-        again = make_bundle(bundle.spec, rows, backend, tracker, settings, Path(scratch) / "bundle")
+        registry, parent = open_registry(settings), bundle.spec.train.parent
+        born_of = bundle_of(registry, find_version(registry, parent)) if parent else None
+        again = make_bundle(bundle.spec, make_job(bundle.spec, rows, born_of), rows, backend, tracker, Checkpoints(Path(scratch) / "states"), Path(scratch) / "bundle", born_of)
         made = Reproduction(version, weights_of(bundle), weights_of(again), differences(bundle.provenance, again.provenance))
     tracker.finish({"reproduced": version, "identical": made.identical})
     return made

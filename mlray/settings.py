@@ -35,6 +35,9 @@ class Settings(BaseModel):
     ray: str = "local"                      # `local`, or the address of a cluster that runs
     workers: Annotated[int, Field(ge=1)] = 2 # training processes on Ray
     gpu: bool = False                       # one GPU a training process
+    failures: Annotated[int, Field(ge=0)] = 3 # how often a training on Ray may lose workers or nodes and go on
+    health_timeout_s: Annotated[int, Field(ge=5)] = 60 # a training process that says nothing for so long is given up
+    collective_timeout_s: Annotated[int, Field(ge=5)] = 120 # training processes wait for each other for so long
     object_store_mb: Annotated[int, Field(ge=80)] = 512 # shared memory of a local Ray cluster
     host: str = "127.0.0.1"                 # HTTP
     port: Annotated[int, Field(ge=1, le=65535)] = 8000

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from .column import Column, Part
 from .errors import SpecError, suggest
@@ -117,12 +117,21 @@ class Model(Part):
 
 class Train(Part):
     "How to fit it."
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+    parent: str | None = Field(None, alias="from", pattern=r"^[a-z0-9][a-z0-9._-]*/[1-9][0-9]*$") # start from the weights and encoders of this version
     epochs: Annotated[int, Field(ge=1)] | None = None   # at most
     patience: Annotated[int, Field(ge=1)] | None = None # epochs without a better validation loss before stopping
     batch_size: Annotated[int, Field(ge=1)] | None = None # rows a step, over all workers together
+    accumulate: Annotated[int, Field(ge=1)] = 1     # pieces in which a batch is computed: more need less memory
+    optimizer: str = "adamw"                        # adamw, sgd, or module:Class
     learning_rate: Annotated[float, Field(gt=0)] | None = None
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant" # of the learning rate
+    warmup: Share = 0.0                             # share of all steps in which the rate rises to its height
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     average: Annotated[float, Field(ge=0, lt=1)] | None = None # decay of the moving average of the weights; 0: none
+    clip: Annotated[float, Field(gt=0)] | None = None # largest norm of a step's gradient
+    precision: Literal["float32", "bf16"] = "float32" # of the forward pass while training; weights stay float32
+    compile: bool = False                           # torch.compile; needs a C++ compiler on the workers
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] = 1        # CPU threads a worker; more can change the last bits
 

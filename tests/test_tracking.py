@@ -1,10 +1,16 @@
-"""One W&B run a training, offline, read back from the file that the real client wrote."""
+"""One W&B run a training: online against a recorder, and offline, read back from the file that the real client wrote."""
 import json
 import struct
+import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
+import pytest
 
 from mlray.run import train
 from mlray.tracking import MemoryTracker, NullTracker, Trackers
+from tests.wandb_server import KEY, WandbServer
 
 BLOCK = 32768
 
@@ -46,10 +52,81 @@ def test_a_training_is_one_run_with_losses_spec_and_scorecard(settings, diabetes
 
 
 def test_a_run_that_fails_says_so(settings, diabetes):
-    import pytest
-
     from mlray.errors import DataError
     memory = MemoryTracker()
     broken = diabetes.model_copy(update={"contract": diabetes.contract | {"progression": diabetes.contract["progression"].model_copy(update={"positive_above": 499.0})}})
     with pytest.raises(DataError): train(broken, settings, tracker=Trackers((memory, NullTracker())))
     assert "one class" in memory.summary["error"] and not memory.logged
+
+
+def history_of(folder: Path) -> list[dict]:
+    "The rows of the only run below a folder, from the file of the client."
+    file, = folder.glob("wandb/*run-*/*.wandb")
+    return [{(i.key or "/".join(i.nested_key)): plain(i) for i in r.history.item} for r in records(file) if r.WhichOneof("record_type") == "history"]
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[WandbServer]:
+    with WandbServer() as made:
+        for name, value in {"WANDB_BASE_URL": made.url, "WANDB_API_KEY": KEY}.items(): monkeypatch.setenv(name, value)
+        for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_MODE"): monkeypatch.delenv(name, raising=False)
+        import wandb
+        wandb.teardown() # it read the environment when it was first used
+        yield made
+        wandb.teardown()
+
+
+class Watching(MemoryTracker):
+    "Looks at the command lines of all our processes while a run is under way."
+    def log(self, metrics, step):
+        super().log(metrics, step)
+        ours = psutil.Process()
+        self.notes += [" ".join(p.cmdline()) for p in [ours, *ours.children(recursive=True)] if p.is_running()]
+        time.sleep(0.2) # long enough for a look at the machine
+
+
+def test_an_online_run_is_whole_and_keeps_its_key_to_itself(settings, diabetes, server, capfd):
+    from mlray.track_on_wandb import WandbTracker
+    memory = Watching()
+    run = train(diabetes, settings, tracker=Trackers((memory, WandbTracker(settings.home / "runs", mode="online"))))
+    found, = server.runs.values()
+    losses = [row["valid_loss"] for row in found.history if "valid_loss" in row]
+    assert losses == [e["valid_loss"] for e in memory.logged] and len(losses) == 15 and found.exit_code == 0 and found.group == "diabetes" and not server.unknown
+    assert found.config["spec_id"]["value"] == diabetes.id and found.summary["roc_auc"] == run.evaluation.scorecard.overall["roc_auc"].value
+    assert any(key.startswith("system.") for row in found.system for key in row), "no system metrics arrived"
+    assert any("scorecard" in path for path in server.uploads)
+    bundles = [i for i, a in enumerate(server.artifacts) if a["artifactTypeName"] == "model"]
+    manifest = json.loads(server.uploads[f"artifact/{bundles[0]}/manifest"])["contents"]
+    assert len(bundles) == 1 and server.artifacts[bundles[0]]["state"] == "COMMITTED" and manifest["bundle"]["ref"] == f"mlray://diabetes/1?sha256={run.version.digest}"
+    assert not any(path.startswith(f"artifact/{bundles[0]}/file/") for path in server.uploads), "the bundle's bytes were copied"
+    everywhere = [*server.received, *(p.read_bytes() for p in settings.home.rglob("*") if p.is_file()), "".join(capfd.readouterr()).encode(), "\n".join(memory.notes).encode()]
+    sent = [json.loads(body)["variables"] for body in server.received if b"mutation UpsertBucket" in body]
+    assert {(v.get("host"), v.get("program")) for v in sent} <= {("-", "mlray"), (None, None)}, "the name of this machine was sent"
+    assert any(b"wandb-core" in place for place in everywhere) and not [place[:80] for place in everywhere if KEY.encode() in place], "the key was left somewhere"
+
+
+def test_a_network_that_goes_away_costs_no_row(tmp_path, diabetes, server):
+    from mlray.track_on_wandb import WandbTracker
+    tracker = WandbTracker(tmp_path, mode="online")
+    tracker.start(diabetes)
+    for step in range(1, 61):
+        if step == 20: server.cut()
+        began = time.monotonic()
+        tracker.log({"valid_loss": 1 / step}, step)
+        assert time.monotonic() - began < 1, "training waited for the network"
+    began = time.monotonic()
+    tracker.finish({"error": "none"})
+    assert time.monotonic() - began < 20
+    assert [row["valid_loss"] for row in history_of(tmp_path) if "valid_loss" in row] == [1 / step for step in range(1, 61)]
+
+
+def test_no_network_at_all_means_offline(tmp_path, diabetes, server):
+    from mlray.track_on_wandb import WandbTracker
+    server.cut()
+    tracker, began = WandbTracker(tmp_path, mode="online"), time.monotonic()
+    tracker.start(diabetes)
+    tracker.log({"valid_loss": 0.5}, 1)
+    tracker.finish({"error": "none"})
+    assert time.monotonic() - began < 25
+    kept, = tmp_path.glob("wandb/offline-run-*")
+    assert kept.is_dir()

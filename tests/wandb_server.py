@@ -1,0 +1,154 @@
+"""A loopback recorder of what the real W&B client sends: enough of its protocol for one online run with a table and a referenced artifact. It records; it is not a W&B server."""
+import base64
+import gzip
+import json
+import re
+import threading
+import zlib
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+KEY = "local-" + "0123456789" * 4
+
+
+def gid(kind: str, name: str) -> str: return base64.b64encode(f"{kind}:{name}".encode()).decode()
+
+
+@dataclass
+class Recorded:
+    "One run, as it arrived."
+    name: str
+    project: str
+    group: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    system: list[dict[str, Any]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    exit_code: int | None = None
+
+
+class WandbServer:
+    "`with WandbServer() as server:` runs by id in `server.runs`, artifacts in `server.artifacts`, uploaded bytes by path in `server.uploads`, everything received in `server.received`."
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Recorded] = {}
+        self.artifacts: list[dict[str, Any]] = []
+        self.uploads: dict[str, bytes] = {}
+        self.received: list[bytes] = []
+        self.unknown: list[str] = []
+        self.lock = threading.RLock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            def log_message(self, *args: Any) -> None: pass
+
+            def _body(self) -> bytes:
+                if self.headers.get("transfer-encoding", "").lower() == "chunked":
+                    data = b""
+                    while size := int(self.rfile.readline().split(b";")[0], 16):
+                        data += self.rfile.read(size)
+                        self.rfile.readline()
+                    self.rfile.readline()
+                else: data = self.rfile.read(int(self.headers.get("content-length") or 0))
+                kind = self.headers.get("content-encoding")
+                return gzip.decompress(data) if kind == "gzip" else zlib.decompress(data) if kind == "deflate" else data
+
+            def _answer(self) -> None:
+                body = self._body()
+                with server.lock: said = json.dumps(server.route(self.path, body)).encode()
+                self.send_response(200)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(said)))
+                self.end_headers()
+                self.wfile.write(said)
+
+            do_GET = do_POST = do_PUT = _answer
+
+        class Http(ThreadingHTTPServer):
+            daemon_threads = True
+            def handle_error(self, *args: Any) -> None: pass # a client that went away
+
+        self.http = Http(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def __enter__(self) -> "WandbServer":
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None: self.cut()
+
+    def cut(self) -> None:
+        "The network is gone."
+        self.http.shutdown()
+        self.http.server_close()
+
+    def route(self, path: str, body: bytes) -> dict[str, Any]:
+        self.received.append(body)
+        if path == "/graphql":
+            asked = json.loads(body)
+            name = asked.get("operationName") or re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])[1] # type: ignore[index]
+            answer = getattr(self, f"op_{name}", None)
+            if answer is not None: return {"data": answer(asked.get("variables") or {})}
+            self.unknown.append(name)
+            return {"errors": [{"message": f"{name} is not recorded"}], "data": None}
+        if found := re.fullmatch(r"/files/.*?([^/]+)/file_stream", path): self.stream(self.runs[found[1]], json.loads(body))
+        elif path.startswith("/put/"): self.uploads[path.removeprefix("/put/")] = body
+        return {}
+
+    def stream(self, run: Recorded, sent: dict[str, Any]) -> None:
+        for name, part in (sent.get("files") or {}).items():
+            if name == "wandb-summary.json": run.summary = json.loads(part["content"][-1])
+            elif name in ("wandb-history.jsonl", "wandb-events.jsonl"):
+                (run.history if "history" in name else run.system)[part["offset"]:] = [json.loads(line) for line in part["content"]]
+        if sent.get("complete"): run.exit_code = sent.get("exitcode")
+
+    def op_Viewer(self, v: dict[str, Any]) -> Any:
+        return {"viewer": {"id": "1", "entity": "local", "username": "local", "name": "local", "email": "", "admin": False, "flags": "{}", "deletedAt": None, "apiKeys": {"edges": []},
+                           "teams": {"edges": [{"node": {"name": "local"}}]}}}
+
+    def op_ServerFeaturesQuery(self, v: dict[str, Any]) -> Any: return {"serverInfo": {"features": []}}
+    def op_OrganizationCoreWeaveOrganizationID(self, v: dict[str, Any]) -> Any: return {"entity": {"organization": {"coreWeaveOrganizationId": None}}}
+    def op_RunStoppedStatus(self, v: dict[str, Any]) -> Any: return {"project": {"run": {"stopped": False}}}
+
+    def op_UpsertBucket(self, v: dict[str, Any]) -> Any:
+        by_id = {gid("Run", n): n for n in self.runs}
+        name = by_id.get(v.get("id") or "") or v["name"]
+        run = self.runs.setdefault(name, Recorded(name, v.get("project") or ""))
+        if v.get("config"): run.config |= json.loads(v["config"])
+        if v.get("summaryMetrics"): run.summary |= json.loads(v["summaryMetrics"])
+        run.group = v.get("groupName") or run.group
+        project = {"id": gid("Project", run.project), "name": run.project, "entity": {"id": gid("Entity", "local"), "name": "local"}}
+        bucket = {"id": gid("Run", name), "name": name, "displayName": name, "description": None, "config": "{}", "sweepName": None, "project": project, "historyLineCount": len(run.history)}
+        return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+
+    def op_CreateRunFiles(self, v: dict[str, Any]) -> Any:
+        self.runs[v["run"]].files += v["files"]
+        return {"createRunFiles": {"runID": gid("Run", v["run"]), "uploadHeaders": [], "files": [{"name": f, "uploadUrl": f"{self.url}/put/{v['run']}/{f}"} for f in v["files"]]}}
+
+    def op_CreateArtifact(self, v: dict[str, Any]) -> Any:
+        v = v.get("input") or v
+        self.artifacts.append(v | {"state": "PENDING"})
+        name = str((v.get("artifactCollectionNames") or [v.get("artifactCollectionName")])[0])
+        return {"createArtifact": {"artifact": {"id": str(len(self.artifacts) - 1), "digest": v["digest"], "state": "PENDING",
+                                                "artifactSequence": {"id": gid("Sequence", name), "latestArtifact": None}}}}
+
+    def op_CreateArtifactManifest(self, v: dict[str, Any]) -> Any:
+        v = v.get("input") or v
+        url = f"{self.url}/put/artifact/{v['artifactID']}/manifest" if v.get("includeUpload", True) else None
+        return {"createArtifactManifest": {"artifactManifest": {"id": v["artifactID"], "file": {"id": "1", "name": "wandb_manifest.json", "displayName": "wandb_manifest.json", "uploadUrl": url, "uploadHeaders": []}}}}
+
+    def op_CreateArtifactFiles(self, v: dict[str, Any]) -> Any:
+        files = (v.get("input") or v).get("artifactFiles") or v["artifactFiles"]
+        node = lambda f: {"id": f["name"], "name": f["name"], "displayName": f["name"], "uploadUrl": f"{self.url}/put/artifact/{f['artifactID']}/file/{f['name']}", "uploadHeaders": [],
+                          "artifact": {"id": f["artifactID"]}, "storagePath": f["name"], "uploadMultipartUrls": None}
+        return {"createArtifactFiles": {"files": {"edges": [{"node": node(f)} for f in files]}}}
+
+    def op_ArtifactType(self, v: dict[str, Any]) -> Any: return {"project": {"artifact": None}} # none of that name yet
+
+    def op_CommitArtifact(self, v: dict[str, Any]) -> Any:
+        at = (v.get("input") or v)["artifactID"]
+        self.artifacts[int(at)]["state"] = "COMMITTED"
+        return {"commitArtifact": {"artifact": {"id": at, "digest": self.artifacts[int(at)]["digest"]}}}
