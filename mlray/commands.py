@@ -117,7 +117,7 @@ def propose_contract(path: str, overrides: Sequence[str], settings: "Settings") 
     part.replace(file)
     return contract, text, True
 
-
+# %% ../nbs/58_commands.ipynb #168c5dd3
 def train_run(spec: "RunSpec", settings: "Settings", on: str, resume: bool = False) -> "Run":
     "One run, from rows to a version."
     from mlray.run import train as run

@@ -264,7 +264,7 @@ def _tree(text: str, overrides: Sequence[str], where: str) -> dict:
     for override in overrides: _override(tree, override)
     return tree
 
-
+# %% ../nbs/01_spec.ipynb #5d3b6729
 def parse_spec(
     text: str,                       # YAML
     overrides: Sequence[str] = (),   # `train.epochs=5`
