@@ -9,7 +9,7 @@ Modules:
 - `mlray.commands`: What each command does, with its vendors chosen
 - `mlray.contract`: What a row must look like, said once and held everywhere
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
-- `mlray.drift`: How far the rows have moved: histograms that add up, distances with their intervals, one line a column
+- `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
 - `mlray.errors`: One family of errors, each a short letter to a tired person
 - `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
 - `mlray.evaluation`: What a bundle does with rows it has not learned from
@@ -21,6 +21,7 @@ Modules:
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
 - `mlray.model`: Numbers to scores: a network, and training as a generator of epochs
+- `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
@@ -52,5 +53,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "service": ["Service"],
         "score": ["scorecard"],
         "fairness": ["fairness_report"],
+        "drift": ["drift_report"],
+        "profile": ["Profile"],
     },
 )

@@ -25,9 +25,9 @@ import polars as pl
 from safetensors.numpy import save as save_tensors
 
 from .contract import Contract
-from .drift import Profile
 from .errors import BundleError
 from .features import Features, Matrix, apply
+from .profile import Profile
 from .spec import RunSpec
 
 # %% ../nbs/30_bundle.ipynb #ee9bb55c

@@ -17,10 +17,11 @@ import polars as pl
 
 from .contract import Checked, Contract, check, labels
 from .display import Table, table
-from .drift import DriftReport, Profile, drift_report, profile
+from .drift import DriftReport, drift_report
 from .errors import ContractError, DataError
 from .fetch import find
 from .leakage import LeakageReport, leakage_report
+from .profile import Profile, profile
 from .settings import Settings
 from .spec import RunSpec, Source
 from .table import Splits, call_source, fingerprint, learnable, read_file, split

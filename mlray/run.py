@@ -21,12 +21,13 @@ import numpy as np
 
 from .bundle import Bundle, pack
 from .contract import labels
-from .drift import DriftReport, drift_report, profile
+from .drift import DriftReport, drift_report
 from .errors import BundleError, TrainingError
 from .evaluation import Evaluation, asks_of_rows, evaluate, incumbent_of, rules_of, verdict_of
 from .features import apply, learn
 from .gate import Verdict
 from .model import Epoch, Job, epochs, fitted, scores, to_onnx
+from .profile import profile
 from .registry import Registry, Version, bundle_of, open_registry, register, versions
 from .rows import Rows, inspect_rows, read_rows
 from .settings import Settings, read_settings

@@ -12,22 +12,19 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 from mlray.bundle import load_bundle
 from mlray.contract import Contract
 from mlray.drift import (
-    Profile,
-    count_numbers,
-    count_values,
     distances,
     drift_report,
     kolmogorov_smirnov,
     kolmogorov_smirnov_bound,
     p_values,
     population_stability_index,
-    profile,
 )
 from mlray.errors import BundleError, DataError
 from mlray.estimate import estimate, two_sample_auc
 from mlray.gate import judge
 from mlray.gate_on_papermill import run_gates
 from mlray.leakage import leakage_report
+from mlray.profile import Profile, count_numbers, count_values, profile
 from mlray.registry import bundle_of, open_registry
 from mlray.run import train
 from mlray.spec import Column, Rule
