@@ -31,13 +31,15 @@ def two_sample_auc(
     if min(reference.height, live.height) < folds: return Measure(math.nan)
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from threadpoolctl import threadpool_limits
     sides = [frame.sample(min(frame.height, most), seed=seed) for frame in (reference, live)]
     features, rows = learn(contract, sides[0]), pl.concat([f.select(contract.features) for f in sides])
     encoded = apply(features, rows, rows.height)
     values = np.hstack([encoded.numbers, encoded.codes.astype(np.float32)])
     side = np.repeat([0, 1], [f.height for f in sides])
     trees = HistGradientBoostingClassifier(max_iter=40, max_depth=3, early_stopping=False, random_state=seed)
-    return roc_auc(side, cross_val_predict(trees, values, side, cv=StratifiedKFold(folds, shuffle=True, random_state=seed), method="predict_proba")[:, 1])
+    with threadpool_limits(1): # OpenMP threads that wait for each other on a busy machine made seconds of this into minutes
+        return roc_auc(side, cross_val_predict(trees, values, side, cv=StratifiedKFold(folds, shuffle=True, random_state=seed), method="predict_proba")[:, 1])
 
 # %% ../nbs/24a_estimate.ipynb #49be9b30
 def _confusion(positive: np.ndarray, decisions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
