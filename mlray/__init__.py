@@ -10,7 +10,9 @@ Modules:
 - `mlray.commands`: What each command does, with its vendors chosen
 - `mlray.contract`: What a row must look like, said once and held everywhere
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
+- `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
 - `mlray.errors`: One family of errors, each a short letter to a tired person
+- `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
 - `mlray.evaluation`: What a bundle does with rows it has not learned from
 - `mlray.fairness`: How good for whom: every group metric from one table of counts
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
@@ -19,7 +21,9 @@ Modules:
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
 - `mlray.haproxy`: Close what is left open in front of a service
+- `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
+- `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.reproduce`: The same run again, compared to the bit
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks

@@ -1,6 +1,6 @@
 """What is shipped: one graph, its contract, its encoders, and where it came from
 
-A bundle is a folder of ONNX, safetensors and JSON, named by the digest of its contents. It is all that is needed to answer, and `predict` is the
+A bundle is a folder of ONNX, safetensors and JSON, named by the digest of its contents. It is all that is needed to answer, and to see later how far the rows have moved; `predict` is the
 one function that answers: evaluation, gates, batch and serving call it. Loading a bundle checks every digest first and runs no code of its own.
 Nothing here knows how a model is trained, nor where it is served."""
 
@@ -27,6 +27,7 @@ from safetensors.numpy import save as save_tensors
 from .contract import Contract
 from .errors import BundleError
 from .features import Features, Matrix, apply
+from .profile import Profile
 from .spec import RunSpec
 
 # %% ../nbs/30_bundle.ipynb #ee9bb55c
@@ -42,6 +43,7 @@ class Bundle:
     spec: RunSpec
     features: Features
     provenance: Mapping[str, Any]   # fingerprints, seed, workers, package versions, …
+    profile: Profile                # of the rows it has learned from; without columns where nobody counted them
 
     @property
     def name(self) -> str: return self.spec.name
@@ -64,20 +66,21 @@ def pack(
     provenance: Mapping[str, Any],
     rows: Matrix,                       # rows for the parity check
     expected: np.ndarray,               # what the network answered for them
+    profile: Profile = Profile(0, {}),  # of the training rows  # noqa: B008 (frozen)
 ) -> Bundle:
     "Write a bundle and read it back. Raises `BundleError` when the graph does not answer as the network did."
     answers = _run(_open(graph), rows)
     off = float(np.abs(answers - expected).max()) if len(rows) else 0.0
     if not off <= PARITY: raise BundleError(f"The exported graph differs from the network by {off:.2g}; {PARITY:g} is allowed. Nothing was written.")
     about = {"spec": spec.model_dump(mode="json"), "features": features.as_dict(), "provenance": dict(provenance)}
-    files = {"model.onnx": graph, "weights.safetensors": save_tensors(dict(weights)), "bundle.json": _json(about)}
+    files = {"model.onnx": graph, "weights.safetensors": save_tensors(dict(weights)), "bundle.json": _json(about), "profile.json": _json(profile.as_dict())}
     manifest = {"format": FORMAT, "files": {n: {"sha256": _sha256(data), "size": len(data)} for n, data in files.items()}}
     folder.mkdir(parents=True)
     for name, data in {**files, "manifest.json": _json(manifest)}.items(): (folder / name).write_bytes(data)
     return load_bundle(folder)
 
 # %% ../nbs/30_bundle.ipynb #2dca5a79
-_NAMES = frozenset({"model.onnx", "weights.safetensors", "bundle.json", "manifest.json"})
+_NAMES = frozenset({"model.onnx", "weights.safetensors", "bundle.json", "profile.json", "manifest.json"})
 _MAX = 2**31 # bytes of one file
 
 
@@ -108,7 +111,7 @@ def load_bundle(
     if digest is not None and found != digest: raise BundleError(f"Bundle {folder.name!r} has digest {found[:12]}, not {digest[:12]}.")
     if (version := json.loads(data["manifest.json"]).get("format")) != FORMAT: raise BundleError(f"Bundle {folder.name!r} has format {version}; this mlray reads {FORMAT}.")
     about = json.loads(data["bundle.json"])
-    return Bundle(folder, found, RunSpec.model_validate_json(json.dumps(about["spec"])), Features.from_dict(about["features"]), about["provenance"])
+    return Bundle(folder, found, RunSpec.model_validate_json(json.dumps(about["spec"])), Features.from_dict(about["features"]), about["provenance"], Profile.from_dict(json.loads(data["profile.json"])))
 
 # %% ../nbs/30_bundle.ipynb #fc0983da
 def _open(graph: bytes) -> onnxruntime.InferenceSession:
