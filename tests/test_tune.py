@@ -138,6 +138,7 @@ class TestOnRay:
             losses = [e.metrics["valid_loss"] for e in LocalBackend().train(make_job(spec, read_rows(spec, in_a_home(tmp_path))), "d", tmp_path)]
             assert trial.value == min(losses[:trial.epochs]) and trial.early == min(losses[:2])
 
+    @pytest.mark.chaos
     def test_the_same_seed_gives_the_same_trials_and_asha_spends_less(self, tuned, tmp_path):
         from mlray.tune_on_ray import search_trials
         _, done = tuned
@@ -182,6 +183,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] if path.is_file() else []
 
 
+@pytest.mark.chaos
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray")
 def test_a_driver_killed_twice_loses_nothing_and_repeats_nothing(project):
