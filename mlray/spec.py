@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 from .column import Column, Part
 from .data import Data
 from .errors import SpecError, suggest
+from .feature import Feature, check_features
 from .recipe import Model, Train
 from .rollout_policy import Rollout
 from .search_space import Search, check_searchable
@@ -60,6 +61,7 @@ class RunSpec(Part):
     description: str = ""
     data: Data
     contract: dict[str, Column]         # in the order of the file's columns
+    features: dict[str, Feature] = {}   # how columns become numbers, and columns made from others
     rules: dict[Name, str] = {}         # across columns: a name, and an SQL expression such as `net <= gross`
     model: Model = Model()
     train: Train = Train()
@@ -76,10 +78,8 @@ class RunSpec(Part):
         target = self.contract[targets[0]]
         if (target.positive is None) == (target.positive_above is None) and target.type != "boolean":
             raise ValueError(f"target {targets[0]!r} needs either positive (a category) or positive_above (a number)")
-        for name, c in self.contract.items():
-            if c.role == "feature" and c.type not in ("integer", "number", "category", "boolean"):
-                raise ValueError(f"column {name!r}: features of type {c.type!r} are not built yet. Give it a role: ignored, id or time")
         if not any(c.role == "feature" for c in self.contract.values()): raise ValueError("the contract has no column with role 'feature'")
+        check_features(self.features, self.contract)
         sensitive = {n for n, c in self.contract.items() if c.sensitive}
         for rule in (r for rules in self.gates.values() for r in rules):
             for column in set(rule.by) - sensitive:
