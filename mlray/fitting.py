@@ -105,9 +105,9 @@ def _backward(network: nn.Module, rows: Sequence[Tensor], train: Train) -> Tenso
     "Gradients of one batch, computed in pieces; its mean loss."
     count, total = len(rows[-1]), torch.zeros((), device=rows[-1].device)
     pieces = [rows] if train.accumulate == 1 else [p for p in zip(*(r.tensor_split(train.accumulate) for r in rows), strict=True) if len(p[-1])]
-    for i, (numbers, codes, labels) in enumerate(pieces, 1):
+    for i, (*inputs, labels) in enumerate(pieces, 1):
         with network.no_sync() if i < len(pieces) and hasattr(network, "no_sync") else nullcontext(): # type: ignore[operator]
-            with torch.autocast(labels.device.type, torch.bfloat16, enabled=train.precision == "bf16"): loss = loss_of(network(numbers, codes), labels)
+            with torch.autocast(labels.device.type, torch.bfloat16, enabled=train.precision == "bf16"): loss = loss_of(network(*inputs), labels)
             if len(pieces) > 1: loss = loss * (len(labels) / count)
             loss.backward()
         total += loss.detach()

@@ -68,8 +68,8 @@ class Epoch:
 # %% ../nbs/13_model.ipynb #5116019b
 def _valid_loss(network: nn.Module, rows: tuple[Tensor, ...]) -> float:
     "Mean log loss of the scores, which for an ensemble are those of all members together."
-    numbers, codes, labels = rows
-    return float(binary_cross_entropy(scores(network, numbers, codes).clone(), labels))
+    *inputs, labels = rows
+    return float(binary_cross_entropy(scores(network, *inputs).clone(), labels))
 
 
 def adopt(network: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
@@ -91,7 +91,7 @@ def epochs(
 ) -> Iterator[Epoch]: # until `train.epochs`, or until `train.patience` epochs brought nothing better
     "Fit a network, epoch by epoch. Raises `TrainingError` when the loss is no longer a number."
     torch.set_num_threads(job.train.threads)
-    tensors = lambda rows, labels: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (rows.numbers, rows.codes, labels))
+    tensors = lambda rows, labels: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (*rows.tensors, labels))
     train, valid = tensors(job.rows, job.labels), tensors(job.valid_rows, job.valid_labels)
     network, averaged = (build(job.features, job.model, job.train.seed).to(device) for _ in range(2))
     if start: network.load_state_dict(dict(start.now))
