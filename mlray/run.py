@@ -107,7 +107,7 @@ def make_job(
 
 def _own_code(spec: RunSpec) -> dict[str, str]:
     "Digests of the modules that a spec names."
-    named = [path for path in (spec.model.network, spec.train.optimizer) if ":" in path and not path.startswith("torch.")]
+    named = [path for path in (spec.model.network, spec.train.optimizer, spec.train.loss or "") if ":" in path and not path.startswith("torch.")]
     return {f"code of {path.partition(':')[0]}": source_digest(path) for path in named}
 
 
