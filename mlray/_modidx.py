@@ -245,7 +245,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mlray.features._code_table': ('features.html#_code_table', 'mlray/features.py'),
                                 'mlray.features._common': ('features.html#_common', 'mlray/features.py'),
                                 'mlray.features._edges': ('features.html#_edges', 'mlray/features.py'),
-                                'mlray.features._floats': ('features.html#_floats', 'mlray/features.py'),
+                                'mlray.features._float32': ('features.html#_float32', 'mlray/features.py'),
                                 'mlray.features._floats_of': ('features.html#_floats_of', 'mlray/features.py'),
                                 'mlray.features._ids_of': ('features.html#_ids_of', 'mlray/features.py'),
                                 'mlray.features._kinds': ('features.html#_kinds', 'mlray/features.py'),

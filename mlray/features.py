@@ -87,10 +87,10 @@ class Features:
         return table(["feature", "kind", "learned"], rows + [(d.name, "derived", d.sql) for d in self.derived])
 
 # %% ../nbs/12_features.ipynb #0aafcc48
-def _floats(values: Any) -> np.ndarray:
-    "One column of numbers, missing as NaN."
-    if isinstance(values, pl.Series): values = values.cast(pl.Float64).to_numpy()
-    return np.asarray(values, dtype=np.float64).astype(np.float32)
+_LARGEST = float(np.finfo(np.float32).max) # a larger number counts as this
+
+
+def _float32(values: np.ndarray) -> np.ndarray: return np.minimum(np.maximum(values, -_LARGEST), _LARGEST).astype(np.float32)
 
 
 _FEW, _OFTEN, _MOST = 0.02, 8, 2048 # a column of so few distinct values is a category as a whole; else a value must recur so often; in all numbers together
@@ -132,7 +132,7 @@ def _standing(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/12_features.ipynb #992f96c5
 def _number(name: str, column: pl.Series, bins: int, personal: bool, most: int, encode: str = "piecewise") -> Number:
-    values = _floats(column.drop_nulls()).astype(np.float64)
+    values = _float32(column.drop_nulls().cast(pl.Float64).to_numpy()).astype(np.float64)
     values = np.sort(values[~np.isnan(values)])
     if len(values) == 0: return Number(name, 0.0, (), (), ())
     up, down = (np.log1p, np.expm1) if encode == "piecewise" and _long_tail(values) else (np.asarray, np.asarray)
@@ -237,13 +237,15 @@ def apply(
 ) -> Matrix:
     "Encode rows. The same row gives the same numbers, alone or among others."
     made = _made(features, columns) if features.derived or features.moments else {}
-    column = lambda name: made[name] if name in made else columns[name]
-    numbers, codes = np.empty((rows, len(features.numbers)), np.float32), np.empty((rows, len(features.categories)), np.int64)
-    for i, number in enumerate(features.numbers): numbers[:, i] = _floats(column(number.name))
+    column = (lambda name: made[name] if name in made else columns[name]) if made else columns.__getitem__
+    numbers, codes = np.empty((rows, len(features.numbers))), np.empty((rows, len(features.categories)), np.int64)
+    for i, number in enumerate(features.numbers):
+        values = column(number.name)
+        numbers[:, i] = values.cast(pl.Float64).to_numpy() if isinstance(values, pl.Series) else values
     for i, category in enumerate(features.categories):
         table_ = _code_table(category)
         codes[:, i] = [table_.get(value, 1) for value in column(category.name)]
-    return Matrix(numbers, codes, _side_by_side([_numbers_of(a, column(a.name), rows) for a in features.arrays], rows, np.float32),
+    return Matrix(_float32(numbers), codes, _side_by_side([_numbers_of(a, column(a.name), rows) for a in features.arrays], rows, np.float32),
                   _side_by_side([_ids_of(t, column(t.name), rows) for t in features.texts], rows, np.int64))
 
 
@@ -260,11 +262,11 @@ def _side_by_side(parts: list[np.ndarray], rows: int, dtype: Any) -> np.ndarray:
 
 
 def _numbers_of(array: Array, values: Any, rows: int) -> np.ndarray:
-    if isinstance(values, pl.Series): return _floats_of(values.cast(pl.Array(pl.Float64, array.length)), array.length).astype(np.float32)
+    if isinstance(values, pl.Series): return _float32(_floats_of(values.cast(pl.Array(pl.Float64, array.length)), array.length))
     made = np.full((rows, array.length), np.nan)
     for i, value in enumerate(values):
         if value is not None: made[i] = value
-    return made.astype(np.float32)
+    return _float32(made)
 
 
 def _ids_of(text: Text, values: Any, rows: int) -> np.ndarray:
