@@ -240,7 +240,7 @@ def apply(
     column = (lambda name: made[name] if name in made else columns[name]) if made else columns.__getitem__
     numbers, codes = np.empty((rows, len(features.numbers))), np.empty((rows, len(features.categories)), np.int64)
     for i, number in enumerate(features.numbers):
-        values = column(number.name)
+        values: Any = column(number.name)
         numbers[:, i] = values.cast(pl.Float64).to_numpy() if isinstance(values, pl.Series) else values
     for i, category in enumerate(features.categories):
         table_ = _code_table(category)

@@ -104,7 +104,7 @@ class Kept:
     @property
     def dtype(self) -> pl.DataType:
         "As polars has it."
-        return schema(Contract({self.name: Column(type=self.type, length=self.length, time_zone=self.time_zone)}))[self.name] # type: ignore[arg-type]
+        return schema(Contract({self.name: Column(type=self.type, length=self.length, time_zone=self.time_zone)}))[self.name]
 
 
 def needed(contract: Contract, derived: Iterable[Derived]) -> tuple[Kept, ...]:

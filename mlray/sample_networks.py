@@ -10,7 +10,6 @@ __all__ = ['pictures', 'Words']
 # %% ../nbs/14a_sample_networks.ipynb #db3170b8
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 # %% ../nbs/14a_sample_networks.ipynb #0d8448ea

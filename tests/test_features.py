@@ -123,9 +123,9 @@ def drawn(count: int) -> pl.DataFrame:
     late = rng.random(count) < 0.4
     pick = lambda values: None if rng.random() < 0.1 else values
     rows = [{"age": pick(int(rng.integers(18, 90))), "paid": pick(float(rng.exponential(50))), "owed": float(rng.integers(0, 90)), "kind": pick(str(rng.choice(list("abc")))), "known": pick(bool(rng.random() < 0.5)),
-             "note": pick(" ".join(rng.choice(["please", "wait", "sorry"] if l else ["paid", "in", "full"], 5))), "born": pick(date(1950, 1, 1) + timedelta(int(rng.integers(20_000)))),
+             "note": pick(" ".join(rng.choice(["please", "wait", "sorry"] if is_late else ["paid", "in", "full"], 5))), "born": pick(date(1950, 1, 1) + timedelta(int(rng.integers(20_000)))),
              "seen": pick(datetime(2024, 1, 1, tzinfo=UTC) + timedelta(minutes=int(rng.integers(500_000)))), "local": datetime(2024, 1, 1) + timedelta(minutes=int(rng.integers(500_000))),
-             "took": pick(timedelta(seconds=float(rng.exponential(900)))), "face": pick((rng.normal(size=5) + l).tolist()), "late": bool(l)} for l in late]
+             "took": pick(timedelta(seconds=float(rng.exponential(900)))), "face": pick((rng.normal(size=5) + is_late).tolist()), "late": bool(is_late)} for is_late in late]
     return framed(rows)
 
 
