@@ -461,7 +461,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mlray.recipe': { 'mlray.recipe.Model': ('recipe.html#model', 'mlray/recipe.py'),
                               'mlray.recipe.Model._rises': ('recipe.html#model._rises', 'mlray/recipe.py'),
                               'mlray.recipe.Train': ('recipe.html#train', 'mlray/recipe.py'),
-                              'mlray.recipe._keyed': ('recipe.html#_keyed', 'mlray/recipe.py'),
+                              'mlray.recipe._by_class': ('recipe.html#_by_class', 'mlray/recipe.py'),
                               'mlray.recipe._network': ('recipe.html#_network', 'mlray/recipe.py')},
             'mlray.registry': { 'mlray.registry.Evidence': ('registry.html#evidence', 'mlray/registry.py'),
                                 'mlray.registry.Registry': ('registry.html#registry', 'mlray/registry.py'),

@@ -43,10 +43,14 @@ class Model(Part):
         return self
 
 
-def _keyed(given: Any) -> Any: return {str(k).lower() if isinstance(k, bool) else str(k): v for k, v in given.items()} if isinstance(given, dict) else given # YAML makes a boolean of true
+def _by_class(given: Any) -> Any:
+    if given == "balanced": return given
+    if not isinstance(given, dict): raise ValueError("class_weight is balanced, or a number for each class, such as {yes: 3}")
+    if any(isinstance(w, bool) or not isinstance(w, (int, float)) or not w > 0 for w in given.values()): raise ValueError("the weight of a class is more than 0")
+    return {str(k).lower() if isinstance(k, bool) else str(k): float(w) for k, w in given.items()} # YAML makes a boolean of true
 
 
-ClassWeight = Annotated[Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_keyed)]
+ClassWeight = Annotated[Literal["balanced"] | dict[str, float], BeforeValidator(_by_class)]
 
 
 class Train(Part):
