@@ -37,11 +37,12 @@ class Evaluation:
     "What a bundle does with given rows."
     scorecard: Scorecard
     fairness: FairnessReport | GapReport # of decisions for or against; of classes, labels and numbers
+    personal_columns: int = 0            # columns of the contract that are personal or sensitive
 
     @property
     def values(self) -> dict[str, float]:
         "Every number by its name, as `judge` takes them."
-        return {**self.scorecard.values, **self.fairness.values}
+        return {**self.scorecard.values, **self.fairness.values, "personal_columns": float(self.personal_columns)}
 
     def _repr_markdown_(self) -> str: return self.scorecard._repr_markdown_() + "\n\n" + self.fairness._repr_markdown_()
 
@@ -56,7 +57,7 @@ def evaluate(
     decisions = decide(bundle, answers)
     if bundle.task.kind != "binary": found = _other_kinds(bundle, truth, answers, decisions, by)
     else: found = Evaluation(scorecard(truth, answers, decisions, by), fairness_report(count(by, truth, decisions), bundle.spec.min_group))
-    weight = bundle.contract.weight
+    weight, found = bundle.contract.weight, replace(found, personal_columns=sum(c.personal or c.sensitive for c in bundle.contract.columns.values()))
     return found if weight is None else _with_weights(found, _row_terms(bundle, truth, answers, decisions), rows[weight].to_numpy().astype(np.float64))
 
 
