@@ -9,6 +9,7 @@ Modules:
 - `mlray.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
 - `mlray.commands`: What each command does, with its vendors chosen
 - `mlray.contract`: What a row must look like, said once and held everywhere
+- `mlray.counts`: One small table that stands for all rows: slices × label × decision × score bin; tables add
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
 - `mlray.errors`: One family of errors, each a short letter to a tired person
@@ -24,6 +25,7 @@ Modules:
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
+- `mlray.ranking`: Ranking and calibration from score bins, each with the bound of what the bins hide
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.reproduce`: The same run again, compared to the bit
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
