@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from .chart import Chart, line_chart
-from .counts import Counts, binned, confusion, groups_of
+from .counts import Counts, binned, confusion, groups_of, largest_slices
 from .intervals import bootstrap, delong_error, effective, mean_error, spread_of, wilson_intervals
 from .ranking import average_precision, calibration, expected_calibration_error, lift, roc_auc
 from .rates import OTHERS, PROPORTIONS, RATES, class_rates, one_against_all, proportion
@@ -74,12 +74,15 @@ def scorecard_of_counts(
     counts: Counts,
     draws: int = 1000,  # of the bootstrap, for measures without an interval of their own
     seed: int = 0,
+    most_groups: int = 100, # of a column; of more, the largest are measured
 ) -> Scorecard:
     "Measure all rows, and each group of each column."
     rng = np.random.default_rng(seed)
     overall = _measures(counts.by(()), draws, rng)[()] if counts.rows else _nothing(counts, rng)
-    by_group = {f"{c}={g}": m for c in counts.columns for (g,), m in _measures(counts.by((c,)), draws, rng).items()}
-    return Scorecard(counts.rows, {n: m for n, m in overall.items() if n != "rows"}, by_group)
+    shown = {c: largest_slices(counts.by((c,)), most_groups) for c in counts.columns}
+    by_group = {f"{c}={g}": m for c in counts.columns for (g,), m in _measures(shown[c], draws, rng).items()}
+    left_out = {c: n for c in counts.columns if (n := len(groups_of(counts.by((c,)))) - len(groups_of(shown[c])))}
+    return Scorecard(counts.rows, {n: m for n, m in overall.items() if n != "rows"}, by_group, left_out)
 
 
 def _nothing(counts: Counts, rng: np.random.Generator) -> dict[str, Measure]:
