@@ -15,9 +15,9 @@ from pathlib import Path
 
 import httpx
 
+from .data import Source
 from .errors import DataError, Unavailable
 from .settings import Settings
-from .spec import Source
 
 # %% ../nbs/34_fetch.ipynb #d1a7cf8a
 def sha256_of(

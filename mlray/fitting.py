@@ -23,7 +23,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils import clip_grad_norm_
 
 from .errors import SpecError, TrainingError, suggest
-from .spec import Train
+from .recipe import Train
 
 # %% ../nbs/13_fitting.ipynb #35663ec7
 def learning_rate(

@@ -23,7 +23,7 @@ from .errors import TrainingError
 from .features import Features, Matrix
 from .fitting import Average, compiled, copied, make_optimizer, moments, one_pass, restore, seed_of
 from .network import build, scores
-from .spec import Model, Train
+from .recipe import Model, Train
 
 # %% ../nbs/13_model.ipynb #517fd829
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _keys(columns: Sequence[str]) -> list[str]: return [f"slice:{c}" for c in co
 
 
 def _added(cells: pl.DataFrame, columns: Sequence[str], names: Sequence[str]) -> pl.DataFrame:
-    keys, w = _keys(columns) or [pl.lit(0).alias("all")], pl.col("weight")
+    keys, w = list(map(pl.col, _keys(columns))) or [pl.lit(0).alias("all")], pl.col("weight")
     sums = [pl.col(n).sum() for n in ("rows", "weight", "weight_squared")]
     for n in names:
         m = (w * pl.col(f"mean:{n}")).sum() / w.sum()

@@ -17,7 +17,7 @@ from tabm import LinearBatchEnsemble
 from torch import Tensor, nn
 
 from .features import Features
-from .spec import Model, Train
+from .recipe import Model, Train
 
 # %% ../nbs/12a_network.ipynb #f3b3899f
 def sensible(

@@ -19,10 +19,10 @@ from typing import Any
 import polars as pl
 import yaml
 
+from .data import Csv, Source, Sql
 from .errors import DataError
 from .fetch import locate
 from .settings import Settings
-from .spec import Csv, Source, Sql
 
 # %% ../nbs/34a_source.ipynb #a8ddd29f
 @contextmanager

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import polars as pl
 
 from .contract import Contract
+from .data import Split
 from .errors import DataError
-from .spec import Split
 
 # %% ../nbs/11_table.ipynb #5cf445b4
 def _text(name: str, dtype: pl.DataType) -> pl.Expr:

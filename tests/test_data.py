@@ -9,10 +9,11 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from mlray.column import Column
 from mlray.contract import Contract, check
+from mlray.data import Csv, Source, Split, Sql
 from mlray.errors import ContractError, DataError, SpecError
 from mlray.rows import check_sources, quarantine, read_rows
 from mlray.source import query_sql, read_source
-from mlray.spec import Csv, Source, Split, Sql, parse_spec
+from mlray.spec import parse_spec
 from mlray.table import fingerprint, split
 
 COLUMNS = {"id": Column(type="integer", role="id", unique=True), "x": Column(type="number"), "c": Column(type="category", nullable=True), "b": Column(type="boolean"),

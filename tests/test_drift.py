@@ -10,6 +10,7 @@ import scipy.stats
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from mlray.bundle import load_bundle
+from mlray.column import Column
 from mlray.contract import Contract
 from mlray.drift import (
     distances,
@@ -27,7 +28,7 @@ from mlray.leakage import leakage_report
 from mlray.profile import Profile, count_numbers, count_values, profile
 from mlray.registry import bundle_of, open_registry
 from mlray.run import train
-from mlray.spec import Column, Rule
+from mlray.spec import Rule
 from mlray.tracking import MemoryTracker
 
 NUMBER, WORD = Contract({"c": Column(type="number", nullable=True)}), Contract({"c": Column(type="category", nullable=True)})

@@ -20,10 +20,11 @@ from mlray.checkpoints import Checkpoints
 from mlray.errors import SpecError, TrainingError, Unavailable
 from mlray.features import Matrix
 from mlray.model import Job, State
+from mlray.recipe import Train
 from mlray.rows import read_rows
 from mlray.run import LocalBackend, make_job, train
 from mlray.settings import Settings, shipped
-from mlray.spec import RunSpec, Train, read_spec
+from mlray.spec import RunSpec, read_spec
 from mlray.tracking import MemoryTracker
 from tests.conftest import ROOT
 

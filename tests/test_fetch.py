@@ -5,9 +5,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from mlray.data import Source
 from mlray.errors import DataError, Unavailable
 from mlray.fetch import find
-from mlray.spec import Source
 
 CONTENT = bytes(range(256)) * 4000
 
