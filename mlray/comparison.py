@@ -50,7 +50,6 @@ def mcnemar(
     from scipy.stats import binom
     n, least = ours + theirs, min(ours, theirs)
     if not n: return 1.0
-    if ours == theirs: return float(1 - binom.pmf(least, n, 0.5) / 2)
     return float(min(1.0, 2 * binom.cdf(least, n, 0.5) - binom.pmf(least, n, 0.5)))
 
 # %% ../nbs/20g_comparison.ipynb #ac7876b1

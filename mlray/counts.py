@@ -86,7 +86,7 @@ def _code(name: str, dtype: pl.DataType, classes: Sequence[str]) -> pl.Expr: # U
     "The place of a value among the classes."
     value, whole = pl.col(name), tuple(classes) == tuple(map(str, range(len(classes))))
     if dtype == pl.Boolean and whole: return value.cast(pl.UInt16)
-    if dtype.is_numeric() and whole: return pl.when(value.is_in(range(len(classes)))).then(value).cast(pl.UInt16, strict=False)
+    if dtype.is_numeric() and whole: return pl.when(value.is_between(0, len(classes) - 1) & (value == value.floor())).then(value).cast(pl.UInt16)
     return value.cast(pl.String).replace_strict(list(classes), list(range(len(classes))), default=None, return_dtype=pl.UInt16)
 
 
@@ -188,7 +188,7 @@ def _dense(counts: Counts, axis: str, size: int, what: str) -> np.ndarray: # [sl
     place = (keys.select(pl.any_horizontal(pl.all().ne_missing(pl.all().shift())).cum_sum() - 1).to_series().to_numpy() if counts.columns else np.zeros(counts.cells.height, int)).astype(np.int64)
     shape = (len(groups_of(counts)), len(counts.classes), size)
     flat = np.ravel_multi_index((place, counts.cells["label"].to_numpy(), counts.cells[axis].to_numpy()), shape)
-    return np.bincount(flat, counts.cells[what].to_numpy(), int(np.prod(shape))).reshape(shape)
+    return np.bincount(flat, counts.cells[what].cast(pl.Float64).to_numpy(), int(np.prod(shape))).reshape(shape)
 
 
 def confusion(

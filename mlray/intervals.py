@@ -62,7 +62,7 @@ def mean_error(
     weight_squared: np.ndarray, # [..., cell]
 ) -> np.ndarray: # [...]; what varies within a cell is left out, so cells should be fine
     "Standard error of a mean over cells."
-    values = np.divide(sums, weight, out=np.zeros_like(sums), where=weight > 0)
+    values = np.divide(sums, weight, out=np.zeros(np.shape(sums)), where=weight > 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         rows = effective(weight.sum(-1), weight_squared.sum(-1))
         return np.sqrt(np.where(rows > 1, _spread(weight, values, rows), np.nan))

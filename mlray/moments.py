@@ -74,15 +74,15 @@ def count_numbers(
         if name not in lazy.collect_schema(): raise DataError(f"There is no column {name!r}. {suggest(name, lazy.collect_schema().names())}")
     given = pl.col(weight).cast(pl.Float64, strict=False) if weight else pl.lit(1.0)
     keyed = lazy.select(*(pl.col(c).cast(pl.String).fill_null("missing").alias(k) for c, k in zip(columns, _keys(columns), strict=True)), given.alias("weight"), *(e.cast(pl.Float64, strict=False).alias(f"value:{n}") for n, e in values.items()))
-    aggs = [pl.len().cast(pl.Int64).alias("rows"), w.sum(), (w * w).sum().alias("weight_squared"), (~(w.is_finite() & (w >= 0)).fill_null(False)).sum().alias("refused:weight")]
+    aggs = [pl.len().cast(pl.Int64).alias("rows"), w.sum(), (w * w).sum().alias("weight_squared"), (~(w.is_finite() & (w >= 0)).fill_null(False)).sum().alias("refused")]
     for n in values:
         x = pl.col(f"value:{n}")
         m = (w * x).sum() / w.sum() if weight else x.mean()
         aggs += [m.alias(f"mean:{n}"), (w * (x - m) ** 2).sum().alias(f"deviation:{n}") if weight else (x.var(ddof=0) * pl.len()).alias(f"deviation:{n}"), (~x.is_finite().fill_null(False)).sum().alias(f"refused:{n}")]
     found = (keyed.group_by(_keys(columns)).agg(aggs) if columns else keyed.select(aggs)).collect(engine="streaming")
-    for n in ("weight", *values):
-        if lost := int(found[f"refused:{n}"].sum()): raise DataError(f"{lost} of {found['rows'].sum()} rows cannot be counted: their {n} is not a finite number{' of 0 or more' if n == 'weight' else ''}. Fill or filter them first.")
-    return Moments(tuple(columns), tuple(values), found.drop(pl.selectors.starts_with("refused:")).sort(_keys(columns) or "rows"))
+    for column, what in {"refused": f"{weight!r} is not a finite number of 0 or more", **{f"refused:{n}": f"{n} is not a finite number" for n in values}}.items():
+        if lost := int(found[column].sum()): raise DataError(f"{lost} of {found['rows'].sum()} rows cannot be counted: their {what}. Fill or filter them first.")
+    return Moments(tuple(columns), tuple(values), found.drop(pl.selectors.starts_with("refused")).sort(_keys(columns) or "rows"))
 
 # %% ../nbs/20f_moments.ipynb #21288042
 def means(
