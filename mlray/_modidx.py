@@ -253,7 +253,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mlray.fairness._drawn': ('fairness.html#_drawn', 'mlray/fairness.py'),
                                 'mlray.fairness._least': ('fairness.html#_least', 'mlray/fairness.py'),
                                 'mlray.fairness._ratio': ('fairness.html#_ratio', 'mlray/fairness.py'),
-                                'mlray.fairness._taken_over': ('fairness.html#_taken_over', 'mlray/fairness.py'),
                                 'mlray.fairness._values': ('fairness.html#_values', 'mlray/fairness.py'),
                                 'mlray.fairness._worst': ('fairness.html#_worst', 'mlray/fairness.py'),
                                 'mlray.fairness.fairness_report': ('fairness.html#fairness_report', 'mlray/fairness.py'),

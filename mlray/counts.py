@@ -101,9 +101,9 @@ def _sums(score: str | None, weight: str | None, positive: pl.Expr) -> list[pl.E
     if weight: sums += [w.sum().alias("weight"), (w * w).sum().alias("weight_squared"), (~(w.is_finite() & (w >= 0)).fill_null(False)).sum().alias("refused")]
     if score:
         p = pl.col(score).cast(pl.Float64, strict=False)
-        held = p.clip(CLIP, 1 - CLIP)
-        loss, error = -pl.when(positive).then(held.log()).otherwise((-held).log1p()), p - positive.cast(pl.Float64)
-        sums += [(w * e).sum().alias(n) if weight else e.sum().alias(n) for n, e in zip(LOSSES, (p, loss, error * error), strict=True)]
+        of_truth = pl.when(positive).then(p).otherwise(1 - p) # the probability given to what was true
+        loss, error = -of_truth.clip(CLIP, 1 - CLIP).log(), (1 - of_truth) ** 2
+        sums += [(w * e).sum().alias(n) if weight else e.sum().alias(n) for n, e in zip(LOSSES, (p, loss, error), strict=True)]
     return sums
 
 # %% ../nbs/20a_counts.ipynb #6d78f897

@@ -37,28 +37,25 @@ class Division:
     rates: Mapping[str, tuple[Measure, ...]]    # one measure a group; NaN: over too few rows
 
 
-def _taken_over(counts: Counts, name: str) -> np.ndarray: # [groups]
-    "Rows that a rate was taken over."
-    rows = confusion(counts, "rows")
-    return proportion(rows, name)[1] if name in PROPORTIONS else rows.sum((-1, -2))
-
-
-def _values(counts: Counts, name: str, least: int) -> np.ndarray: # [groups], NaN where over too few rows
-    "A rate of each group."
-    if name in RATES: value = RATES[name](confusion(counts))
-    elif name == "roc_auc": value = roc_auc(binned(counts)).value
-    else:
-        sums, weight = binned(counts, {"brier_score_loss": "squared_error"}.get(name, name)).sum((-1, -2)), binned(counts).sum((-1, -2))
-        value = np.divide(sums, weight, out=np.full(len(sums), np.nan), where=weight > 0)
-    return np.where(_taken_over(counts, name) >= max(least, 1), value, np.nan)
+def _values(counts: Counts, names: Sequence[str], least: int) -> dict[str, np.ndarray]: # each [groups], NaN where over too few rows
+    "Rates of each group."
+    matrix, rows, found = confusion(counts), confusion(counts, "rows"), {}
+    for name in names:
+        if name in RATES: value = RATES[name](matrix)
+        elif name == "roc_auc": value = roc_auc(binned(counts)).value
+        else:
+            sums, weight = binned(counts, {"brier_score_loss": "squared_error"}.get(name, name)).sum((-1, -2)), matrix.sum((-1, -2))
+            value = np.divide(sums, weight, out=np.full(len(sums), np.nan), where=weight > 0)
+        taken_over = proportion(rows, name)[1] if name in PROPORTIONS else rows.sum((-1, -2))
+        found[name] = np.where(taken_over >= max(least, 1), value, np.nan)
+    return found
 
 
 def _division(counts: Counts, names: Sequence[str], least: int) -> Division:
-    measured = {}
-    for name in names:
-        values = _values(counts, name, least)
+    measured, matrix, squares = {}, confusion(counts), confusion(counts, "weight_squared")
+    for name, values in _values(counts, names, least).items():
         low = high = np.full(len(values), np.nan)
-        if name in PROPORTIONS: low, high = wilson_intervals(values, effective(proportion(confusion(counts), name)[1], proportion(confusion(counts, "weight_squared"), name)[1]))
+        if name in PROPORTIONS: low, high = wilson_intervals(values, effective(proportion(matrix, name)[1], proportion(squares, name)[1]))
         measured[name] = tuple(Measure(float(v), float(a), float(b)) for v, a, b in zip(values, low, high, strict=True))
     return Division(counts.columns, tuple(groups_of(counts)), tuple(int(n) for n in confusion(counts, "rows").sum((-1, -2))), measured)
 
@@ -95,8 +92,8 @@ def gaps(
 ) -> dict[str, Measure]: # `selection_rate_difference`, `accuracy_group_min`, `demographic_parity_ratio`, …
     "How far the groups of a division are apart, by fairlearn's names."
     everyone, found = counts.by(()), dict[str, Measure]()
-    values = {n: _values(counts, n, least) for n in dict.fromkeys([*names, *JUDGED])}
-    overall = {n: float(_values(everyone, n, 1)[0]) if everyone.rows else math.nan for n in values}
+    values = _values(counts, list(dict.fromkeys([*names, *JUDGED])), least)
+    overall = {n: float(v[0]) if everyone.rows else math.nan for n, v in _values(everyone, list(values), 1).items()}
     drawn = _drawn(counts, values, draws, seed)
     for name in names:
         found |= {f"{name}_{form}": Measure(v) for form, v in spread(values[name], overall[name]).items()}
