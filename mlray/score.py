@@ -84,7 +84,7 @@ def roc_auc(
     return Measure(auc, max(0.0, auc - half), min(1.0, auc + half))
 
 # %% ../nbs/20_score.ipynb #6be7f98e
-_SHOWN = ("roc_auc", "accuracy", "recall", "selection_rate", "f1_macro", "mean_squared_error", "mean_absolute_error", "r2", "bias")
+_SHOWN = ("roc_auc", "accuracy", "recall", "selection_rate", "balanced_accuracy", "f1_macro", "r2", "mean_absolute_error", "bias", "coverage")
 
 
 @dataclass(frozen=True)

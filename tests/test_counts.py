@@ -12,9 +12,21 @@ from scipy.stats import binom
 from sklearn import metrics as sk
 
 from mlray.comparison import compare, mcnemar, paired_mean, paired_proportion, paired_roc_auc
-from mlray.counts import Counts, binned, confusion, count, count_rows, groups_of, largest_slices, merged, suppress, tabulated
+from mlray.counts import (
+    Counts,
+    binned,
+    confusion,
+    count,
+    count_rows,
+    groups_of,
+    largest_slices,
+    merged,
+    suppress,
+    tabulated,
+)
 from mlray.errors import DataError
-from mlray.fairness import JUDGED, fairness_report, gaps
+from mlray.fairness import JUDGED, fairness_report, gaps, rates_named
+from mlray.gate import less_is_better
 from mlray.intervals import bootstrap, in_pairs, largest, wilson_intervals
 from mlray.moments import count_errors, count_numbers, means, quantile, regression, scorecard_of_errors
 from mlray.ranking import average_precision, expected_calibration_error, lift, roc_auc
@@ -204,6 +216,16 @@ def test_small_and_empty_groups(groups, labels, weights):
     else: assert card.overall["base_rate"].value == pytest.approx(np.average(labels, weights=weights))
 
 
+def test_a_rule_may_name_any_rate_and_any_depth():
+    metrics = ["precision_group_min", "demographic_parity_ratio", "roc_auc", "false_positive_rate_group_max", "f1_to_overall_difference", "equalized_odds_difference"]
+    assert rates_named(metrics) == (*JUDGED, "precision", "f1")
+    counts = count(pl.DataFrame({c: ["a", "b", "a", "b", "b"] for c in "xyz"}), Y, D, P)
+    report = fairness_report(counts, 1, depth=3, rates=rates_named(metrics), draws=0)
+    for metric in metrics[:2] + metrics[3:]: assert f"{metric}[x,y,z]" in report.values
+    assert less_is_better("false_positive_rate_group_max[sex]") and less_is_better("accuracy_to_overall_difference") and not less_is_better("precision_group_min") and not less_is_better("selection_rate_ratio")
+    assert less_is_better("latency_p95_seconds") and less_is_better("cost_per_1000") and less_is_better("bundle_megabytes") and not less_is_better("revenue")
+
+
 def test_an_empty_window():
     frame = pl.DataFrame(schema={"g": pl.String, "label": pl.Boolean, "decision": pl.Boolean, "score": pl.Float64})
     counts = count_rows(frame, ["g"], score="score")
@@ -331,8 +353,8 @@ def test_weighted_draws_vary_as_rows_do():
 def test_mcnemar_is_the_sum_over_all_ways_to_fall(n):
     for a in range(n + 1):
         p = binom.pmf(np.arange(n + 1), n, 0.5)
-        tail = lambda k: p[:k].sum() + p[k] / 2
-        assert mcnemar(a, n - a) == pytest.approx(min(1, 2 * min(tail(a), 1 - tail(a))), abs=1e-12)
+        tail = p[:a].sum() + p[a] / 2
+        assert mcnemar(a, n - a) == pytest.approx(min(1, 2 * min(tail, 1 - tail)), abs=1e-12)
 
 
 def test_equal_models_are_rarely_told_apart():
