@@ -53,6 +53,7 @@ class Counts:
 
     def at(self, column: str, value: str) -> "Counts":
         "The rows of one slice of a column, by the other columns."
+        if column not in self.columns: raise DataError(f"Nothing was counted by {column!r}. {suggest(column, self.columns)}")
         kept = replace(self, cells=self.cells.filter(pl.col(f"slice:{column}") == value))
         return kept.by([c for c in self.columns if c != column])
 

@@ -128,6 +128,27 @@ def test_scores_off_the_grid_lie_between_the_stated_bounds(rows, bins):
     assert lift(binned(counts), 1.0)[0] == pytest.approx(1)
 
 
+@settings(max_examples=15, deadline=None)
+@given(tables, parts_of)
+def test_areas_and_losses_of_groups_are_fairlearns(frame, part):
+    ours, wide = gaps(in_parts(frame, part).by(["g"]), ["roc_auc", "log_loss", "brier_score_loss"]), frame.to_dict(as_series=False)
+    theirs = fl.MetricFrame(metrics={"roc_auc": sk.roc_auc_score, "log_loss": lambda y, p: sk.log_loss(y, p, labels=[0, 1]), "brier_score_loss": sk.brier_score_loss}, y_true=[int(y) for y in wide["label"]], y_pred=wide["score"], sensitive_features=wide["g"])
+    for name in ("roc_auc", "log_loss", "brier_score_loss"):
+        for form, value in (("difference", theirs.difference()), ("group_min", theirs.group_min()), ("group_max", theirs.group_max()), ("to_overall_difference", theirs.difference(method="to_overall"))):
+            assert ours[f"{name}_{form}"].value == pytest.approx(value[name], abs=1e-12), (name, form)
+
+
+@settings(max_examples=15, deadline=None)
+@given(tables, parts_of)
+def test_a_scorecard_of_counts_is_that_of_the_rows(frame, part):
+    y, p, d = (frame[c].to_numpy() for c in ("label", "score", "decision"))
+    ours, theirs = scorecard_of_counts(in_parts(frame, part), draws=2), scorecard(y.astype(int), p, d, frame.select("g", "h"))
+    for name, m in theirs.overall.items():
+        assert ours.overall[name].value == pytest.approx(m.value, abs=1e-12), name
+        for group in theirs.by_group: assert ours.by_group[group][name].value == pytest.approx(theirs.by_group[group][name].value, abs=1e-12), (group, name)
+        if name in ("accuracy", "precision", "recall", "base_rate"): assert (ours.overall[name].low, ours.overall[name].high) == pytest.approx((m.low, m.high), abs=1e-12)
+
+
 CLASSES = ("cat", "dog", "fish", "newt")
 
 
@@ -248,6 +269,14 @@ def test_a_column_of_ten_thousand_groups():
     hidden = suppress(counts, 100)
     assert hidden.suppressed == (9950, 9950) and hidden.rows + 9950 == counts.rows and "9950 slices with 9950 rows suppressed" in hidden._repr_markdown_()
     assert not worst_slices(groups, (y != (p > 0.5)).astype(float)).tested > 100, "values of one row are no conditions"
+
+
+def test_without_groups_there_is_nothing_to_compare():
+    report = fairness_report(count(None, Y, D, P))
+    assert report.values == {} and isinstance(report._repr_markdown_(), str)
+    with pytest.raises(DataError, match="no rate"): report.chart()
+    card = scorecard_of_counts(count(None, Y, D, P), draws=20).plus({"latency_p95_seconds": 0.02})
+    assert card.by_group == {} and card.values["latency_p95_seconds"] == 0.02 and "latency_p95_seconds" in card._repr_markdown_()
 
 
 def test_slices_may_be_called_anything():
