@@ -36,7 +36,7 @@ def two_sample_auc(
     sides = [frame.sample(min(frame.height, most), seed=seed) for frame in (reference, live)]
     features, rows = learn(contract, sides[0]), pl.concat([f.select(contract.features) for f in sides])
     encoded = apply(features, rows, rows.height)
-    values = np.hstack([encoded.numbers, encoded.codes.astype(np.float32)])
+    values = np.hstack([tensor.astype(np.float32) for tensor in encoded.tensors])
     side = np.repeat([0, 1], [f.height for f in sides])
     trees = HistGradientBoostingClassifier(max_iter=40, max_depth=3, early_stopping=False, random_state=seed)
     with threadpool_limits(1): # OpenMP threads that wait for each other on a busy machine made seconds of this into minutes

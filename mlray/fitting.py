@@ -10,7 +10,6 @@ __all__ = ['learning_rate', 'Average', 'make_optimizer', 'copied', 'moments', 'r
 
 # %% ../nbs/13_fitting.ipynb #b798772f
 import hashlib
-import importlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from .errors import SpecError, TrainingError, suggest
+from .imported import imported
 from .loss import Loss, loss_of
 from .recipe import Train
 
@@ -58,10 +58,9 @@ _OPTIMIZERS = {"adamw": "torch.optim:AdamW", "sgd": "torch.optim:SGD"}
 
 def make_optimizer(parameters: Iterable[Tensor], train: Train) -> torch.optim.Optimizer:
     "The optimiser of a spec. Raises `SpecError` when there is none of that name."
-    module, colon, name = _OPTIMIZERS.get(train.optimizer, train.optimizer).partition(":")
-    if not colon: raise SpecError(f"train.optimizer: there is no {train.optimizer!r}. {suggest(train.optimizer, _OPTIMIZERS)} Any other is written module:Class, such as torch.optim:RAdam.")
-    try: kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error: raise SpecError(f"train.optimizer: {train.optimizer!r} cannot be imported: {error}.") from error
+    path = _OPTIMIZERS.get(train.optimizer, train.optimizer)
+    if ":" not in path: raise SpecError(f"train.optimizer: there is no {train.optimizer!r}. {suggest(train.optimizer, _OPTIMIZERS)} Any other is written module:Class, such as torch.optim:RAdam.")
+    kind = imported(path, "train.optimizer")
     known: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "adamw": {"fused": True}}
     more = known.get(train.optimizer, {})
     try: return kind(parameters, lr=train.learning_rate or 1e-3, weight_decay=train.weight_decay, **more)

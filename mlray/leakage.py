@@ -18,6 +18,7 @@ import polars as pl
 
 from .contract import Contract, labels
 from .display import Table, table
+from .profile import counted
 from .score import Measure, roc_auc, wilson
 from .task import task_of
 
@@ -65,8 +66,9 @@ def _sides(contract: Contract, frame: pl.DataFrame) -> list[np.ndarray]:
 
 def _alone(contract: Contract, name: str, train: pl.Series, test: pl.Series, known: np.ndarray, truth: np.ndarray) -> Measure:
     order = concordance if task_of(contract.columns).kind == "regression" else roc_auc
-    if contract.columns[name].type in ("integer", "number"):
-        values = test.cast(pl.Float64)
+    column = contract.columns[name]
+    if column.type not in ("category", "boolean", "text"):
+        values = counted(column, test)[0].cast(pl.Float64)
         orders = [values.fill_null(end) for end in (-math.inf, math.inf)]
         return max((order(truth, sign * o.to_numpy()) for o in orders for sign in (1, -1)), key=lambda m: np.nan_to_num(m.value))
     rates = pl.DataFrame({"value": train.cast(pl.String), "label": known}).group_by("value").agg(pl.col("label").mean().alias("rate"))

@@ -9,7 +9,6 @@ spec's `train`, and neither networks nor tables."""
 __all__ = ['Loss', 'pinball', 'scaled', 'loss_of', 'valid_loss', 'row_weights']
 
 # %% ../nbs/12b_loss.ipynb #131e0d7c
-import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, cross_entropy
 
 from .errors import SpecError, TrainingError
+from .imported import imported
 from .network import logits_of
 from .recipe import Train
 from .task import BINARY, Task
@@ -63,10 +63,8 @@ Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor] # logits [rows, members
 
 
 def _imported(path: str) -> Callable[..., Any]:
-    module, colon, name = path.partition(":")
-    if not colon: raise SpecError(f"train.loss: {path!r} is written module:function, such as torch.nn.functional:huber_loss. Left out, it follows from the target.")
-    try: made = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error: raise SpecError(f"train.loss: {path!r} cannot be imported: {error}.") from error
+    if ":" not in path: raise SpecError(f"train.loss: {path!r} is written module:function, such as torch.nn.functional:huber_loss. Left out, it follows from the target.")
+    made = imported(path, "train.loss")
     if not callable(made): raise SpecError(f"train.loss: {path!r} is no function of (logits, labels), but {type(made).__name__}.")
     return made
 

@@ -89,7 +89,7 @@ def epochs(
 ) -> Iterator[Epoch]: # until `train.epochs`, or until `train.patience` epochs brought nothing better
     "Fit a network, epoch by epoch. Raises `TrainingError` when the loss is no longer a number."
     torch.set_num_threads(job.train.threads)
-    tensors = lambda rows, labels: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (rows.numbers, rows.codes, labels))
+    tensors = lambda rows, labels: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (*rows.tensors, labels))
     train, valid = tensors(job.rows, job.labels), tensors(job.valid_rows, job.valid_labels)
     weights, valid_weights = (None if w is None else torch.from_numpy(w).to(device) for w in (job.weights, job.valid_weights))
     network, averaged = (build(job.features, job.model, job.train.seed, job.task.outputs).to(device) for _ in range(2))

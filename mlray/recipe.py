@@ -8,17 +8,27 @@ The `model` and `train` sections of a spec. They are values; networks are built 
 __all__ = ['ClassWeight', 'Model', 'Train']
 
 # %% ../nbs/00e_recipe.ipynb #a3320bf9
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from .column import Part
 from .data import Share
+from .errors import suggest
 
 # %% ../nbs/00e_recipe.ipynb #0e9f0631
+_NETWORKS = ("tabm", "mlp", "linear")
+
+
+def _network(name: str) -> str:
+    if name in _NETWORKS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name): return name
+    raise ValueError(f"there is no network {name!r}. {suggest(name, _NETWORKS)} One of your own is written module:function, such as my_package.nets:build")
+
+
 class Model(Part):
     "The network, and where its score becomes a decision."
-    network: Literal["tabm", "mlp", "linear"] = "tabm"
+    network: Annotated[str, AfterValidator(_network)] = "tabm" # tabm, mlp, linear; or module:function, which returns any torch.nn.Module (`mlray.own_network`)
     members: Annotated[int, Field(ge=1, le=64)] = 16 # of TabM's ensemble
     hidden: tuple[Annotated[int, Field(ge=1)], ...] | None = None # units of each hidden layer
     dropout: Share | None = None
@@ -33,10 +43,14 @@ class Model(Part):
         return self
 
 
-def _keyed(given: Any) -> Any: return {str(k).lower() if isinstance(k, bool) else str(k): v for k, v in given.items()} if isinstance(given, dict) else given # YAML makes a boolean of true
+def _by_class(given: Any) -> Any:
+    if given == "balanced": return given
+    if not isinstance(given, dict): raise ValueError("class_weight is balanced, or a number for each class, such as {yes: 3}")
+    if any(isinstance(w, bool) or not isinstance(w, (int, float)) or not w > 0 for w in given.values()): raise ValueError("the weight of a class is more than 0")
+    return {str(k).lower() if isinstance(k, bool) else str(k): float(w) for k, w in given.items()} # YAML makes a boolean of true
 
 
-ClassWeight = Annotated[Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_keyed)]
+ClassWeight = Annotated[Literal["balanced"] | dict[str, float], BeforeValidator(_by_class)]
 
 
 class Train(Part):

@@ -31,9 +31,10 @@ from .errors import BundleError, TrainingError
 from .evaluation import Evaluation, asks_of_rows, evaluate, incumbent_of, rules_of, verdict_of
 from .features import Matrix, apply, learn
 from .gate import Verdict
+from .imported import source_digest
 from .loss import row_weights, scaled
 from .model import Epoch, Job, epochs, replayed
-from .network import fitted, scores, sensible, to_onnx
+from .network import fitted, rehearse, scores, sensible, to_onnx
 from .profile import profile
 from .registry import Registry, Version, bundle_of, open_registry, register, version, versions
 from .rows import Rows, inspect_rows, read_rows
@@ -93,7 +94,8 @@ def make_job(
     "Everything that a backend needs. Raises `TrainingError` when the parent has other features."
     if parent: _same_question(parent, rows, spec.model.quantiles)
     model, pace = sensible(spec.model, spec.train, rows.parts.train.height)
-    features = parent.features if parent else learn(rows.contract, rows.parts.train, model.bins or 32)
+    features = parent.features if parent else learn(rows.contract, rows.parts.train, model.bins or 32, spec.features)
+    if ":" in model.network: rehearse(features, model, parent.task if parent else spec.task)
     encoded = {part: apply(features, frame, frame.height) for part, frame in vars(rows.parts).items()}
     truth = {part: labels(rows.contract, frame).to_numpy().astype(np.float32) for part, frame in vars(rows.parts).items()}
     task = parent.task if parent else scaled(spec.task, labels(rows.contract, rows.parts.train).to_numpy())
@@ -103,16 +105,22 @@ def make_job(
     return Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"], initial, task, weights["train"], weights["valid"])
 
 
+def _own_code(spec: RunSpec) -> dict[str, str]:
+    "Digests of the modules that a spec names."
+    named = [path for path in (spec.model.network, spec.train.optimizer, spec.train.loss or "") if ":" in path and not path.startswith("torch.")]
+    return {f"code of {path.partition(':')[0]}": source_digest(path) for path in named}
+
+
 def _provenance(spec: RunSpec, rows: Rows, backend: Backend, last: Epoch, parent: Bundle | None) -> dict[str, Any]:
     packages = {p: installed(p) for p in ("mlray", "torch", "polars", "numpy", "onnx", "onnxscript")}
     state = {"epochs": last.number, "best_epoch": int(last.metrics["best_epoch"])}
     name, _, trial = (spec.search.found or "" if spec.search else "").rpartition("/")
     found = {"search": {"name": name, "trial": int(trial), "seed": spec.search.seed}} if spec.search and name else {}
     return {**{f"{part}_rows": digest for part, digest in rows.fingerprints.items()}, **state, **found, "workers": backend.workers,
-            "backend": type(backend).__name__, "python": platform.python_version(), "packages": packages} | ({"parent": parent.digest} if parent else {})
+            "backend": type(backend).__name__, "python": platform.python_version(), "packages": packages} | ({"parent": parent.digest} if parent else {}) | _own_code(spec)
 
 
-def _answers(network: nn.Module, rows: Matrix, task: Task) -> np.ndarray: return scores(network, torch.from_numpy(rows.numbers), torch.from_numpy(rows.codes), task=task).numpy()
+def _answers(network: nn.Module, rows: Matrix, task: Task) -> np.ndarray: return scores(network, *map(torch.from_numpy, rows.tensors), task=task).numpy()
 
 
 def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: Tracker, kept: Checkpoints, folder: Path, parent: Bundle | None = None, resume: bool = False) -> Bundle:
@@ -123,7 +131,7 @@ def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: 
     tracker.note("exporting to ONNX")
     network = fitted(job.features, job.model, last.state.best, job.task.outputs)
     arrays = {k: v.numpy() for k, v in last.state.best.items()}
-    return pack(folder, spec, job.features, to_onnx(network, job.task), arrays, _provenance(spec, rows, backend, last, parent), job.valid_rows, _answers(network, job.valid_rows, job.task),
+    return pack(folder, spec, job.features, to_onnx(network, job.features, job.task), arrays, _provenance(spec, rows, backend, last, parent), job.valid_rows, _answers(network, job.valid_rows, job.task),
                 profile(rows.contract, rows.parts.train), job.task)
 
 # %% ../nbs/38_run.ipynb #9ce4cfd7

@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError, model_validator
 from .column import Column, Part
 from .data import Data
 from .errors import SpecError, suggest
+from .feature import Feature, check_features
 from .recipe import Model, Train
 from .rollout_policy import Rollout
 from .search_space import Search, check_searchable
@@ -71,6 +72,7 @@ class RunSpec(Part):
     description: str = ""
     data: Data
     contract: dict[str, Column]         # in the order of the file's columns
+    features: dict[str, Feature] = {}   # how columns become numbers, and columns made from others
     rules: dict[Name, str] = {}         # across columns: a name, and an SQL expression such as `net <= gross`
     model: Model = Model()
     train: Train = Train()
@@ -88,10 +90,8 @@ class RunSpec(Part):
         for name in set(self.train.class_weight if isinstance(self.train.class_weight, dict) else ()) - set(task.classes):
             raise ValueError(f"train.class_weight: there is no class {name!r}. {suggest(name, task.classes)}")
         if (weights := sum(c.role == "weight" for c in self.contract.values())) > 1: raise ValueError(f"one column may have the role 'weight'; found {weights}")
-        for name, c in self.contract.items():
-            if c.role == "feature" and c.type not in ("integer", "number", "category", "boolean"):
-                raise ValueError(f"column {name!r}: features of type {c.type!r} are not built yet. Give it a role: ignored, id or time")
         if not any(c.role == "feature" for c in self.contract.values()): raise ValueError("the contract has no column with role 'feature'")
+        check_features(self.features, self.contract)
         sensitive = {n for n, c in self.contract.items() if c.sensitive}
         for rule in (r for rules in self.gates.values() for r in rules):
             for column in set(rule.by) - sensitive:
