@@ -35,9 +35,10 @@ Modules:
 - `mlray.serve_on_ray`: HTTP in front of the service, on Ray Serve
 - `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
-- `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a function
+- `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a topic, from a function
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
 - `mlray.table`: Rows: named by a fingerprint, and divided the same way every time
+- `mlray.topic`: A Kafka topic as rows: from an offset to the end that it had when it was opened
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are

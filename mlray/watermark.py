@@ -20,10 +20,10 @@ import polars as pl
 
 from .contract import Checked, Contract, check
 from .errors import ContractError, DataError
-from .fetch import locate, sha256_of
+from .fetch import locate, optional, sha256_of
 from .rows import quarantine
 from .settings import Settings
-from .source import optional, read_source, reading, scan_files
+from .source import read_source, reading, scan_files
 from .spec import RunSpec
 
 # %% ../nbs/35a_watermark.ipynb #a8c96170
