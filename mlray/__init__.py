@@ -2,6 +2,7 @@
 
 Modules:
 
+- `mlray.accepted`: How far a growing source has been read, and the rows that came of it
 - `mlray.access`: Who may do what: keys, roles, actions
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
 - `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole

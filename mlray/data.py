@@ -100,6 +100,11 @@ class Data(Part):
     split: Split = Split()
     on_invalid: Literal["quarantine", "stop"] = "quarantine" # what to do with rows that break the contract
 
+    @model_validator(mode="after")
+    def _one_grows(self) -> Self:
+        if any(s.growing for s in (self.valid, self.test) if s): raise ValueError("only the train source can be growing")
+        return self
+
     @property
     def sources(self) -> dict[str, Source]:
         "The given sources, by part."

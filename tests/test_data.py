@@ -268,7 +268,7 @@ def test_a_delta_table_is_followed_and_compaction_brings_no_row_twice(settings):
     assert take() == (3, 0) and take() is None
     visits(6, -7, 2).write_delta(table, mode="append")
     visits(3, 9).write_delta(table, mode="append")
-    assert take() == (4, 2) and read_mark(spec, settings).time == "9" and len(list((settings.home / "quarantine").iterdir())) == 1
+    assert take() == (4, 2) and read_mark(spec.name, settings).time == "9" and len(list((settings.home / "quarantine").iterdir())) == 1
     deltalake.DeltaTable(table).optimize.compact()
     assert take() is None
     visits(10).write_delta(table, mode="append")
@@ -282,7 +282,7 @@ def test_a_batch_that_breaks_the_contract_does_not_count_where_the_spec_says_sto
     spec = parse_spec(GROWING, ["data.train={file: v-*.parquet}", "data.on_invalid=stop"])
     visits(1, -2).write_parquet(settings.root / "v-1.parquet")
     with pytest.raises(ContractError, match="The mark was not moved"): next_batch(spec, settings)
-    assert read_mark(spec, settings) == Mark()
+    assert read_mark(spec.name, settings) == Mark()
 
 
 @hypothesis_settings(max_examples=25, deadline=None)
