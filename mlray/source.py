@@ -91,10 +91,22 @@ def query_sql(
     uri = environ.get(sql.uri_env)
     if not uri: raise DataError(f"The variable {sql.uri_env} is not set; it says where the database is, such as postgresql://user:password@host/name.")
     optional("adbc_driver_manager", "sql")
-    try: return pl.read_database_uri(sql.query, uri, engine="adbc")
+    patient = f"{uri}{'&' if '?' in uri else '?'}connect_timeout=10" if uri.startswith("postgres") and "connect_timeout" not in uri else uri
+    try: return _readable(pl.read_database_uri(sql.query, patient, engine="adbc"))
+    except pl.exceptions.PanicException: raise DataError(f"The query to {sql.uri_env} returns a column of a type that has no counterpart here, such as an interval. Cast it in the query: extract(epoch from …), or ::text.") from None
     except Exception as error: # each driver has a family of its own; the cause is dropped, as it may quote the URI
-        said = str(error).replace(uri, f"${sql.uri_env}").splitlines()[0]
+        said = str(error).replace(patient, uri).replace(uri, f"${sql.uri_env}").splitlines()[0]
+        if _AWAY.search(said): raise Unavailable(f"The database of {sql.uri_env} cannot be reached: {said[:300]}. Try again, or check the host and port in {sql.uri_env}.") from None
         raise DataError(f"The query to {sql.uri_env} failed ({type(error).__name__}): {said[:300] if '://' not in said else 'the URI is not understood'}.") from None
+
+
+_AWAY = re.compile(r"(?i)connection refused|could not translate host|timeout expired|timed out|starting up|shutting down|too many (clients|connections)|server closed the connection|no route to host|database is locked")
+
+
+def _readable(frame: pl.DataFrame) -> pl.DataFrame:
+    "A database's own types as what they are kept in: numeric and JSON as text, bytes as hexadecimal text."
+    frame = frame.with_columns(pl.col(n).ext.storage() for n, t in frame.schema.items() if isinstance(t, pl.Extension))
+    return frame.with_columns(pl.col(n).bin.encode("hex") for n, t in frame.schema.items() if t == pl.Binary)
 
 
 def call_source(
