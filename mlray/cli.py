@@ -86,15 +86,14 @@ def check(spec: Spec, overrides: Overrides = None, infer: Annotated[bool, typer.
         said = f"Written to {spec}. Correct it, and give one column `role: target` with `positive` or `positive_above`." if written else f"{spec} has a contract already; nothing was written."
         stderr().print(said, markup=False)
         return _show(as_json, {"contract": contract, "written": written}, text.rstrip())
-    from mlray.rows import check_sources, quarantine
     from mlray.spec import read_spec
+    from mlray.survey import survey
     read, settings = read_spec(spec, overrides or ()), settings_of(env)
     if new or accept: return _check_new(read, settings, accept, as_json)
-    checked = check_sources(read, settings)
-    kept = [str(p) for p in quarantine(read, settings, checked)]
-    value = {part: {"good": c.good.height, "bad": c.bad.height, "problems": [vars(p) for p in c.problems]} for part, c in checked.items()}
-    _show(as_json, {**value, "quarantine": kept}, *(f for part, c in checked.items() for f in (part, c.table() if c.problems else c.table().title)), *(f"bad rows: {p}" for p in kept))
-    if any(c.problems for c in checked.values()): raise typer.Exit(1)
+    found = {part: survey(read, part, settings) for part in read.data.sources}
+    kept = [str(s.quarantine) for s in found.values() if s.quarantine]
+    _show(as_json, {**{part: s.as_dict() for part, s in found.items()}, "quarantine": kept}, *(f for part, s in found.items() for f in (part, s.table() if s.problems else s.table().title)), *(f"bad rows: {p}" for p in kept))
+    if any(s.problems for s in found.values()): raise typer.Exit(1)
 
 
 def _check_new(spec: "RunSpec", settings: "Settings", anyway: bool, as_json: bool) -> None:

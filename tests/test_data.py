@@ -10,7 +10,7 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 from mlray.column import Column
 from mlray.contract import Contract, check
 from mlray.data import Csv, Source, Split, Sql
-from mlray.errors import ContractError, DataError, SpecError
+from mlray.errors import ContractError, DataError, SpecError, Unavailable
 from mlray.rows import check_sources, quarantine, read_rows
 from mlray.source import query_sql, read_source
 from mlray.spec import parse_spec
@@ -87,7 +87,7 @@ def test_a_query_goes_where_the_environment_says(tmp_path):
     assert query_sql(Sql(uri_env="CREDIT", query="select age, x from credit where age > 40"), environ).rows() == [(50, None)]
     with pytest.raises(DataError, match="no such table") as caught: query_sql(Sql(uri_env="CREDIT", query="select * from no_table"), environ)
     assert str(tmp_path) not in str(caught.value) and caught.value.__cause__ is None
-    with pytest.raises(DataError) as caught: query_sql(Sql(uri_env="CREDIT", query="select 1"), {"CREDIT": "postgresql://me:secret-7391@127.0.0.1:1/none"})
+    with pytest.raises(Unavailable) as caught: query_sql(Sql(uri_env="CREDIT", query="select 1"), {"CREDIT": "postgresql://me:secret-7391@127.0.0.1:1/none"})
     assert "7391" not in str(caught.value)
 
 
