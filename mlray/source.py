@@ -37,20 +37,25 @@ def reading(label: str) -> Iterator[None]:
     except (pl.exceptions.PolarsError, OSError) as error:
         said = _plainly(str(error))
         if isinstance(error, TimeoutError) or _OUTSIDE.search(str(error)): raise Unavailable(f"{label} could not be reached: {said}. Try again, or check the address and the network.") from None
-        raise DataError(f"{label} cannot be read: {said}. Check the source, and data in the spec.") from (None if "://" in label else error)
+        hint = next((h for sign, h in _HINTS if sign in str(error)), "Check the source, and data in the spec.")
+        raise DataError(f"{label} cannot be read: {said}. {hint}") from (None if "://" in label else error)
 
 
 _OUTSIDE = re.compile(r"(?i)error sending request|error trying to connect|timed? ?out|connection (refused|reset|closed)|dns error|\b50[0234]\b|Service Unavailable|Slow ?Down|after [1-9]\d* retries")
 
 
+_HINTS = (("Range request not supported", "This server does not serve parts of a file; name it by `file`, `url` and `sha256`, and it is downloaded whole."),
+          ("169.254.169.254", "No credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of your cloud."))
+
+
 def _plainly(text: str) -> str:
     "The first line of an error, without queries of addresses: they may be signed."
     first = next((line for line in text.splitlines() if line.strip()), "no reason was given")
-    return re.sub(r"://[^\s/@]*@", "://", re.sub(r"(://[^\s?\"')]*)\?[^\s\"')]*", r"\1", first))[:400]
+    return re.sub(r"://[^\s/@]*@", "://", re.sub(r"\?[^\s\"')]*=[^\s\"')]*", "", first))[:400]
 
 
-REMOTE: dict[str, Any] = {"max_retries": 3, "retry_timeout_ms": 20_000, "timeout": "30s", "connect_timeout": "5s"} # of object stores, as polars names them
-_REMOTE_DELTA = {"max_retries": "3", "retry_timeout": "20s", "timeout": "30s", "connect_timeout": "5s"}            # and as delta-rs does
+REMOTE: dict[str, Any] = {"max_retries": 2, "retry_timeout_ms": 20_000, "timeout": "30s", "connect_timeout": "5s"} # of object stores, as polars names them
+_REMOTE_DELTA = {"max_retries": "2", "retry_timeout": "20s", "timeout": "30s", "connect_timeout": "5s"}            # and as delta-rs does
 
 
 def scan_files(

@@ -149,4 +149,4 @@ def admission(
     drift = drift_report(reference, profile(contract, batch.good, reference)) if reference and reference.columns and not batch.good.is_empty() else None
     stale = [f"{p.column} is stale: expected {p.expected}; {p.examples[0]}" for p in batch.checked.problems if p.rule == "fresh"]
     lost = [f"{batch.lost} messages were deleted before they were read"] if batch.lost else []
-    return Admission(batch, drift, tuple([drift.sentence] * bool(drift and (drift.moved or drift.unmatched)) + stale + lost))
+    return Admission(batch, drift, (*([drift.sentence] if drift and (drift.moved or drift.unmatched) else []), *stale, *lost))
