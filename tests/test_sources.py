@@ -85,6 +85,9 @@ def test_each_message_comes_once_and_late_ones_are_counted(brokers, settings):
     assert sorted(accepted_rows("visits", settings)[0].collect()["row"]) == sorted(seen)
     mark = read_mark("visits", settings)
     assert (mark.rows, mark.late, mark.batches) == (6, 2, 4) and read_mark("visits", settings).source_version.startswith("kafka:0=3,1=2,2=1")
+    send(brokers, *map(visit, range(11, 80)), partition=3)
+    accept(spec, settings, next_batch(spec, settings))
+    mark = read_mark("visits", settings)
     assert read_rows(parse_spec(SPEC, ["data.split={test: 0.3, valid: 0.3, seed: 3}"]), settings).sources["train"].source_version == mark.source_version
 
 
@@ -391,4 +394,16 @@ def test_in_pieces_or_as_one_it_is_the_same(values, size, tmp_path_factory):
     assert {(p.column, p.rule): (p.rows, p.examples) for p in found.problems} == {(p.column, p.rule): (p.rows, p.examples) for p in whole.problems}
     assert found.fingerprint == (fingerprint(whole.good) if whole.good.height else None)
     alike = quarantine(spec, here, {"train": whole})
-    assert found.quarantine is None and not alike or pl.read_csv(found.quarantine).equals(pl.read_csv(alike[0]))
+    assert (found.quarantine is None and not alike) or pl.read_csv(found.quarantine).equals(pl.read_csv(alike[0]))
+
+
+def test_a_version_remembers_which_version_of_its_source_it_read(settings, capsys, monkeypatch):
+    from typer.testing import CliRunner
+
+    from mlray.cli import app
+    from mlray.run import train
+    pytest.importorskip("deltalake", reason="pip install 'mlray[delta]'")
+    for i in range(2): pl.concat([ROWS] * 5).write_delta(str(settings.root / "events"), mode="append")
+    run = train(parse_spec(SPEC, ["data={train: {delta: events}, split: {key: [row]}}", "train.epochs=1"]), settings)
+    found = CliRunner().invoke(app, ["show", str(run.version)], env={"MLRAY_HOME": str(settings.home), "COLUMNS": "200"})
+    assert found.exit_code == 0 and "400 rows, delta:1" in found.stdout, found.stdout
