@@ -208,7 +208,7 @@ def show(version: Reference, env: Env = None, as_json: Json = False) -> None:
     about = {"version": str(found), "aliases": list(found.aliases), "digest": found.digest, "created": found.created, "actor": found.actor, "spec_id": found.spec_id,
              "size": bundle.size, "provenance": dict(bundle.provenance)}
     read = [(f"{part} source", f"{s['rows']} rows, {s['version'] or s['digest']}") for part, s in bundle.provenance.get("sources", {}).items()]
-    lines = table(["", str(found)], [(k, json.dumps(v) if isinstance(v, dict) else v) for k, v in about.items() if k != "version"] + read)
+    lines = table(["", str(found)], [*((k, json.dumps(v) if isinstance(v, dict) else v) for k, v in about.items() if k != "version"), *read])
     _show(as_json, about | {"evidence": {g: {**e.verdict.as_dict(), "page": e.page, "created": e.created} for g, e in proved.items()}},
           lines, *(face for g, e in proved.items() for face in (g, e.verdict.table())))
 

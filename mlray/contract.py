@@ -71,11 +71,10 @@ def rules(
 _DTYPES: dict[str, Any] = {"integer": pl.Int64(), "number": pl.Float64(), "category": pl.String(), "boolean": pl.Boolean(), "text": pl.String(), "date": pl.Date(), "duration": pl.Duration("us")}
 _ROW = "row in the source"
 UNREAD = "what came instead of a row" # a column of a source: text where a message is no row, else null
+_Broken = dict[tuple[tuple[str, ...], str, str], pl.Series] # columns, rule, what it asks → rows
 
 
-def schema(
-    contract: Contract,
-) -> pl.Schema: # of checked rows
+def schema(contract: Contract) -> pl.Schema: # of checked rows
     "The polars type of each column."
     def one(c: Column) -> pl.DataType:
         if c.type == "array": return pl.Array(pl.Float64, c.length or 1)
@@ -104,12 +103,8 @@ def _read(name: str, column: Column, dtype: pl.DataType, missing: tuple[str, ...
     return pl.when(value.is_finite()).then(value) if column.type == "number" else value
 
 
-def read_columns(
-    contract: Contract,
-    found: Mapping[str, pl.DataType], # the columns of a source, as they are
-    missing: tuple[str, ...] = ("",), # what stands for a missing value in text
-) -> list[pl.Expr]:
-    "The contract's columns as their types; what cannot be read is null."
+def read_columns(contract: Contract, found: Mapping[str, pl.DataType], missing: tuple[str, ...] = ("",)) -> list[pl.Expr]:
+    "The contract's columns as their types, from those found in a source; what cannot be read is null."
     return [_read(n, c, found[n], missing).alias(n) for n, c in contract.columns.items()]
 
 # %% ../nbs/10_contract.ipynb #450b4853
@@ -214,9 +209,6 @@ class Checked:
         return table(["column", "expected", "rows", "examples"], [(p.column, p.expected, p.rows, ", ".join(p.examples)) for p in self.problems], title)
 
 # %% ../nbs/10_contract.ipynb #06eb97ec
-_Broken = dict[tuple[tuple[str, ...], str, str], pl.Series] # columns, rule, what it asks → rows
-
-
 def _breaking(contract: Contract, raw: pl.DataFrame, typed: pl.DataFrame, missing: tuple[str, ...], repeated: Mapping[str, pl.Series] | None) -> _Broken:
     "The rows that break each rule."
     details = _schema(contract, repeated).filter(typed)[1].details()
@@ -276,12 +268,8 @@ def _with_reasons(raw: pl.DataFrame, bad: pl.Series, broken: _Broken, before: in
     return raw.with_row_index(number, offset=before + 1).with_columns(problem.alias(reason)).filter(bad)
 
 
-def stale(
-    contract: Contract,
-    frame: pl.DataFrame,    # typed rows, at least the newest
-    now: datetime,          # with time zone
-) -> tuple[Problem, ...]:
-    "Which time columns have a newest value that is too old."
+def stale(contract: Contract, frame: pl.DataFrame, now: datetime) -> tuple[Problem, ...]:
+    "Which time columns of typed rows, at least the newest, have a newest value that is too old at a time with time zone."
     return tuple(p for p in (_stale(n, c, frame[n], now) for n, c in contract.columns.items() if c.fresh) if p)
 
 
@@ -306,9 +294,7 @@ def labels(
     return value.cast(pl.UInt8).alias("label")
 
 
-def label_names(
-    contract: Contract,
-) -> tuple[str, str]: # of label 0 and of label 1
+def label_names(contract: Contract) -> tuple[str, str]: # of label 0 and of label 1
     "What the two labels are called in an answer."
     column = contract.columns[contract.target]
     if column.positive_above is not None: return f"<={column.positive_above:g}", f">{column.positive_above:g}"

@@ -27,7 +27,7 @@ from .spec import RunSpec
 from .table import Fingerprint, fingerprint
 
 # %% ../nbs/35b_survey.ipynb #d9bf687c
-ROWS = 100_000 # in a piece
+ROWS = 25_000 # in a piece
 
 
 def repeated_values(
@@ -69,17 +69,19 @@ class Survey:
 
     def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
-
+# %% ../nbs/35b_survey.ipynb #7f4605d7
 class _Aside:
     "Bad rows, written as they come; the file gets its name, that of its rows, at the end."
-    def __init__(self, folder: Path, name: str): self.folder, self.name, self.digest, self.part = folder, name, None, folder / f"{name}.part"
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name, self.part = folder, name, folder / f"{name}.part"
+        self.digest: Fingerprint | None = None
 
     def write(self, bad: pl.DataFrame) -> None:
         if bad.is_empty(): return
         named, first = fingerprint(bad), self.digest is None
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.part, "wb" if first else "ab") as file: flat(bad).write_csv(file, include_header=first)
-        self.digest: Fingerprint | None = named if self.digest is None else self.digest + named
+        self.digest = named if self.digest is None else self.digest + named
 
     def close(self) -> Path | None:
         return self.part.rename(self.folder / f"{self.name}-{self.digest.digest[:12]}.csv") if self.digest else None
@@ -92,7 +94,7 @@ def _merged(problems: Mapping[tuple[str, str], Problem], more: tuple[Problem, ..
         both[p.column, p.rule] = p if before is None else replace(before, rows=before.rows + p.rows, examples=(*before.examples, *p.examples)[:3])
     return both
 
-
+# %% ../nbs/35b_survey.ipynb #d5c22f26
 def survey(
     spec: RunSpec,
     part: str,                      # which source: train, valid or test
