@@ -9,11 +9,13 @@ Modules:
 - `mlray.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
 - `mlray.commands`: What each command does, with its vendors chosen
 - `mlray.contract`: What a row must look like, said once and held everywhere
+- `mlray.counterfactual`: What would have to be different for another answer: the smallest change that flips it
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
 - `mlray.errors`: One family of errors, each a short letter to a tired person
 - `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
 - `mlray.evaluation`: What a bundle does with rows it has not learned from
+- `mlray.explain`: Why this answer: a straight line through the model's answers nearby, the same to the byte for the same row
 - `mlray.fairness`: How good for whom: every group metric from one table of counts
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
@@ -35,6 +37,7 @@ Modules:
 - `mlray.serve_on_ray`: HTTP in front of the service, on Ray Serve
 - `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
+- `mlray.shapley`: Why this answer: the score, shared out among the features so that the shares add up
 - `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a function
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
 - `mlray.table`: Rows: named by a fingerprint, and divided the same way every time
