@@ -3,6 +3,8 @@
 Modules:
 
 - `mlray.access`: Who may do what: keys, roles, actions
+- `mlray.adversarial`: How little it takes when somebody tries: FGSM and PGD on the numbers of a row
+- `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
 - `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line
@@ -23,11 +25,13 @@ Modules:
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
 - `mlray.haproxy`: Close what is left open in front of a service
+- `mlray.importance`: What a model hangs on, over many rows: permutation importance, the network's own, and explanations that add up
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.reproduce`: The same run again, compared to the bit
+- `mlray.robust`: How fragile: which answers flip when rows are slightly wrong, for whom, and what the contract catches first
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
