@@ -62,7 +62,7 @@ def verdict_of(
     data: Mapping[str, float] | None = None, # what was measured of the rows themselves
 ) -> Verdict:
     "The rules of some gates, judged."
-    return judge({**candidate.values, **(data or {})}, rules_of(spec, *gates, otherwise=otherwise), incumbent.values if incumbent else None)
+    return judge({**candidate.values, **(data or {})}, rules_of(spec, *gates, otherwise=otherwise), incumbent.values if incumbent else None, waivers=spec.waivers)
 
 
 def rules_of(spec: RunSpec, *gates: str, otherwise: Sequence[Rule] = ()) -> list[Rule]:

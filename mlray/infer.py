@@ -75,7 +75,7 @@ def _limits(kind: dict[str, Any], values: pl.Series) -> dict[str, Any]:
         return {"min": year.isoformat()}
     return {}
 
-
+# %% ../nbs/10b_infer.ipynb #63d47449
 def infer_contract(
     frame: pl.DataFrame,                # rows as read, text or typed
     missing: tuple[str, ...] = ("",),   # what stands for a missing value in text
