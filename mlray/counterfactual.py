@@ -28,7 +28,7 @@ class Counterfactual:
     score: float                        # of the row
     flipped: float | None               # of the changed row; None: no change of so few features flips the answer
     changes: Mapping[str, tuple[Any, Any]] # feature → before and after
-    distance: float                     # numbers in spreads of the background, and 1 for each other change
+    distance: float | None              # numbers in spreads of the background, and 1 for each other change; None where nothing flips
     scored: int                         # rows that were scored to find it
 
     @property
@@ -146,7 +146,7 @@ def counterfactual(
         further = [sets[i] for i in np.argsort(scores if mine >= threshold else -scores, kind="stable")[:beam]] if size < most else []
         sets = list(dict.fromkeys(tuple(sorted((*s, c), key=lambda c: c.name)) for s in further for c in singles if c.name not in {x.name for x in s}))
         if not sets: break
-    return Counterfactual(mine, None, {}, math.inf, ask.asked)
+    return Counterfactual(mine, None, {}, None, ask.asked)
 
 
 def _nearest(ask: _Search, flipping: list[_Changes], flips: Callable[[np.ndarray], np.ndarray]) -> tuple[_Changes, float]:

@@ -71,7 +71,7 @@ def less_is_better(
     metric: str, # `log_loss`, `roc_auc`
 ) -> bool:
     "Whether a smaller value of this metric is the better one."
-    return metric.endswith(_LESS_IS_BETTER)
+    return metric.partition("[")[0].endswith(_LESS_IS_BETTER)
 
 
 def _words(rule: Rule) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .behaviour import STEP, Behaviour
+from .behaviour import Behaviour
 from .contract import Contract, schema
 from .display import Table, table
 from .errors import ExplanationError, suggest
@@ -113,9 +113,14 @@ class RobustnessReport:
     @property
     def values(self) -> dict[str, float]:
         "Plain numbers by name, as `mlray.gate.judge` takes them; NaN where nothing could be tried."
+        return {name: m.value for name, m in self.measures.items()}
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        "The same with their intervals."
         kinds = self.by_kind()
-        rates = {f"flip_rate[{k}]": t.flip_rate.value for k, t in kinds.items()} | {f"refused_rate[{k}]": t.refused_rate.value for k, t in kinds.items()}
-        return {"flip_rate": sum(kinds.values(), Tried()).flip_rate.value, **rates, **{f"flip_rate_difference[{c}]": self._gap(g) for c, g in self.groups.items()}}
+        rates = {f"flip_rate[{k}]": t.flip_rate for k, t in kinds.items()} | {f"refused_rate[{k}]": t.refused_rate for k, t in kinds.items()}
+        return {"flip_rate": sum(kinds.values(), Tried()).flip_rate, **rates, **{f"flip_rate_difference[{c}]": Measure(self._gap(g)) for c, g in self.groups.items()}}
 
     def _gap(self, groups: Mapping[str, Tried]) -> float:
         known = [t.flip_rate.value for t in groups.values() if t.rows - t.refused >= self.min_group]
@@ -176,7 +181,12 @@ class BehaviourReport:
     @property
     def values(self) -> dict[str, float]:
         "Plain numbers by name, as `mlray.gate.judge` takes them."
-        return {b.measure: m.value for b, m, _, _ in self.checks}
+        return {name: m.value for name, m in self.measures.items()}
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        "The same with their intervals."
+        return {b.measure: m for b, m, _, _ in self.checks}
 
     def table(self) -> Table:
         "One line a check."
@@ -185,24 +195,18 @@ class BehaviourReport:
     def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
 
-def _stepped(check: Behaviour, name: str, value: Any, whole: bool) -> pl.Expr:
-    "A feature's new value: given, or a step from the old one."
-    step = STEP.match(value) if isinstance(value, str) else None
-    if not step or whole is None: return pl.lit(value).alias(name)
-    sign, size = step[1], float(step[2])
-    moved = pl.col(name) * size if sign == "*" else pl.col(name) + (size if sign == "+" else -size)
-    return (moved.round() if whole else moved).alias(name)
-
-
 def _changed(contract: Contract, check: Behaviour, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     "The rows that a check speaks of, before and after."
-    for n in (*check.where, *check.change):
+    for n in check.columns:
         if n not in contract.features: raise ExplanationError(f"The check {check.name!r} speaks of {n!r}, which is no feature. {suggest(n, contract.features)}")
     types = schema(contract)
     before = frame
     for n, value in check.where.items(): before = before.filter(pl.col(n).eq_missing(pl.lit(value, types[n])))
-    numeric = {"integer": True, "number": False}
-    after = before.with_columns(_stepped(check, n, v, numeric.get(contract.columns[n].type)).cast(types[n]) for n, v in check.change.items()) # type: ignore[arg-type]
+    def written(n: str, value: pl.Expr) -> pl.Expr: return (value.round() if contract.columns[n].type == "integer" else value).cast(types[n]).alias(n)
+    for n in (*check.add, *check.times):
+        if contract.columns[n].type not in ("integer", "number"): raise ExplanationError(f"The check {check.name!r} reckons with {n!r}, which is of type {contract.columns[n].type}. Use change for it.")
+    after = before.with_columns(pl.lit(v, types[n]).alias(n) for n, v in check.change.items())
+    after = after.with_columns(written(n, pl.col(n) * v) for n, v in check.times.items()).with_columns(written(n, pl.col(n) + v) for n, v in check.add.items())
     return before, after
 
 

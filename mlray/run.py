@@ -29,6 +29,7 @@ from .contract import labels
 from .drift import DriftReport, drift_report
 from .errors import BundleError, TrainingError
 from .evaluation import Evaluation, asks_of_rows, evaluate, incumbent_of, rules_of, verdict_of
+from .explanation import asked_for
 from .features import Matrix, apply, learn
 from .gate import Verdict
 from .model import Epoch, Job, epochs, replayed
@@ -39,6 +40,7 @@ from .rows import Rows, inspect_rows, read_rows
 from .settings import Settings, read_settings
 from .spec import RunSpec
 from .tracking import NullTracker, Tracker
+from .white_box import asked_of_network
 
 # %% ../nbs/38_run.ipynb #7e676f4b
 Note = Callable[[str], None]
@@ -178,7 +180,8 @@ def train(
             tracker.note(f"measuring on {rows.parts.test.height} test rows")
             before = incumbent_of(registry, spec.name)
             evaluation = evaluate(bundle, rows.parts.test)
-            data = inspect_rows(rows, before.profile if before else None).values if asks_of_rows(rules_of(spec), evaluation) else None
+            data = inspect_rows(rows, before.profile if before else None).values if asks_of_rows(rules_of(spec), evaluation) else {}
+            data |= asked_for(bundle, rows.parts.test, rules_of(spec)) | asked_of_network(bundle, rows.parts.test, rules_of(spec))
             verdict = verdict_of(spec, evaluation, evaluate(before, rows.parts.test) if before else None, data=data)
             run = Run(register(registry, bundle, {"values": evaluation.scorecard.values, "verdict": verdict.as_dict()}), rows, evaluation, verdict, drift)
             kept.clear() # finished: the same command would do it all again, and come to the same version
