@@ -11,6 +11,7 @@ __all__ = ['network_of', 'attacked', 'asked_of_network', 'own_importances']
 from collections.abc import Sequence
 
 import polars as pl
+import torch
 from safetensors.torch import load_file
 
 from .adversarial import AdversarialReport, adversarial
@@ -33,7 +34,8 @@ def attacked(
     bundle: Bundle,
     frame: pl.DataFrame, # checked rows; more columns than the features do no harm
 ) -> AdversarialReport:
-    "Rows of a bundle, attacked by FGSM and PGD."
+    "Rows of a bundle, attacked by FGSM and PGD, with as many threads as it was trained with."
+    torch.set_num_threads(bundle.spec.train.threads)
     return adversarial(network_of(bundle), bundle.features, bundle.contract, frame, bundle.spec.model.threshold)
 
 
