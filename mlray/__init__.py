@@ -25,7 +25,7 @@ Modules:
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
 - `mlray.haproxy`: Close what is left open in front of a service
-- `mlray.importance`: What a model hangs on, over many rows: permutation importance, the network's own, and explanations that add up
+- `mlray.importance`: What a model hangs on, over many rows: permutation importance, and explanations that add up
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows

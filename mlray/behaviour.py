@@ -20,12 +20,12 @@ class Behaviour(Part):
     "One check."
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w .-]{0,63}$")]
     kind: Literal["invariance", "direction", "minimum"]
-    where: dict[str, Any] = {}              # the test rows it speaks of: those with these values; empty: all
-    change: dict[str, Any] = {}             # feature → its new value
-    add: dict[str, float] = {}              # number → what is added to it
-    times: dict[str, float] = {}            # number → what it is multiplied by
+    where: dict[str, Any] = Field(default_factory=dict) # the test rows it speaks of: those with these values; empty: all
+    change: dict[str, Any] = Field(default_factory=dict) # feature → its new value
+    add: dict[str, float] = Field(default_factory=dict) # number → what is added to it
+    times: dict[str, float] = Field(default_factory=dict) # number → what it is multiplied by
     expect: Literal["up", "down"] | None = None # direction: where the score must not turn its back on
-    row: dict[str, Any] = {}                # minimum: a whole row
+    row: dict[str, Any] = Field(default_factory=dict) # minimum: a whole row
     score_at_least: float | None = None     # minimum: of that row
     score_at_most: float | None = None
     tolerance: Annotated[float, Field(ge=0)] = 0.0 # how far the score may move all the same

@@ -80,16 +80,13 @@ class Line:
 
 
 def _solve(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    "Solve positive definite systems [..., d, d] by elimination, in elementwise steps only."
-    a, b, size = a.copy(), b.copy(), b.shape[-1]
-    for i in range(size):
-        factor = a[..., i + 1:, i] / a[..., i, i][..., None]
-        a[..., i + 1:, i:] -= factor[..., None] * a[..., None, i, i:]
-        b[..., i + 1:] -= factor * b[..., i][..., None]
-    for i in range(size - 1, -1, -1):
-        b[..., i] /= a[..., i, i]
-        b[..., :i] -= a[..., :i, i] * b[..., i][..., None]
-    return b
+    "Solve positive definite systems [n, d, d] by elimination, in elementwise steps only."
+    m = np.ascontiguousarray(np.concatenate([a, b[..., None]], axis=-1).transpose(1, 2, 0))
+    for i in range(len(m)):
+        pivot = m[i, i:] / m[i, i]
+        m[:, i:] -= m[:, i, None] * pivot
+        m[i, i:] = pivot
+    return m[:, -1].T
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> float: return math.fsum((a * b).tolist())
@@ -104,14 +101,14 @@ def _centred(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _moments(near: np.ndarray, score: np.ndarray, weight: np.ndarray, blocks: int) -> np.ndarray:
     "Sums of weight × feature × feature and weight × feature × score, block by block: [blocks, d + 1, d + 2], in units of the grids."
-    rows, sums = len(near), []
-    product = weight * score # of 48 bits: summed in two halves of 24
-    for at in (slice(i * rows // blocks, (i + 1) * rows // blocks) for i in range(blocks)):
-        left = np.concatenate([near[at].T, np.ones((1, at.stop - at.start))], dtype=np.float64)
-        right = np.concatenate([left * weight[at], [product[at] >> _BITS], [product[at] & (2**_BITS - 1)]])
-        sums.append(left @ right.T)
-    whole = np.stack(sums)
-    return np.concatenate([whole[..., :-2], whole[..., -2:-1] * 2.0**_BITS + whole[..., -1:]], axis=-1)
+    rows, size = near.shape
+    both = np.empty((2 * size + 4, rows))
+    left, right, product = both[:size + 1], both[size + 1:], weight * score # products have 48 bits: summed in two halves of 24
+    left[:-1], left[-1], right[-2], right[-1] = near.T, 1.0, product >> _BITS, product & (2**_BITS - 1)
+    np.multiply(left, weight.astype(np.float64), out=right[:-2])
+    ends = [i * rows // blocks for i in range(blocks + 1)]
+    sums = np.stack([left[:, a:b] @ right[:, a:b].T for a, b in zip(ends, ends[1:], strict=False)])
+    return np.concatenate([sums[..., :-2], sums[..., -2:-1] * 2.0**_BITS + sums[..., -1:]], axis=-1)
 
 
 def line(
@@ -132,14 +129,14 @@ def line(
     both, alone = _centred(every)
     chosen = np.arange(near.shape[1])
     if count is not None and count < len(chosen):
-        chosen = np.sort(np.argsort(-np.abs(_solve(both[0] + 0.01 * np.eye(len(chosen)), alone[0])), kind="stable")[:count])
+        chosen = np.sort(np.argsort(-np.abs(_solve(both[:1] + 0.01 * np.eye(len(chosen)), alone[:1])[0]), kind="stable")[:count])
         both, alone = both[:, chosen[:, None], chosen], alone[:, chosen]
     found = _solve(both + penalty * np.eye(len(chosen)), alone)
     best, left = found[0], found[1:]
     spread = left - left.mean(0)
     errors = np.sqrt((spread * spread).sum(0) * ((blocks - 1) / blocks))
-    squares = (int((weight * score >> _BITS) @ score) << _BITS) + int((weight * score & (2**_BITS - 1)) @ score)
-    total, mean = int(weight.sum()), int(weight @ score)
+    product = weight * score
+    squares, total, mean = (int((product >> _BITS) @ score) << _BITS) + int((product & (2**_BITS - 1)) @ score), int(weight.sum()), int(product.sum())
     variance = float((squares * total - mean * mean) / total) * unit * unit * 2.0**-_BITS
     told = _dot(best, 2 * alone[0] - (both[0] * best).sum(-1))
     intercept = (every[0, -1, -1] - _dot(every[0, chosen, -2], best)) / every[0, -1, -2]

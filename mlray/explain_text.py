@@ -10,6 +10,7 @@ __all__ = ['split_words', 'without', 'absent', 'cosine_weights', 'lime_text']
 # %% ../nbs/22c_explain_text.ipynb #397b4c7b
 import math
 import re
+from itertools import compress
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def without(
 ) -> list[str]:
     "The text, with words left out."
     stays = np.concatenate([kept, np.ones((len(kept), 1), bool)], axis=1)[:, number]
-    return ["".join([p for p, k in zip(pieces, row, strict=True) if k]) for row in stays.tolist()]
+    return ["".join(compress(pieces, row)) for row in stays.tolist()]
 
 # %% ../nbs/22c_explain_text.ipynb #ea68632d
 def absent(

@@ -18,7 +18,8 @@ from .adversarial import AdversarialReport, adversarial
 from .bundle import Bundle
 from .explanation import ATTACKED
 from .features import apply
-from .importance import Importances, native_importance
+from .gradient import native_importance
+from .importance import Importances
 from .network import Network, fitted, sensible
 from .spec import Rule
 

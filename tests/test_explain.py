@@ -270,8 +270,9 @@ def test_a_face_shows_text_and_not_markup():
 # bundles
 
 def test_a_bundle_is_explained_from_itself_alone(trained):
-    from mlray.cli import app
     from typer.testing import CliRunner
+
+    from mlray.cli import app
     settings_, run = trained
     bundle = bundle_of(open_registry(settings_), run.version)
     frame = run.rows.parts.test.select(bundle.contract.features)
