@@ -108,7 +108,7 @@ def adversarial(
     before, cells = decided(frame), {}
     for method in ("fgsm", "pgd"):
         for share in shares:
-            moved = attack(network, features, contract, frame, threshold, share, method) # type: ignore[arg-type]
+            moved = attack(network, features, contract, frame, threshold, share, method)
             kept = keeping(contract, moved)
             cells[method, share] = Tried(frame.height, int((~kept).sum()), int(((decided(moved) != before) & kept).sum()))
     return AdversarialReport(cells)

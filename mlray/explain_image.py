@@ -47,7 +47,7 @@ def lime_image(
     at_once: int | None = None,     # images in one call; None: all
 ) -> Explanation:
     "Explain the score of an image. Raises `ExplanationError`."
-    if patches is None: patches = squares(*image.shape[:2], max(1, -(-max(image.shape[:2]) // 8)))
+    if patches is None: patches = squares(image.shape[0], image.shape[1], max(1, -(-max(image.shape[:2]) // 8)))
     if patches.shape != image.shape[:2]: raise ExplanationError(f"The patches have shape {patches.shape}, and the image {image.shape[:2]}. Give each pixel the number of its patch.")
     numbers, inside = np.unique(patches, return_inverse=True)
     inside, size = inside.reshape(patches.shape), len(numbers)

@@ -97,7 +97,7 @@ class Summary:
     @property
     def values(self) -> dict[str, float]:
         "Plain numbers by name, as `mlray.gate.judge` takes them; NaN over no rows."
-        mean = lambda total: float(total / self.rows) if self.rows else math.nan
+        def mean(total: Fraction) -> float: return float(total / self.rows) if self.rows else math.nan
         return {"fidelity": mean(self.fidelity), "fidelity_lowest": self.weakest if self.rows else math.nan, "stability": mean(self.stability), "explained_rows": float(self.rows),
                 **{f"importance[{n}]": mean(s.size) for n, s in self.features.items()}}
 

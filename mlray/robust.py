@@ -54,8 +54,9 @@ def noise(contract: Contract, frame: pl.DataFrame, words: np.random.Philox, shar
     for n in contract.features:
         column = contract.columns[n]
         if column.type not in ("integer", "number") or frame[n].null_count() == frame.height: continue
-        low, high = (frame[n].quantile(q, "linear") for q in (0.25, 0.75))
-        step = share * ((high - low) or (frame[n].std() or 0.0)) # type: ignore[operator]
+        known = frame[n].drop_nulls().cast(pl.Float64).to_numpy()
+        low, high = np.percentile(known, [25, 75])
+        step = share * float((high - low) or known.std())
         up = (words.random_raw(frame.height) >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1
         values = (frame[n].cast(pl.Float64) + pl.Series(up * step)).clip(column.min, column.max) # type: ignore[arg-type]
         moved.append((values.round() if column.type == "integer" else values).cast(frame.schema[n]).alias(n))
