@@ -16,30 +16,35 @@ from typing import Literal
 import numpy as np
 import polars as pl
 import torch
+from torch import nn
 
+from .column import bounds
 from .contract import Contract, schema
 from .display import Table, table
 from .errors import ExplanationError
 from .explain import keeping
 from .features import Features, apply
-from .network import Network, Score, scores
+from .network import Score, scores
 from .robust import Tried
 
 # %% ../nbs/23a_adversarial.ipynb #45c08349
+def _tensors(features: Features, frame: pl.DataFrame) -> list[torch.Tensor]: return [torch.from_numpy(x) for x in apply(features, frame, frame.height).tensors]
+
+
 def _box(contract: Contract, features: Features, frame: pl.DataFrame, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # low, high [rows, n], spread [n]
     "How far each number may go."
     names = [n.name for n in features.numbers]
-    values = np.stack([frame[n].cast(pl.Float64).to_numpy() for n in names], axis=1) if names else np.zeros((frame.height, 0))
+    own = [contract.columns[n].type in ("integer", "number") if n in contract.columns else False for n in names] # others are made of dates and the like, or are booleans
+    values = np.stack([frame[n].cast(pl.Float64).to_numpy() if mine else np.zeros(frame.height) for n, mine in zip(names, own, strict=True)], axis=1)
     spread = np.array([(lambda x: float(x.std()) if len(x) else 0.0)(v[~np.isnan(v)]) for v in values.T])
-    spread *= [contract.columns[n].type in ("integer", "number") for n in names]
-    limit = lambda bound, none: none if bound is None else float(bound)
-    low = np.maximum(values - share * spread, [limit(contract.columns[n].min, -np.inf) for n in names])
-    high = np.minimum(values + share * spread, [limit(contract.columns[n].max, np.inf) for n in names])
+    limits = [bounds(contract.columns[n]) if mine else (None, None) for n, mine in zip(names, own, strict=True)]
+    low = np.maximum(values - share * spread, [-np.inf if a is None else a for a, _ in limits])
+    high = np.minimum(values + share * spread, [np.inf if b is None else b for _, b in limits])
     return low, high, spread
 
 
 def attack(
-    network: Network,           # fitted
+    network: nn.Module,         # fitted, of two classes
     features: Features,         # that it was built with
     contract: Contract,
     frame: pl.DataFrame,        # checked rows
@@ -52,23 +57,22 @@ def attack(
     if not features.numbers or frame.is_empty(): raise ExplanationError("There is no number to attack." if frame.height else "There is no row to attack.")
     types = schema(contract)
     moved = frame.select(pl.col(n).cast(types[n]) for n in contract.features)
-    matrix, (low, high, spread) = apply(features, moved, frame.height), _box(contract, features, moved, share)
-    numbers, codes = torch.from_numpy(matrix.numbers.copy()), torch.from_numpy(matrix.codes)
-    sign = torch.where(scores(network, numbers, codes) >= threshold, -1.0, 1.0)
+    (first, *rest), (low, high, spread) = _tensors(features, moved), _box(contract, features, moved, share)
+    numbers, still = first.clone(), torch.from_numpy(spread == 0)
+    sign = torch.where(scores(network, numbers, *rest) >= threshold, -1.0, 1.0)
     steps, size = (1, share) if method == "fgsm" else (steps, 2.5 * share / steps)
     bounds = [torch.from_numpy(np.nan_to_num(b, nan=0.0).astype(np.float32)) for b in (low, high)]
     for _ in range(steps):
         numbers.requires_grad_()
-        (gradient,) = torch.autograd.grad((Score(network)(numbers, codes) * sign).sum(), numbers)
+        (gradient,) = torch.autograd.grad((Score(network)(numbers, *rest) * sign).sum(), numbers)
         with torch.no_grad(): step = (numbers + size * torch.from_numpy(spread.astype(np.float32)) * gradient.nan_to_num().sign()).clamp(*bounds)
-        numbers = torch.where(torch.isnan(numbers.detach()), numbers.detach(), step)
-    return moved.with_columns(_written(contract, moved[n.name], numbers[:, i].double().numpy(), low[:, i], high[:, i]) for i, n in enumerate(features.numbers))
+        numbers = torch.where(torch.isnan(first) | still, first, step)
+    return moved.with_columns(_written(contract, moved[n.name], numbers[:, i].double().numpy(), low[:, i], high[:, i]) for i, n in enumerate(features.numbers) if spread[i] > 0)
 
 
 def _written(contract: Contract, before: pl.Series, values: np.ndarray, low: np.ndarray, high: np.ndarray) -> pl.Series:
     "Moved numbers as the column's type, within the bounds."
     kind, known = contract.columns[before.name].type, before.is_not_null().to_numpy()
-    if kind not in ("integer", "number"): return before
     old = before.cast(pl.Float64).to_numpy()
     inside = np.clip(values, low, high)
     if kind == "integer": inside = np.where(inside >= old, np.floor(inside), np.ceil(inside))
@@ -94,7 +98,7 @@ class AdversarialReport:
 
 
 def adversarial(
-    network: Network,           # fitted
+    network: nn.Module,         # fitted, of two classes
     features: Features,         # that it was built with
     contract: Contract,
     frame: pl.DataFrame,        # checked rows
@@ -103,8 +107,7 @@ def adversarial(
 ) -> AdversarialReport:
     "Attack all rows by both methods."
     def decided(rows: pl.DataFrame) -> np.ndarray:
-        matrix = apply(features, rows, rows.height)
-        return scores(network, torch.from_numpy(matrix.numbers), torch.from_numpy(matrix.codes)).numpy() >= threshold
+        return scores(network, *_tensors(features, rows)).numpy() >= threshold
     before, cells = decided(frame), {}
     for method in ("fgsm", "pgd"):
         for share in shares:

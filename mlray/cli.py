@@ -177,8 +177,15 @@ def ask(name: Annotated[str, typer.Argument(help="A model.")], row: Annotated[st
     if not key: raise ServingError("Set MLRAY_API_KEY to an API key; `mlray key create` makes one.")
     rows = row_of(row)
     said = ask_service(name, rows if isinstance(rows, list) else [rows], url or settings_of(env).url, key)
+    _show(as_json, said, _predictions_table(said))
+
+
+def _predictions_table(said: dict[str, Any]) -> Any:
+    "One line a row, whatever kind of answer it is."
     from mlray.display import table
-    _show(as_json, said, table(["label", "score"], [(p["label"], p["score"]) for p in said["predictions"]], f"{said['model']}/{said['version']}"))
+    shown = lambda v: ", ".join(f"{k} {x:.4g}" for k, x in v.items()) if isinstance(v, dict) else ", ".join(v) if isinstance(v, list) else v
+    names = list(said["predictions"][0])
+    return table(names, [tuple(shown(p[n]) for n in names) for p in said["predictions"]], f"{said['model']}/{said['version']}")
 
 # %% ../nbs/59_cli.ipynb #751712c8
 @app.command()

@@ -64,7 +64,7 @@ class Verdict:
         return {MIME: self.as_dict(), "text/markdown": self.table()._repr_markdown_(), "text/html": self.table()._repr_html_(), "text/plain": repr(self)}
 
 # %% ../nbs/25_gate.ipynb #a8504b58
-_LESS_IS_BETTER = ("_loss", "_difference", "_error", "_distance", "_index", "_share", "_gap", "false_positive_rate", "false_negative_rate", "error_rate", "flip_rate", "unmatched_columns")
+_LESS_IS_BETTER = ("_loss", "_difference", "_error", "_distance", "_index", "_share", "_gap", "interval_width", "false_positive_rate", "false_negative_rate", "error_rate", "flip_rate", "unmatched_columns")
 
 
 def less_is_better(

@@ -12,34 +12,44 @@ import math
 
 import numpy as np
 import torch
+from torch import nn
 
+from .errors import ExplanationError
 from .features import Features, Matrix
 from .importance import Importance, Importances, ranked
 from .network import Network
+from .network_inputs import chunks
 
 # %% ../nbs/22f_gradient.ipynb #f21718cd
+def _width(features: Features, wide: int) -> int:
+    "Numbers that stand for one value, from the length of the whole row."
+    none, one = sum(chunks(features, 0)), sum(chunks(features, 1))
+    return (wide - none) // (one - none) if one > none else 0
+
+
 def contributions(
-    network: Network,
+    network: nn.Module,
     features: Features,     # that the network was built with
     rows: Matrix,
 ) -> dict[str, np.ndarray]: # feature → float64 [rows], in logits, mean 0 for a linear network
     "What each feature adds to the logit, by the network's own gradient."
+    if not isinstance(network, Network) or network.head.shape[1] != 1: raise ExplanationError("Only mlray's own networks with one output say what each feature adds. Use permutation_importance, which asks any model.")
     network.eval()
-    with torch.no_grad(): wide = network.encoding(torch.from_numpy(rows.numbers), torch.from_numpy(rows.codes))
+    with torch.no_grad(): wide = network.encoding(*(torch.from_numpy(x) for x in rows.tensors))
     wide.requires_grad_()
     x = wide.unsqueeze(1)
     for layer in network.layers: x = layer(x).relu()
-    ((x * network.head).sum(2) + network.head_bias).mean(1).sum().backward()
+    ((x.unsqueeze(2) * network.head).sum(3) + network.head_bias).mean(1).sum().backward()
     assert wide.grad is not None
     added = (wide.grad * (wide.detach() - wide.detach().mean(0))).double().numpy()
     names = [n.name for n in features.numbers]
-    owners = names + names + [n.name for n in features.numbers if n.common] + [c.name for c in features.categories]
-    place = np.repeat(np.arange(len(owners)), network.encoding.chunks)
+    owners = names + names + [n.name for n in features.numbers if n.common] + [c.name for c in features.categories] + [a.name for a in features.arrays] * 2 + [t.name for t in features.texts]
+    place = np.repeat(np.arange(len(owners)), chunks(features, _width(features, wide.shape[1])))
     return {name: added[:, np.isin(place, [i for i, o in enumerate(owners) if o == name])].sum(1) for name in dict.fromkeys(owners)}
 
 
 def native_importance(
-    network: Network,
+    network: nn.Module,
     features: Features,     # that the network was built with
     rows: Matrix,
 ) -> Importances: # most important first

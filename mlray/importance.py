@@ -105,8 +105,8 @@ class Summary:
     def importances(self) -> Importances:
         "The mean size of each feature's weight."
         def one(name: str, s: _Sums) -> Importance:
-            variance = (s.squares - s.size * s.size / self.rows) / max(self.rows - 1, 1)
-            return Importance(name, float(s.size / self.rows), math.sqrt(max(variance, 0) / self.rows))
+            variance = float((s.squares - s.size * s.size / self.rows) / max(self.rows - 1, 1))
+            return Importance(name, float(s.size / self.rows), math.sqrt(max(variance, 0.0) / self.rows))
         return ranked("mean size", [one(n, s) for n, s in self.features.items()])
 
     def table(self) -> Table:

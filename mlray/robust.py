@@ -58,7 +58,7 @@ def noise(contract: Contract, frame: pl.DataFrame, words: np.random.Philox, shar
         low, high = np.percentile(known, [25, 75])
         step = share * float((high - low) or known.std())
         up = (words.random_raw(frame.height) >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1
-        values = (frame[n].cast(pl.Float64) + pl.Series(up * step)).clip(column.min, column.max) # type: ignore[arg-type]
+        values = (frame[n].cast(pl.Float64) + pl.Series(up * step)).clip(column.min, column.max)
         moved.append((values.round() if column.type == "integer" else values).cast(frame.schema[n]).alias(n))
     return frame.with_columns(moved), ["numbers" if moved else ""] * frame.height
 
@@ -144,7 +144,7 @@ def robustness(
     contract: Contract,
     frame: pl.DataFrame,                        # checked rows; more columns than the features do no harm
     groups: pl.DataFrame | None = None,         # one text column a sensitive column, of the same rows
-    threshold: float = 0.5,                     # a score at or above it is the one answer, below it the other
+    threshold: float | None = 0.5,              # a score at or above it is the one answer, below it the other; None: the function answers with decisions
     output: int | None = None,                  # which of several outputs
     digest: str = "",                           # of the model; part of the seed
     kinds: Sequence[str] = tuple(DISTURBANCES),
@@ -158,7 +158,8 @@ def robustness(
     made = {kind: DISTURBANCES[kind](contract, features, words_of(kind, digest, frame.height)) for kind in kinds}
     kept = {kind: keeping(contract, rows) & np.array([n != "" for n in names]) for kind, (rows, names) in made.items()}
     asked = pl.concat([features, *(rows.filter(kept[kind]) for kind, (rows, _) in made.items())])
-    answers = scored(score, asked, asked.height, output) >= threshold
+    answers = scored(score, asked, asked.height, output)
+    if threshold is not None: answers = answers >= threshold
     before, after, flips = answers[:frame.height], answers[frame.height:], {}
     for kind in kinds:
         count = int(kept[kind].sum())

@@ -13,22 +13,24 @@ from collections.abc import Sequence
 import polars as pl
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from .adversarial import AdversarialReport, adversarial
 from .bundle import Bundle
+from .errors import ExplanationError
 from .explanation import ATTACKED
 from .features import apply
 from .gradient import native_importance
 from .importance import Importances
-from .network import Network, fitted, sensible
+from .network import fitted, sensible
 from .spec import Rule
 
 # %% ../nbs/35c_white_box.ipynb #bb8ddef6
 def network_of(
     bundle: Bundle,
-) -> Network:
+) -> nn.Module:
     "The torch network that a bundle's graph was made of."
-    return fitted(bundle.features, sensible(bundle.spec.model, bundle.spec.train, bundle.profile.rows)[0], load_file(bundle.path / "weights.safetensors"))
+    return fitted(bundle.features, sensible(bundle.spec.model, bundle.spec.train, bundle.profile.rows)[0], load_file(bundle.path / "weights.safetensors"), bundle.task.outputs)
 
 
 def attacked(
@@ -36,6 +38,7 @@ def attacked(
     frame: pl.DataFrame, # checked rows; more columns than the features do no harm
 ) -> AdversarialReport:
     "Rows of a bundle, attacked by FGSM and PGD, with as many threads as it was trained with."
+    if bundle.task.kind != "binary": raise ExplanationError(f"Attacks are for a decision between two; {bundle.name} predicts {bundle.task.kind}. Take flip_rate[fgsm] and flip_rate[pgd] out of its rules.")
     torch.set_num_threads(bundle.spec.train.threads)
     return adversarial(network_of(bundle), bundle.features, bundle.contract, frame, bundle.spec.model.threshold)
 

@@ -148,7 +148,7 @@ def test_an_attack_moves_the_score_the_other_way(bundle, trained):
     frame = trained[1].rows.parts.test.select(bundle.contract.features)
     def asked(rows):
         matrix = apply(bundle.features, rows, rows.height)
-        return scores(network_of(bundle), torch.from_numpy(matrix.numbers), torch.from_numpy(matrix.codes)).numpy()
+        return scores(network_of(bundle), *map(torch.from_numpy, matrix.tensors)).numpy()
     before, after = asked(frame), asked(attack(network_of(bundle), bundle.features, bundle.contract, frame, share=0.05))
     assert ((after - before) * np.where(before >= 0.5, -1, 1)).mean() > 0.01
 
