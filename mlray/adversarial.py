@@ -69,7 +69,7 @@ def attack(
         numbers = torch.where(torch.isnan(first) | still, first, step)
     return moved.with_columns(_written(contract, moved[n.name], numbers[:, i].double().numpy(), low[:, i], high[:, i]) for i, n in enumerate(features.numbers) if spread[i] > 0)
 
-
+# %% ../nbs/23a_adversarial.ipynb #f6c733ea
 def _written(contract: Contract, before: pl.Series, values: np.ndarray, low: np.ndarray, high: np.ndarray) -> pl.Series:
     "Moved numbers as the column's type, within the bounds."
     kind, known = contract.columns[before.name].type, before.is_not_null().to_numpy()

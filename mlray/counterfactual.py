@@ -117,7 +117,7 @@ class _Search:
         self.asked += int(kept.sum())
         return [s for s, k in zip(sets, kept, strict=True) if k], scored(self.score, frame.filter(kept), int(kept.sum()), self.output)
 
-
+# %% ../nbs/22b_counterfactual.ipynb #28f8eb5f
 def counterfactual(
     score: Score,                   # frame of features → [rows] or [rows, outputs]
     known: Background,

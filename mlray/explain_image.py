@@ -11,8 +11,9 @@ __all__ = ['squares', 'blanked', 'lime_image', 'heat']
 import numpy as np
 
 from .errors import ExplanationError
-from .explain import Explanation, Score, explanation, line, scored, words_of
+from .explain import Explanation, Score, explanation, scored
 from .explain_text import cosine_weights
+from .local_line import line, words_of
 
 # %% ../nbs/22d_explain_image.ipynb #c126faae
 def squares(

@@ -15,7 +15,8 @@ from itertools import compress
 import numpy as np
 
 from .errors import ExplanationError
-from .explain import Explanation, Score, draws, explanation, kernel, line, scored, words_of
+from .explain import Explanation, Score, explanation, scored
+from .local_line import draws, kernel, line, words_of
 
 # %% ../nbs/22c_explain_text.ipynb #d451f3ee
 _SPACE = re.compile(r"(\W+)")

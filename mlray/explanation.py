@@ -67,7 +67,7 @@ def known_rows(
 
 METHODS = ("lime", "shap")
 
-
+# %% ../nbs/35b_explanation.ipynb #cdea2140
 def explain(
     bundle: Bundle,
     row: Mapping[str, Any],             # the features

@@ -20,7 +20,8 @@ import polars as pl
 
 from .display import Table, table
 from .errors import ExplanationError
-from .explain import Explanation, Score, scored, words_of
+from .explain import Explanation, Score, scored
+from .local_line import words_of
 
 # %% ../nbs/22e_importance.ipynb #34d30801
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class _Sums:
 
     def __add__(self, other: "_Sums") -> "_Sums": return _Sums(self.rows + other.rows, self.weight + other.weight, self.size + other.size, self.squares + other.squares)
 
-
+# %% ../nbs/22e_importance.ipynb #17cdbba9
 @dataclass(frozen=True)
 class Summary:
     "Explanations of many rows, added up."
@@ -127,7 +128,7 @@ class Summary:
         sums = {n: _Sums(s["rows"], *(Fraction(s[k]) for k in ("weight", "size", "squares"))) for n, s in data["features"].items()}
         return Summary(data["method"], data["rows"], Fraction(data["fidelity"]), Fraction(data["stability"]), math.inf if data["weakest"] is None else data["weakest"], sums)
 
-
+# %% ../nbs/22e_importance.ipynb #f7327b28
 def summary(
     why: Explanation,
 ) -> Summary:

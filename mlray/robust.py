@@ -22,7 +22,8 @@ from .behaviour import Behaviour
 from .contract import Contract, schema
 from .display import Table, table
 from .errors import ExplanationError, suggest
-from .explain import Score, checked_row, draws, keeping, scored, words_of
+from .explain import Score, checked_row, keeping, scored
+from .local_line import draws, words_of
 from .score import Measure, wilson
 
 # %% ../nbs/23_robust.ipynb #a640246b
@@ -68,7 +69,7 @@ def missing(contract: Contract, frame: pl.DataFrame, words: np.random.Philox) ->
     names = _ones(contract, frame, ("integer", "number", "category", "boolean"), words, nullable=True)
     return _replaced(frame, names, lambda n, before, i: None)
 
-
+# %% ../nbs/23_robust.ipynb #f45fc23c
 def typo(contract: Contract, frame: pl.DataFrame, words: np.random.Philox) -> Disturbed:
     "One category misspelt in each row: a letter left out, doubled, or changed with the next."
     names, how, where = _ones(contract, frame, ("category",), words), draws(words, (frame.height,), 3), words.random_raw(frame.height)
@@ -101,7 +102,7 @@ class Tried:
     @property
     def refused_rate(self) -> Measure: return wilson(self.refused, self.rows)
 
-
+# %% ../nbs/23_robust.ipynb #149a5b01
 @dataclass(frozen=True)
 class RobustnessReport:
     "How many answers flip, by kind and feature, and by group."
@@ -138,7 +139,7 @@ class RobustnessReport:
 
     def _repr_markdown_(self) -> str: return self.table()._repr_markdown_() + ("\n\n" + self.groups_table()._repr_markdown_() if self.groups else "")
 
-
+# %% ../nbs/23_robust.ipynb #fd3ca522
 def robustness(
     score: Score,                               # frame of features → [rows] or [rows, outputs]
     contract: Contract,
@@ -211,7 +212,7 @@ def _changed(contract: Contract, check: Behaviour, frame: pl.DataFrame) -> tuple
     after = after.with_columns(written(n, pl.col(n) * v) for n, v in check.times.items()).with_columns(written(n, pl.col(n) + v) for n, v in check.add.items())
     return before, after
 
-
+# %% ../nbs/23_robust.ipynb #4324d644
 def behave(
     score: Score,                       # frame of features → [rows] or [rows, outputs]
     contract: Contract,

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from .errors import ExplanationError
-from .explain import Background, Explanation, Score, checked_row, draws, explanation, on_grid, scored, words_of
+from .explain import Background, Explanation, Score, checked_row, explanation, scored
+from .local_line import draws, on_grid, words_of
 
 # %% ../nbs/22a_shapley.ipynb #bf5884d0
 def _orders(words: np.random.Philox, count: int, size: int) -> np.ndarray: # int [count, size], the place of each feature

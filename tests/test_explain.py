@@ -18,11 +18,12 @@ from mlray.column import Column
 from mlray.contract import Contract
 from mlray.counterfactual import counterfactual
 from mlray.errors import ContractError, ExplanationError
-from mlray.explain import Explanation, background, draws, keeping, lime_table, line, on_grid, words_of
+from mlray.explain import Explanation, background, keeping, lime_table
 from mlray.explain_image import lime_image, squares
 from mlray.explain_text import cosine_weights, lime_text
 from mlray.explanation import explain, explain_rows, known_rows, what_if
 from mlray.importance import Summary, permutation_importance, summary
+from mlray.local_line import draws, line, on_grid, words_of
 from mlray.registry import bundle_of, open_registry
 from mlray.shapley import shapley
 

@@ -14,10 +14,11 @@ from mlray.column import Column
 from mlray.contract import Contract
 from mlray.errors import ExplanationError, SpecError
 from mlray.evaluation import read_candidate
-from mlray.explain import keeping, words_of
+from mlray.explain import keeping
 from mlray.explanation import asked_for, behaved, shaken
 from mlray.features import apply
 from mlray.gate import judge, less_is_better
+from mlray.local_line import words_of
 from mlray.network import scores
 from mlray.registry import bundle_of, open_registry
 from mlray.robust import DISTURBANCES, behave, missing, noise, robustness, typo, unit
