@@ -7,7 +7,8 @@ stdout is one JSON value. Exit codes: 0 done, 1 a verdict or check failed, 2 the
 
 # %% auto #0
 __all__ = ['app', 'Env', 'Json', 'Spec', 'Overrides', 'Reference', 'Port', 'Workers', 'key_app', 'check', 'train', 'tune',
-           'reproduce', 'gate', 'promote', 'serve', 'ask', 'models', 'show', 'key_create', 'demo', 'main']
+           'reproduce', 'gate', 'promote', 'row_of', 'serve', 'ask', 'models', 'show', 'explain', 'key_create', 'demo',
+           'main']
 
 # %% ../nbs/59_cli.ipynb #2580d77e
 import json
@@ -24,6 +25,7 @@ from mlray.commands import (
     ask_service,
     create_key,
     deploy_versions,
+    explain_version,
     find_version,
     gate_version,
     propose_contract,
@@ -160,6 +162,14 @@ def promote(version: Reference, alias: Annotated[str, typer.Argument(help="What 
     _show(as_json, {"version": str(found), "alias": alias, "generation": new}, f"{found.name}@{alias} is {found} (generation {new})")
 
 # %% ../nbs/59_cli.ipynb #5fff6aa1
+def row_of(
+    text: str, # JSON, or - for stdin
+) -> Any:
+    "A row, or rows, from the command line."
+    try: return json.loads(sys.stdin.read() if text == "-" else text)
+    except ValueError as error: raise ServingError(f"The row is not JSON: {error}. Write it as '{{\"age\": 39, …}}'.") from error
+
+
 @app.command()
 def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Models; of each the version in production.")], port: Port = None, env: Env = None) -> None:
     "Serve the versions in production until Ctrl-C."
@@ -181,8 +191,7 @@ def ask(name: Annotated[str, typer.Argument(help="A model.")], row: Annotated[st
     "Ask the running service; the key comes from MLRAY_API_KEY."
     key = os.environ.get("MLRAY_API_KEY")
     if not key: raise ServingError("Set MLRAY_API_KEY to an API key; `mlray key create` makes one.")
-    try: rows = json.loads(sys.stdin.read() if row == "-" else row)
-    except ValueError as error: raise ServingError(f"The row is not JSON: {error}. Write it as '{{\"age\": 39, …}}'.") from error
+    rows = row_of(row)
     said = ask_service(name, rows if isinstance(rows, list) else [rows], url or settings_of(env).url, key)
     _show(as_json, said, _predictions_table(said))
 
@@ -218,6 +227,17 @@ def show(version: Reference, env: Env = None, as_json: Json = False) -> None:
     lines = table(["", str(found)], [*((k, json.dumps(v) if isinstance(v, dict) else v) for k, v in about.items() if k != "version"), *read])
     _show(as_json, about | {"evidence": {g: {**e.verdict.as_dict(), "page": e.page, "created": e.created} for g, e in proved.items()}},
           lines, *(face for g, e in proved.items() for face in (g, e.verdict.table())))
+
+
+@app.command()
+def explain(version: Reference, row: Annotated[str, typer.Argument(metavar="JSON", help="A row; - reads stdin.")],
+            method: Annotated[str, typer.Option("--method", help="lime, shap, or counterfactual: the smallest change that flips the answer.")] = "lime", env: Env = None, as_json: Json = False) -> None:
+    "Why a version answers a row as it does; the same row gives the same bytes."
+    asked = row_of(row)
+    if isinstance(asked, list): raise MlrayError(f"One row is explained at a time; {len(asked)} were given.")
+    why = explain_version(version, asked, method, settings_of(env))
+    _show(as_json, why.as_dict(), why.table())
+    if method == "counterfactual" and not why.found: raise typer.Exit(1)
 
 
 key_app = typer.Typer(no_args_is_help=True, help="API keys.", rich_markup_mode=None)

@@ -7,8 +7,8 @@ not given. How results are printed is `mlray.cli`'s business."""
 
 # %% auto #0
 __all__ = ['stderr', 'ConsoleTracker', 'settings_of', 'tracker_of', 'backend_on', 'propose_contract', 'take_batch', 'train_run',
-           'tune_run', 'reproduce_version', 'find_version', 'gate_version', 'versions_to_serve', 'deploy_versions',
-           'until_stopped', 'ask_service', 'create_key']
+           'tune_run', 'reproduce_version', 'find_version', 'explain_version', 'gate_version', 'versions_to_serve',
+           'deploy_versions', 'until_stopped', 'ask_service', 'create_key']
 
 # %% ../nbs/58_commands.ipynb #d3866d23
 import signal
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .errors import GateError, ServingError, SpecError, Unavailable, suggest
+from .errors import ExplanationError, GateError, ServingError, SpecError, Unavailable, suggest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -165,6 +165,16 @@ def find_version(reference: str, settings: "Settings") -> tuple["Registry", "Ver
     from mlray.registry import open_registry, version
     registry = open_registry(settings)
     return registry, version(registry, reference)
+
+
+def explain_version(reference: str, row: Any, method: str, settings: "Settings") -> Any:
+    "Why a version answers a row as it does: an `Explanation`, or a `Counterfactual`."
+    from mlray.explanation import METHODS, explain, what_if
+    from mlray.registry import bundle_of
+    if method not in (*METHODS, "counterfactual"): raise ExplanationError(f"--method {method!r} is not understood. {suggest(method, [*METHODS, 'counterfactual'])}")
+    registry, found = find_version(reference, settings)
+    bundle = bundle_of(registry, found)
+    return what_if(bundle, row) if method == "counterfactual" else explain(bundle, row, method)
 
 
 def gate_version(registry: "Registry", found: "Version", gates: Sequence[str], settings: "Settings") -> dict[str, Any]:

@@ -20,12 +20,13 @@ from .bundle import Bundle, decide, predict
 from .contract import groups, labels
 from .counts import Counts, count
 from .errors import DataError
+from .explanation import EXPLAINED, SHAKEN, asked_for
 from .fairness import FairnessReport, fairness_report, rates_named
 from .gaps import GapReport, class_terms, gap_report, label_terms, number_terms
 from .gate import Verdict, judge
 from .registry import Registry, Version, bundle_of, open_registry, version, versions
 from .rows import Inspection, Rows, inspect_rows, read_rows
-from .score import Scorecard, scorecard
+from .score import Measure, Scorecard, scorecard
 from .score_of_classes import classes_scorecard, labels_scorecard
 from .score_of_numbers import numbers_scorecard, quantiles_scorecard, weighted_mean
 from .settings import Settings, read_settings
@@ -96,7 +97,7 @@ def verdict_of(
     incumbent: Evaluation | None, # of the version in production, on the same rows
     *gates: str,                  # which; none: all of the spec
     otherwise: Sequence[Rule] = (),         # rules of gates that the spec does not have
-    data: Mapping[str, float] | None = None, # what was measured of the rows themselves
+    data: Mapping[str, float | Measure] | None = None, # what else was measured: of the rows, of explanations, of disturbed rows
 ) -> Verdict:
     "The rules of some gates, judged."
     return judge({**candidate.values, **(data or {})}, rules_of(spec, *gates, otherwise=otherwise), incumbent.values if incumbent else None, waivers=spec.waivers)
@@ -109,8 +110,8 @@ def rules_of(spec: RunSpec, *gates: str, otherwise: Sequence[Rule] = ()) -> list
 
 
 def asks_of_rows(rules: Sequence[Rule], evaluation: Evaluation) -> bool:
-    "Whether rules speak of what an evaluation does not measure: the rows themselves."
-    return any(rule.measure not in evaluation.values for rule in rules)
+    "Whether rules speak of what neither an evaluation nor an explanation measures: the rows themselves."
+    return any(rule.measure not in evaluation.values and rule.metric.partition("[")[0] not in (*EXPLAINED, *SHAKEN, "behaviour") for rule in rules)
 
 
 def incumbent_of(
@@ -142,10 +143,12 @@ class Candidate:
     @cached_property
     def inspection(self) -> Inspection: return inspect_rows(self.rows, self.incumbent.profile if self.incumbent else None)
 
-    def judge(self, *gates: str, otherwise: Sequence[Rule] = ()) -> Verdict:
-        "The rules of some gates of the spec, or the given ones where it has none of these gates."
-        asked = asks_of_rows(rules_of(self.spec, *gates, otherwise=otherwise), self.evaluation)
-        return verdict_of(self.spec, self.evaluation, self.incumbent_evaluation, *gates, otherwise=otherwise, data=self.inspection.values if asked else None)
+    def judge(self, *gates: str, otherwise: Sequence[Rule] = (), measured: Mapping[str, float | Measure] | None = None) -> Verdict:
+        "The rules of some gates of the spec, or the given ones where it has none of these gates; with what was measured already."
+        rules = rules_of(self.spec, *gates, otherwise=otherwise)
+        missing = [rule for rule in rules if rule.measure not in (measured or {})]
+        data = {**(self.inspection.values if asks_of_rows(missing, self.evaluation) else {}), **asked_for(self.bundle, self.parts.test, missing), **(measured or {})}
+        return verdict_of(self.spec, self.evaluation, self.incumbent_evaluation, *gates, otherwise=otherwise, data=data)
 
 
 def read_candidate(

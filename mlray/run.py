@@ -29,6 +29,7 @@ from .contract import labels
 from .drift import DriftReport, drift_report
 from .errors import BundleError, TrainingError
 from .evaluation import Evaluation, asks_of_rows, evaluate, incumbent_of, rules_of, verdict_of
+from .explanation import asked_for
 from .features import Matrix, apply, learn
 from .gate import Verdict
 from .imported import source_digest
@@ -38,10 +39,12 @@ from .network import fitted, rehearse, scores, sensible, to_onnx
 from .profile import profile
 from .registry import Registry, Version, bundle_of, open_registry, register, version, versions
 from .rows import Rows, inspect_rows, read_rows
+from .score import Measure
 from .settings import Settings, read_settings
 from .spec import RunSpec
 from .task import Task, task_of
 from .tracking import NullTracker, Tracker
+from .white_box import asked_of_network
 
 # %% ../nbs/38_run.ipynb #7e676f4b
 Note = Callable[[str], None]
@@ -194,7 +197,9 @@ def train(
             tracker.note(f"measuring on {rows.parts.test.height} test rows")
             before = incumbent_of(registry, spec.name)
             evaluation = evaluate(bundle, rows.parts.test)
-            data = inspect_rows(rows, before.profile if before else None).values if asks_of_rows(rules_of(spec), evaluation) else None
+            asked = rules_of(spec)
+            data: dict[str, float | Measure] = {**(inspect_rows(rows, before.profile if before else None).values if asks_of_rows(asked, evaluation) else {}),
+                                                **asked_for(bundle, rows.parts.test, asked), **asked_of_network(bundle, rows.parts.test, asked)}
             verdict = verdict_of(spec, evaluation, evaluate(before, rows.parts.test) if before else None, data=data)
             run = Run(register(registry, bundle, {"values": evaluation.scorecard.values, "verdict": verdict.as_dict()}), rows, evaluation, verdict, drift)
             kept.clear() # finished: the same command would do it all again, and come to the same version

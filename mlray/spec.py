@@ -19,6 +19,7 @@ from typing import Annotated, Any, Self, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from .behaviour import Behaviour
 from .column import Column, Part
 from .data import Data
 from .errors import SpecError, suggest
@@ -77,6 +78,7 @@ class RunSpec(Part):
     model: Model = Model()
     train: Train = Train()
     gates: dict[Name, tuple[Rule, ...]] = {}
+    behaviour: tuple[Behaviour, ...] = () # checks of the model as rows, for the gate `robustness`
     waivers: tuple[Waiver, ...] = ()
     min_group: Annotated[int, Field(ge=1)] = 30 # a group's rate over fewer rows is not judged, and said not to be
     serve: Serve = Serve()
@@ -96,6 +98,9 @@ class RunSpec(Part):
         for rule in (r for rules in self.gates.values() for r in rules):
             for column in set(rule.by) - sensitive:
                 raise ValueError(f"rule {rule.measure}: {column!r} is not a sensitive column. {suggest(column, sensitive)}")
+        for check in self.behaviour:
+            for column in check.columns:
+                if column not in self.contract or self.contract[column].role != "feature": raise ValueError(f"behaviour {check.name!r}: {column!r} is no feature. {suggest(column, [n for n, c in self.contract.items() if c.role == 'feature'])}")
         promised = {rule.measure for rules in self.gates.values() for rule in rules}
         for waiver in self.waivers:
             if waiver.measure not in promised: raise ValueError(f"waivers: no rule promises {waiver.measure!r}. {suggest(waiver.measure, promised)}")
