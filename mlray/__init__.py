@@ -13,6 +13,7 @@ Modules:
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
 - `mlray.errors`: One family of errors, each a short letter to a tired person
 - `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
+- `mlray.estimator`: Models of scikit-learn, LightGBM and XGBoost: the same rows, the same graph
 - `mlray.evaluation`: What a bundle does with rows it has not learned from
 - `mlray.fairness`: How good for whom: every group metric from one table of counts
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
