@@ -4,11 +4,13 @@ Modules:
 
 - `mlray.access`: Who may do what: keys, roles, actions
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
+- `mlray.calibration`: Scores that can be taken at their word: fitted on validation rows, shipped in the graph
 - `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line
 - `mlray.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
 - `mlray.commands`: What each command does, with its vendors chosen
 - `mlray.contract`: What a row must look like, said once and held everywhere
+- `mlray.decision`: From a score to a decision: calibration, threshold and fairness, as intent
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
 - `mlray.errors`: One family of errors, each a short letter to a tired person
@@ -23,6 +25,7 @@ Modules:
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
+- `mlray.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
