@@ -3,29 +3,28 @@
 Modules:
 
 - `mlray.access`: Who may do what: keys, roles, actions
+- `mlray.answer`: What one prediction looks like on the wire, for each kind of target
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
-- `mlray.calibration`: Scores that can be taken at their word: fitted on validation rows, shipped in the graph
 - `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line
 - `mlray.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
 - `mlray.commands`: What each command does, with its vendors chosen
 - `mlray.contract`: What a row must look like, said once and held everywhere
-- `mlray.decision`: From a score to a decision: calibration, threshold and fairness, as intent
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
 - `mlray.errors`: One family of errors, each a short letter to a tired person
 - `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
-- `mlray.estimator`: Models of scikit-learn, LightGBM and XGBoost: the same rows, the same graph
 - `mlray.evaluation`: What a bundle does with rows it has not learned from
 - `mlray.fairness`: How good for whom: every group metric from one table of counts
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
 - `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
+- `mlray.gaps`: How far groups are apart, where answers are classes, labels or numbers
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
-- `mlray.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
+- `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
@@ -42,6 +41,7 @@ Modules:
 - `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a function
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
 - `mlray.table`: Rows: named by a fingerprint, and divided the same way every time
+- `mlray.task`: What is to be predicted: one of two, one of several, any of several, a number, or quantiles of a number
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are

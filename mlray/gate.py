@@ -58,14 +58,14 @@ class Verdict:
         return {MIME: self.as_dict(), "text/markdown": self.table()._repr_markdown_(), "text/html": self.table()._repr_html_(), "text/plain": repr(self)}
 
 # %% ../nbs/25_gate.ipynb #a8504b58
-_LESS_IS_BETTER = ("_loss", "_difference", "false_positive_rate")
+_LESS_IS_BETTER = ("_loss", "_error", "_difference", "false_positive_rate", "interval_width")
 
 
 def less_is_better(
     metric: str, # `log_loss`, `roc_auc`
 ) -> bool:
     "Whether a smaller value of this metric is the better one."
-    return metric.endswith(_LESS_IS_BETTER)
+    return metric.partition("[")[0].endswith(_LESS_IS_BETTER)
 
 
 def _words(rule: Rule) -> str:

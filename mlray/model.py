@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy
 
 from .errors import TrainingError
 from .features import Features, Matrix
 from .fitting import Average, compiled, copied, make_optimizer, moments, one_pass, restore, seed_of
+from .loss import loss_of, valid_loss
 from .network import build, scores
 from .recipe import Model, Train
+from .task import BINARY, Task
 
 # %% ../nbs/13_model.ipynb #517fd829
 @dataclass(frozen=True)
@@ -33,16 +34,19 @@ class Job:
     model: Model            # with nothing left out
     train: Train
     rows: Matrix            # to learn from
-    labels: np.ndarray      # float32, 0 or 1
+    labels: np.ndarray      # float32 [rows] or [rows, labels]: 0 or 1, the class counted from 0, or the number
     valid_rows: Matrix      # to decide when to stop
     valid_labels: np.ndarray
     initial: Mapping[str, np.ndarray] | None = None # weights to begin with: those of a parent
+    task: Task = BINARY     # with its scale
+    weights: np.ndarray | None = None       # of the rows, float32 of the shape of the labels or [rows], with mean 1; None: all the same
+    valid_weights: np.ndarray | None = None # likewise
 
     def shard(self, rank: int, world: int) -> "Job":
         "The rows of one worker of several; the last shards repeat a row where it does not divide evenly."
         if world == 1: return self
         mine = np.arange(rank, rank + world * math.ceil(len(self.labels) / world), world) % len(self.labels)
-        return replace(self, rows=self.rows[mine], labels=self.labels[mine])
+        return replace(self, rows=self.rows[mine], labels=self.labels[mine], weights=None if self.weights is None else self.weights[mine])
 
 # %% ../nbs/13_model.ipynb #ee1956fc
 @dataclass(frozen=True)
@@ -66,12 +70,6 @@ class Epoch:
     state: State | None         # None where it stayed on a worker; the last one always has it
 
 # %% ../nbs/13_model.ipynb #5116019b
-def _valid_loss(network: nn.Module, rows: tuple[Tensor, ...]) -> float:
-    "Mean log loss of the scores, which for an ensemble are those of all members together."
-    numbers, codes, labels = rows
-    return float(binary_cross_entropy(scores(network, numbers, codes).clone(), labels))
-
-
 def adopt(network: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
     "Begin with the weights of a parent. Raises `TrainingError` unless every shape agrees."
     mine = network.state_dict()
@@ -93,7 +91,9 @@ def epochs(
     torch.set_num_threads(job.train.threads)
     tensors = lambda rows, labels: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (rows.numbers, rows.codes, labels))
     train, valid = tensors(job.rows, job.labels), tensors(job.valid_rows, job.valid_labels)
-    network, averaged = (build(job.features, job.model, job.train.seed).to(device) for _ in range(2))
+    weights, valid_weights = (None if w is None else torch.from_numpy(w).to(device) for w in (job.weights, job.valid_weights))
+    network, averaged = (build(job.features, job.model, job.train.seed, job.task.outputs).to(device) for _ in range(2))
+    loss_ = loss_of(job.task, job.train)
     if start: network.load_state_dict(dict(start.now))
     elif job.initial is not None: adopt(network, job.initial)
     wrapped = compiled(parallel(network), job.train)
@@ -104,9 +104,9 @@ def epochs(
     while state.epoch < (job.train.epochs or 1) and state.epoch - state.best_epoch < (job.train.patience or 1):
         number = state.epoch + 1
         torch.manual_seed(seed_of(job.train.seed, number, rank)) # dropout
-        train_loss = one_pass(wrapped, optimizer, average, train, job.train, number, world)
+        train_loss = one_pass(wrapped, optimizer, average, train, job.train, number, world, loss_, weights)
         averaged.load_state_dict({**network.state_dict(), **average.values})
-        loss = _valid_loss(averaged, valid)
+        loss = valid_loss(job.task, scores(averaged, *valid[:-1], task=job.task).clone(), valid[-1], valid_weights)
         if loss < state.best_loss: state = replace(state, best_epoch=number, best_loss=loss, best=copied(averaged.state_dict()))
         metrics = {"train_loss": train_loss, "valid_loss": loss, "best_epoch": state.best_epoch}
         state = replace(state, epoch=number, now=copied(network.state_dict()), average=average.state(), optimizer=moments(optimizer), history=(*state.history, metrics))

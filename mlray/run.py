@@ -31,6 +31,7 @@ from .errors import BundleError, TrainingError
 from .evaluation import Evaluation, asks_of_rows, evaluate, incumbent_of, rules_of, verdict_of
 from .features import Matrix, apply, learn
 from .gate import Verdict
+from .loss import row_weights, scaled
 from .model import Epoch, Job, epochs, replayed
 from .network import fitted, scores, sensible, to_onnx
 from .profile import profile
@@ -38,6 +39,7 @@ from .registry import Registry, Version, bundle_of, open_registry, register, ver
 from .rows import Rows, inspect_rows, read_rows
 from .settings import Settings, read_settings
 from .spec import RunSpec
+from .task import Task, task_of
 from .tracking import NullTracker, Tracker
 
 # %% ../nbs/38_run.ipynb #7e676f4b
@@ -73,7 +75,9 @@ def run_name(spec: RunSpec, rows: Rows, workers: int) -> str:
     return f"{spec.name}-{digest[:12]}"
 
 # %% ../nbs/38_run.ipynb #590772eb
-def _same_features(parent: Bundle, rows: Rows) -> None:
+def _same_question(parent: Bundle, rows: Rows, quantiles: tuple[float, ...]) -> None:
+    if (now := task_of(rows.contract.columns, quantiles)) != (then := parent.spec.task):
+        raise TrainingError(f"train.from: this spec predicts {', '.join(now.names)} ({now.kind}), the parent {', '.join(then.names)} ({then.kind}). A warm start needs the same target; leave out train.from to learn anew.")
     mine, theirs = ({n: c.columns[n].type for n in c.features} for c in (rows.contract, parent.contract))
     for name in sorted(set(mine) | set(theirs)):
         if mine.get(name) != theirs.get(name):
@@ -87,13 +91,16 @@ def make_job(
     parent: Bundle | None = None, # begin with its weights, and keep its encoders
 ) -> Job:
     "Everything that a backend needs. Raises `TrainingError` when the parent has other features."
-    if parent: _same_features(parent, rows)
+    if parent: _same_question(parent, rows, spec.model.quantiles)
     model, pace = sensible(spec.model, spec.train, rows.parts.train.height)
     features = parent.features if parent else learn(rows.contract, rows.parts.train, model.bins or 32)
     encoded = {part: apply(features, frame, frame.height) for part, frame in vars(rows.parts).items()}
     truth = {part: labels(rows.contract, frame).to_numpy().astype(np.float32) for part, frame in vars(rows.parts).items()}
+    task = parent.task if parent else scaled(spec.task, labels(rows.contract, rows.parts.train).to_numpy())
+    name = rows.contract.weight
+    weights = {part: row_weights(task, pace, truth[part], frame[name].to_numpy() if name else None, truth["train"]) for part, frame in vars(rows.parts).items() if part != "test"}
     initial = load_tensors((parent.path / "weights.safetensors").read_bytes()) if parent else None
-    return Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"], initial)
+    return Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"], initial, task, weights["train"], weights["valid"])
 
 
 def _provenance(spec: RunSpec, rows: Rows, backend: Backend, last: Epoch, parent: Bundle | None) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def _provenance(spec: RunSpec, rows: Rows, backend: Backend, last: Epoch, parent
             "backend": type(backend).__name__, "python": platform.python_version(), "packages": packages} | ({"parent": parent.digest} if parent else {})
 
 
-def _answers(network: nn.Module, rows: Matrix) -> np.ndarray: return scores(network, torch.from_numpy(rows.numbers), torch.from_numpy(rows.codes)).numpy()
+def _answers(network: nn.Module, rows: Matrix, task: Task) -> np.ndarray: return scores(network, torch.from_numpy(rows.numbers), torch.from_numpy(rows.codes), task=task).numpy()
 
 
 def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: Tracker, kept: Checkpoints, folder: Path, parent: Bundle | None = None, resume: bool = False) -> Bundle:
@@ -114,10 +121,10 @@ def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: 
     for last in backend.train(job, kept.folder.name, kept.folder.parent, resume, tracker.note): tracker.log(last.metrics, last.number)
     if last is None or last.state is None: raise TrainingError("training ended without an epoch. Raise train.epochs.")
     tracker.note("exporting to ONNX")
-    network = fitted(job.features, job.model, last.state.best)
+    network = fitted(job.features, job.model, last.state.best, job.task.outputs)
     arrays = {k: v.numpy() for k, v in last.state.best.items()}
-    return pack(folder, spec, job.features, to_onnx(network), arrays, _provenance(spec, rows, backend, last, parent), job.valid_rows, _answers(network, job.valid_rows),
-                profile(rows.contract, rows.parts.train))
+    return pack(folder, spec, job.features, to_onnx(network, job.task), arrays, _provenance(spec, rows, backend, last, parent), job.valid_rows, _answers(network, job.valid_rows, job.task),
+                profile(rows.contract, rows.parts.train), job.task)
 
 # %% ../nbs/38_run.ipynb #9ce4cfd7
 def moved_since(registry: Registry, rows: Rows, name: str, tracker: Tracker) -> DriftReport | None:

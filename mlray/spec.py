@@ -24,6 +24,7 @@ from .errors import SpecError, suggest
 from .recipe import Model, Train
 from .rollout_policy import Rollout
 from .search_space import Search, check_searchable
+from .task import Task, task_of
 
 # %% ../nbs/01_spec.ipynb #9f9f2a98
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]   # a token: safe in a path, a URL and a table
@@ -71,11 +72,11 @@ class RunSpec(Part):
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
-        targets = [n for n, c in self.contract.items() if c.role == "target"]
-        if len(targets) != 1: raise ValueError(f"the contract needs exactly one column with role 'target'; found {len(targets)}")
-        target = self.contract[targets[0]]
-        if (target.positive is None) == (target.positive_above is None) and target.type != "boolean":
-            raise ValueError(f"target {targets[0]!r} needs either positive (a category) or positive_above (a number)")
+        task = task_of(self.contract, self.model.quantiles)
+        if self.train.class_weight is not None and not task.classes: raise ValueError(f"train.class_weight: {task.targets[0]!r} is a number and has no classes. Weigh rows by a column with role 'weight'")
+        for name in set(self.train.class_weight if isinstance(self.train.class_weight, dict) else ()) - set(task.classes):
+            raise ValueError(f"train.class_weight: there is no class {name!r}. {suggest(name, task.classes)}")
+        if (weights := sum(c.role == "weight" for c in self.contract.values())) > 1: raise ValueError(f"one column may have the role 'weight'; found {weights}")
         for name, c in self.contract.items():
             if c.role == "feature" and c.type not in ("integer", "number", "category", "boolean"):
                 raise ValueError(f"column {name!r}: features of type {c.type!r} are not built yet. Give it a role: ignored, id or time")
@@ -91,6 +92,11 @@ class RunSpec(Part):
         for path, dimension in (self.search.space if self.search else {}).items(): check_searchable({"model": self.model, "train": self.train}, path, dimension)
         if by and self.contract[by].nullable: raise ValueError(f"split.by: {by!r} is nullable, and a row without a time has no place in it")
         return self
+
+    @property
+    def task(self) -> Task:
+        "What is to be predicted; its scale is learned later."
+        return task_of(self.contract, self.model.quantiles)
 
     @property
     def id(self) -> str:
