@@ -10,8 +10,7 @@ __all__ = ['expected_calibration_error', 'Curve', 'calibrate', 'calibrated']
 
 # %% ../nbs/14a_calibration.ipynb #2abf1285
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,15 @@ class Curve:
     at: tuple[float, ...] = ()          # isotonic: rising scores
     heights: tuple[float, ...] = ()     # and what they become; does not fall
 
-    def as_dict(self) -> dict[str, Any]: return asdict(self)
+    def as_dict(self) -> dict[str, Any]:
+        "JSON values: what this kind of curve has."
+        return {"method": self.method} | ({"at": list(self.at), "heights": list(self.heights)} if self.method == "isotonic" else {"slope": self.slope, "shift": self.shift})
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        "What scores become, in double precision; the graph is held against it."
+        if self.method == "none": return scores
+        if self.method == "isotonic": return np.interp(scores.astype(np.float64), self.at, self.heights).astype(np.float32)
+        return (1 / (1 + np.exp(-(self.slope * _log_odds(scores) + self.shift)))).astype(np.float32)
 
 
 _EDGE = 1e-6 # scores are taken to be this far from 0 and 1 at least, where log odds end
@@ -69,6 +76,16 @@ def _sigmoid_fit(odds: np.ndarray, labels: np.ndarray, shifts: bool) -> tuple[fl
     return float(found[0]), float(found[1]) if shifts else 0.0
 
 
+def _thinned(at: np.ndarray, heights: np.ndarray) -> dict[str, tuple[float, ...]]:
+    "Knots that are far enough apart for float32 to draw a slope between them."
+    kept = [0]
+    for i in range(1, len(at)):
+        if at[i] - at[kept[-1]] > 1e-3: kept.append(i)
+    if kept[-1] != len(at) - 1 and len(kept) > 1: kept[-1] = len(at) - 1
+    if len(kept) < 2: return {"at": (float(at[0]), float(at[0]) + 1e-3), "heights": (float(heights[-1]),) * 2}
+    return {"at": tuple(map(float, at[kept])), "heights": tuple(map(float, heights[kept]))}
+
+
 def calibrate(
     method: Method,
     scores: np.ndarray, # of the validation rows, in [0, 1]
@@ -82,7 +99,7 @@ def calibrate(
         made = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores.astype(np.float64), labels)
         at, first = np.unique(made.X_thresholds_.astype(np.float32), return_index=True)
         if len(at) < 2: raise TrainingError("model.calibration: isotonic finds one step only, since all validation rows have the same score. Choose temperature, or none.")
-        return Curve(method, at=tuple(map(float, at)), heights=tuple(map(float, np.maximum.accumulate(made.y_thresholds_[first]))))
+        return Curve(method, **_thinned(at, np.maximum.accumulate(made.y_thresholds_[first])))
     slope, shift = _sigmoid_fit(_log_odds(scores), labels, shifts=method == "platt")
     if slope <= 0: raise TrainingError(f"model.calibration: on validation rows a higher score means fewer positive labels (slope {slope:.2g}); a calibration would hide that by turning the model around. Look at the labels, or at the model.")
     return Curve(method, slope, shift)
@@ -97,9 +114,6 @@ def _sigmoid_nodes(curve: Curve) -> tuple[list[onnx.NodeProto], dict[str, np.nda
 
 def _pieces_nodes(curve: Curve) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
     node, at, heights = helper.make_node, np.array(curve.at), np.array(curve.heights)
-    keep = np.concatenate([[True], np.diff(at) > 1e-6]) # narrower pieces are steps that float32 cannot draw
-    at, heights = at[keep], np.maximum.accumulate(heights[keep])
-    if len(at) < 2: at, heights = np.array([at[0], at[0] + 1e-3]), np.repeat(heights[:1], 2)
     spare = (0, -(len(at) - 1) % 16)
     constants = {"low": np.pad(at[:-1], spare, constant_values=2), "scale": np.pad(1 / np.diff(at), spare), "rise": np.pad(np.diff(heights), spare), "base": heights[0], "zero": 0, "one": 1}
     return [node("Unsqueeze", ["raw_score", "cal/axis"], ["cal/each"]), node("Sub", ["cal/each", "cal/low"], ["cal/over"]), node("Mul", ["cal/over", "cal/scale"], ["cal/along"]),

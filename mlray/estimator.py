@@ -36,6 +36,7 @@ def make_estimator(
     parameters: Mapping[str, Any],  # of its constructor
     seed: int,                      # where it takes one and the parameters do not
     threads: int = 1,
+    classes: tuple[str, ...] = ("false", "true"), # to tell apart; empty: a number is to be predicted
 ) -> Any: # unfitted
     "An estimator by its name. Raises `SpecError` when there is none, or none with such parameters."
     module, _, kind = name.partition(":")
@@ -51,6 +52,7 @@ def make_estimator(
     known, free = set(made().get_params()), module.startswith(("lightgbm", "xgboost")) # these two take more than they name
     for parameter in parameters:
         if parameter not in known and not free: raise SpecError(f"model.parameters: {kind} has no parameter {parameter!r}. {suggest(parameter, known)}")
+    if hasattr(made, "predict_proba") != bool(classes): raise SpecError(f"model.estimator: the target is {'one of ' + str(len(classes)) + ' classes' if classes else 'a number'}, and {kind} " + ("gives no probabilities. Choose one that has predict_proba, such as sklearn.linear_model:LogisticRegression." if classes else "is a classifier. Choose a regressor, such as lightgbm:LGBMRegressor."))
     ours: dict[str, Any] = {k: v for k, v in {"random_state": seed, "n_jobs": threads}.items() if k in known}
     if kind.startswith("LGBM"): ours |= {"deterministic": True, "force_row_wise": True, "verbose": -1}
     if kind.startswith("HistGradientBoosting"): ours |= {"early_stopping": False}
@@ -103,8 +105,7 @@ class Fitted:
     "An estimator that was fitted, as a graph."
     graph: bytes            # ONNX
     answers: np.ndarray     # the estimator's own scores for the validation rows
-    train_loss: float       # log loss, or mean squared error
-    valid_loss: float
+    learned: np.ndarray     # and for the training rows
 
 
 def check_batches(graph: bytes, rows: Matrix, name: str) -> None:
@@ -125,12 +126,6 @@ def score_of(estimator: Any, wide: np.ndarray) -> np.ndarray:
         if not hasattr(estimator, "classes_"): return np.asarray(estimator.predict(wide), np.float32).reshape(-1)
         probabilities = np.asarray(estimator.predict_proba(wide), np.float32)
     return probabilities[:, 1] if probabilities.shape[1] == 2 else probabilities
-
-
-def _loss(scores: np.ndarray, labels: np.ndarray) -> float:
-    if not set(np.unique(labels)) <= set(range(max(scores.shape[-1], 2) if scores.ndim == 2 else 2)): return float(((scores - labels) ** 2).mean(dtype=np.float64))
-    right = scores[np.arange(len(labels)), labels.astype(int)] if scores.ndim == 2 else np.where(labels > 0, scores, 1 - scores)
-    return float(-np.log(np.clip(right.astype(np.float64), 1e-7, 1)).mean())
 
 # %% ../nbs/12e_estimator.ipynb #419a0391
 def takes_weights(estimator: Any) -> bool: return "sample_weight" in inspect.signature(estimator.fit).parameters
@@ -170,8 +165,6 @@ def fit(
 ) -> Fitted:
     "Fit an estimator and make it a graph. Raises `TrainingError` when it cannot be fitted, or its graph does not do as it does."
     kind = type(estimator).__name__
-    if getattr(estimator, "_estimator_type", None) == "classifier" or kind.endswith(("Classifier", "SVC")):
-        if not hasattr(estimator, "predict_proba"): raise SpecError(f"model.estimator: {kind} gives no probabilities. Choose one that has predict_proba, such as sklearn.linear_model:LogisticRegression.")
     before = front(kind, features, rows)
     whole = (lambda y: y.astype(np.int64)) if hasattr(estimator, "predict_proba") else (lambda y: y)
     wide, valid = answer(before, rows), answer(before, valid_rows)
@@ -185,7 +178,7 @@ def fit(
     graph = to_graph(estimator, before, max([len(c.values) for c in features.categories] + [0]) + 2)
     answers = score_of(estimator, valid)
     check(graph, estimator, before, _joined(valid_rows, odd(rows)), kind)
-    return Fitted(graph, answers, _loss(score_of(estimator, wide), labels), _loss(answers, valid_labels))
+    return Fitted(graph, answers, score_of(estimator, wide))
 
 
 def odd(rows: Matrix) -> Matrix:

@@ -53,7 +53,7 @@ def evaluate(
     "Let a bundle answer, and measure it."
     truth, by = labels(bundle.contract, rows).to_numpy(), groups(bundle.contract, rows)
     answers = predict(bundle, rows, rows.height)
-    decisions = decide(bundle, answers)
+    decisions = decide(bundle, answers, rows)
     if bundle.task.kind != "binary": found = _other_kinds(bundle, truth, answers, decisions, by)
     else: found = Evaluation(scorecard(truth, answers, decisions, by), fairness_report(count(by, truth, decisions), bundle.spec.min_group))
     weight = bundle.contract.weight

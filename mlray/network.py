@@ -29,6 +29,7 @@ def sensible(
     rows: int, # to learn from
 ) -> tuple[Model, Train]: # with nothing left out
     "The spec's two parts, completed by the size of the data."
+    if model.estimator: return model, train # what it takes stands in `model.parameters`
     small, large = rows < 3_000, rows >= 200_000
     width = 128 if small else 256 if large else 192
     batch = train.batch_size or (32 if rows < 2_000 else 128 if rows < 100_000 else 512 if rows < 500_000 else 1024)

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from .column import Column, Part
 from .data import Data
+from .decision import Mitigation, Threshold
 from .errors import SpecError, suggest
 from .recipe import Model, Train
 from .rollout_policy import Rollout
@@ -64,6 +65,7 @@ class RunSpec(Part):
     rules: dict[Name, str] = {}         # across columns: a name, and an SQL expression such as `net <= gross`
     model: Model = Model()
     train: Train = Train()
+    mitigation: Mitigation | None = None # what is done so that groups fare alike
     gates: dict[Name, tuple[Rule, ...]] = {}
     min_group: Annotated[int, Field(ge=1)] = 30 # a group's rate over fewer rows is not judged, and said not to be
     serve: Serve = Serve()
@@ -92,6 +94,27 @@ class RunSpec(Part):
         for path, dimension in (self.search.space if self.search else {}).items(): check_searchable({"model": self.model, "train": self.train}, path, dimension)
         if by and self.contract[by].nullable: raise ValueError(f"split.by: {by!r} is nullable, and a row without a time has no place in it")
         return self
+
+    @model_validator(mode="after")
+    def _decides(self) -> Self:
+        task, model = self.task, self.model
+        if model.estimator and task.kind in ("multilabel", "quantile"): raise ValueError(f"model.estimator: the target is {task.kind}, which networks alone predict here. Leave estimator out")
+        if model.estimator and self.train.parent: raise ValueError("train.from: an estimator is fitted anew each time; leave train.from out, or take a network")
+        if model.estimator and self.train.loss: raise ValueError("train.loss is that of a network; what an estimator minimises stands in model.parameters")
+        chosen = [n for n, asked in (("model.calibration", model.calibration != "none"), ("model.threshold", isinstance(model.threshold, Threshold)), ("mitigation", self.mitigation is not None)) if asked]
+        if chosen and task.kind != "binary": raise ValueError(f"{chosen[0]} is for decisions between two classes, and the target is {task.kind}. Leave it out")
+        if self.mitigation: self._mitigates(self.mitigation)
+        return self
+
+    def _mitigates(self, asked: Mitigation) -> None:
+        sensitive = {n for n, c in self.contract.items() if c.sensitive}
+        for name in asked.by:
+            if name not in sensitive: raise ValueError(f"mitigation.by: {name!r} is not a sensitive column. {suggest(name, sensitive)}")
+            if asked.method == "thresholds" and self.contract[name].role != "feature": raise ValueError(f"mitigation.by: a line for each group needs {name!r} in every request, so it must be a feature; it has the role {self.contract[name].role!r}")
+        if asked.method == "thresholds" and isinstance(self.model.threshold, Threshold): raise ValueError("mitigation: the method thresholds chooses the lines itself; leave model.threshold out")
+        if asked.method != "exponentiated_gradient": return
+        if not self.model.estimator: raise ValueError("mitigation: exponentiated_gradient fits many models one after another, which takes an estimator, such as model.estimator: lightgbm:LGBMClassifier. A network takes reweighing, or thresholds")
+        if self.train.class_weight is not None or any(c.role == "weight" for c in self.contract.values()): raise ValueError("mitigation: exponentiated_gradient weighs rows itself; leave out train.class_weight and the column with role weight, or take reweighing")
 
     @property
     def task(self) -> Task:
