@@ -200,6 +200,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mlray.estimate.estimate': ('estimate.html#estimate', 'mlray/estimate.py'),
                                 'mlray.estimate.two_sample_auc': ('estimate.html#two_sample_auc', 'mlray/estimate.py')},
             'mlray.estimator': { 'mlray.estimator.Fitted': ('estimator.html#fitted', 'mlray/estimator.py'),
+                                 'mlray.estimator._aliases': ('estimator.html#_aliases', 'mlray/estimator.py'),
                                  'mlray.estimator._extra': ('estimator.html#_extra', 'mlray/estimator.py'),
                                  'mlray.estimator._joined': ('estimator.html#_joined', 'mlray/estimator.py'),
                                  'mlray.estimator._statistics': ('estimator.html#_statistics', 'mlray/estimator.py'),

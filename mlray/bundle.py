@@ -82,7 +82,7 @@ def pack(
     off = float((np.abs(answers - expected) / np.maximum(task.spread, np.abs(expected))).max()) if len(rows) else 0.0
     if not off <= PARITY: raise BundleError(f"The exported graph differs from the network by {off:.2g}; {PARITY:g} is allowed. Nothing was written.")
     about = {"spec": spec.model_dump(mode="json"), "features": features.as_dict(), "provenance": dict(provenance), "task": task.as_dict(),
-             "decision": {"threshold": threshold or (spec.model.threshold if isinstance(spec.model.threshold, float) else 0.5), "thresholds": dict(thresholds or {})}}
+             "decision": {"threshold": threshold if threshold is not None else spec.model.threshold if isinstance(spec.model.threshold, float) else 0.5, "thresholds": dict(thresholds or {})}}
     files = {"model.onnx": graph, "weights.safetensors": save_tensors(dict(weights)), "bundle.json": _json(about), "profile.json": _json(profile.as_dict())}
     manifest = {"format": FORMAT, "files": {n: {"sha256": _sha256(data), "size": len(data)} for n, data in files.items()}}
     folder.mkdir(parents=True)

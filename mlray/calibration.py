@@ -76,14 +76,14 @@ def _sigmoid_fit(odds: np.ndarray, labels: np.ndarray, shifts: bool) -> tuple[fl
     return float(found[0]), float(found[1]) if shifts else 0.0
 
 
-def _thinned(at: np.ndarray, heights: np.ndarray) -> dict[str, tuple[float, ...]]:
+def _thinned(at: np.ndarray, heights: np.ndarray) -> Curve:
     "Knots that are far enough apart for float32 to draw a slope between them."
     kept = [0]
     for i in range(1, len(at)):
         if at[i] - at[kept[-1]] > 1e-3: kept.append(i)
     if kept[-1] != len(at) - 1 and len(kept) > 1: kept[-1] = len(at) - 1
-    if len(kept) < 2: return {"at": (float(at[0]), float(at[0]) + 1e-3), "heights": (float(heights[-1]),) * 2}
-    return {"at": tuple(map(float, at[kept])), "heights": tuple(map(float, heights[kept]))}
+    if len(kept) < 2: return Curve("isotonic", at=(float(at[0]), float(at[0]) + 1e-3), heights=(float(heights[-1]),) * 2)
+    return Curve("isotonic", at=tuple(map(float, at[kept])), heights=tuple(map(float, heights[kept])))
 
 
 def calibrate(
@@ -99,7 +99,7 @@ def calibrate(
         made = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores.astype(np.float64), labels)
         at, first = np.unique(made.X_thresholds_.astype(np.float32), return_index=True)
         if len(at) < 2: raise TrainingError("model.calibration: isotonic finds one step only, since all validation rows have the same score. Choose temperature, or none.")
-        return Curve(method, **_thinned(at, np.maximum.accumulate(made.y_thresholds_[first])))
+        return _thinned(at, np.maximum.accumulate(made.y_thresholds_[first]))
     slope, shift = _sigmoid_fit(_log_odds(scores), labels, shifts=method == "platt")
     if slope <= 0: raise TrainingError(f"model.calibration: on validation rows a higher score means fewer positive labels (slope {slope:.2g}); a calibration would hide that by turning the model around. Look at the labels, or at the model.")
     return Curve(method, slope, shift)

@@ -31,6 +31,13 @@ from .mitigation import exponentiated_gradient
 _EXTRA = frozenset({"lightgbm", "xgboost", "skl2onnx", "onnxmltools"})
 
 
+def _aliases(module: str) -> set[str]:
+    "What LightGBM takes beyond what its constructor names."
+    if not module.startswith("lightgbm"): return set()
+    from lightgbm.basic import _ConfigAliases
+    return set(_ConfigAliases._get_all_param_aliases()) | set().union(*_ConfigAliases._get_all_param_aliases().values())
+
+
 def make_estimator(
     name: str,                      # module:Class
     parameters: Mapping[str, Any],  # of its constructor
@@ -49,9 +56,9 @@ def make_estimator(
     if not isinstance(made, type) or not hasattr(made, "fit"):
         near = [n for n, v in vars(found).items() if isinstance(v, type) and hasattr(v, "predict") and not n.startswith("_")]
         raise SpecError(f"model.estimator: {module} has no estimator {kind!r}. {suggest(kind, near)}")
-    known, free = set(made().get_params()), module.startswith(("lightgbm", "xgboost")) # these two take more than they name
+    known = set(made().get_params())
     for parameter in parameters:
-        if parameter not in known and not free: raise SpecError(f"model.parameters: {kind} has no parameter {parameter!r}. {suggest(parameter, known)}")
+        if parameter not in known | _aliases(module): raise SpecError(f"model.parameters: {kind} has no parameter {parameter!r}. {suggest(parameter, known)}")
     if hasattr(made, "predict_proba") != bool(classes): raise SpecError(f"model.estimator: the target is {'one of ' + str(len(classes)) + ' classes' if classes else 'a number'}, and {kind} " + ("gives no probabilities. Choose one that has predict_proba, such as sklearn.linear_model:LogisticRegression." if classes else "is a classifier. Choose a regressor, such as lightgbm:LGBMRegressor."))
     ours: dict[str, Any] = {k: v for k, v in {"random_state": seed, "n_jobs": threads}.items() if k in known}
     if kind.startswith("LGBM"): ours |= {"deterministic": True, "force_row_wise": True, "verbose": -1}
@@ -121,7 +128,7 @@ def check_batches(graph: bytes, rows: Matrix, name: str) -> None:
 
 def score_of(estimator: Any, wide: np.ndarray) -> np.ndarray:
     "The estimator's own scores: a probability of the second class, one for each class, or a number."
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1): # idle threads of OpenMP wait by spinning
         warnings.simplefilter("ignore")
         if not hasattr(estimator, "classes_"): return np.asarray(estimator.predict(wide), np.float32).reshape(-1)
         probabilities = np.asarray(estimator.predict_proba(wide), np.float32)

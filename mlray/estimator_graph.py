@@ -120,8 +120,8 @@ def _boosting(estimator: Any, width: int, codes: int) -> onnx.ModelProto:
     for group in groups:
         for target, predictor in enumerate(group): trees.grow(predictor, _going_left(estimator, predictor, codes), target)
     targets = len(groups[0])
-    sums = helper.make_node("TreeEnsembleRegressor", ["wide"], ["sums"], domain="ai.onnx.ml", n_targets=targets, base_values=[float(b) for b in np.ravel(estimator._baseline_prediction)],
-                            **{f"nodes_{k}": v for k, v in trees.nodes.items()}, **{f"target_{k}": v for k, v in trees.leaves.items()})
+    attributes: dict[str, Any] = {f"nodes_{k}": v for k, v in trees.nodes.items()} | {f"target_{k}": v for k, v in trees.leaves.items()}
+    sums = helper.make_node("TreeEnsembleRegressor", ["wide"], ["sums"], domain="ai.onnx.ml", n_targets=targets, base_values=[float(b) for b in np.ravel(estimator._baseline_prediction)], **attributes)
     return _with_link([sums], {}, targets, not hasattr(estimator, "classes_"), width)
 
 
@@ -138,7 +138,7 @@ def _linear(estimator: Any, width: int) -> onnx.ModelProto:
     "Linear and logistic regression: a weighted sum for each row by itself."
     node, weights = helper.make_node, np.atleast_2d(np.asarray(estimator.coef_, np.float32))
     spare = -width % 16
-    constants = {"weights": np.pad(weights, ((0, 0), (0, spare)))[None], "spare": np.array([0, 0, 0, spare], np.int64), "intercept": np.broadcast_to(np.asarray(estimator.intercept_, np.float32), (len(weights),)).copy(), "one": np.array([1], np.int64), "last": np.array([2], np.int64)}
+    constants: dict[str, np.ndarray] = {"weights": np.pad(weights, ((0, 0), (0, spare)))[None], "spare": np.array([0, 0, 0, spare], np.int64), "intercept": np.broadcast_to(np.asarray(estimator.intercept_, np.float32), (len(weights),)).copy(), "one": np.array([1], np.int64), "last": np.array([2], np.int64)}
     nodes = [node("Pad", ["wide", "spare"], ["full"]), node("Unsqueeze", ["full", "one"], ["each"]), node("Mul", ["each", "weights"], ["products"]), node("ReduceSum", ["products", "last"], ["weighted"], keepdims=0), node("Add", ["weighted", "intercept"], ["sums"])]
     return _with_link(nodes, constants, len(weights), not hasattr(estimator, "classes_"), width)
 
@@ -146,7 +146,10 @@ def _linear(estimator: Any, width: int) -> onnx.ModelProto:
 def _registered() -> None:
     "Teach skl2onnx the trees of LightGBM and XGBoost, where they are installed."
     from skl2onnx import update_registered_converter
-    from skl2onnx.common.shape_calculator import calculate_linear_classifier_output_shapes as classes, calculate_linear_regressor_output_shapes as numbers
+    from skl2onnx.common.shape_calculator import (
+        calculate_linear_classifier_output_shapes as classes,
+        calculate_linear_regressor_output_shapes as numbers,
+    )
     options = {"nocl": [True, False], "zipmap": [True, False, "columns"], "raw_scores": [True, False]}
     for package, kind, path, name in (("lightgbm", "LGBM", "lightgbm.operator_converters.LightGbm", "convert_lightgbm"), ("xgboost", "XGB", "xgboost.operator_converters.XGBoost", "convert_xgboost")):
         try: found = importlib.import_module(package)

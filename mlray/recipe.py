@@ -17,7 +17,7 @@ from .data import Share
 from .decision import Calibration, Threshold
 
 # %% ../nbs/00e_recipe.ipynb #0e9f0631
-Line = Annotated[Annotated[float, Field(gt=0, lt=1), Tag("number")] | Annotated[Threshold, Tag("chosen")], Discriminator(lambda v: "chosen" if isinstance(v, dict | Threshold) else "number")]
+Line = Annotated[Annotated[float, Field(gt=0, lt=1), Tag("as a number")] | Annotated[Threshold, Tag("as chosen")], Discriminator(lambda v: "as chosen" if isinstance(v, dict | Threshold) else "as a number")]
 
 
 class Model(Part):

@@ -141,7 +141,7 @@ def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: 
     graph, expected = _graph(job, last.state)
     arrays = {k: v.numpy() for k, v in last.state.best.items() if not (job.model.estimator and k == "answers")}
     decision = _decision(spec, job, rows, graph, expected, tracker)
-    return pack(folder, spec, job.features, decision.graph, arrays, _provenance(spec, rows, backend, last, parent) | decision.about, job.valid_rows, decision.expected,
+    return pack(folder, spec, job.features, decision.graph, arrays, _provenance(spec, rows, backend, last, parent) | dict(decision.about), job.valid_rows, decision.expected,
                 profile(rows.contract, rows.parts.train), job.task, decision.threshold, decision.thresholds)
 
 

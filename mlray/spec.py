@@ -171,7 +171,7 @@ def _known(location: Sequence[Any]) -> list[str]:
 
 def _explain(where: str, error: ValidationError) -> SpecError:
     first, more = error.errors()[0], error.error_count() - 1
-    place = ".".join(str(step) for step in first["loc"]) or "spec"
+    place = ".".join(str(step) for step in first["loc"] if step not in ("as a number", "as chosen")) or "spec" # the two forms of a threshold
     if first["type"] == "extra_forbidden": text = f"unknown key. {suggest(str(first['loc'][-1]), _known(first['loc']))}"
     elif first["type"] == "missing": text = "this key is needed and is not there."
     else: text = first["msg"].removeprefix("Value error, ") + (f"; found {first['input']!r}" if not isinstance(first["input"], dict) else "")

@@ -8,12 +8,10 @@ Turns scores and labels of validation rows into the number at and above which a 
 __all__ = ['Lines', 'lines', 'rates_of', 'choose', 'group_names', 'choose_by_group']
 
 # %% ../nbs/22_threshold.ipynb #78e7bd43
-from collections.abc import Mapping
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
 import polars as pl
 
 from .contract import Contract, groups
