@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from .decision import Calibration as Method
 from .errors import TrainingError
@@ -52,12 +52,12 @@ class Curve:
         if self.method == "isotonic": return np.interp(scores.astype(np.float64), self.at, self.heights).astype(np.float32)
         return (1 / (1 + np.exp(-(self.slope * _log_odds(scores) + self.shift)))).astype(np.float32)
 
-
+# %% ../nbs/14a_calibration.ipynb #088dbca2
 _EDGE = 1e-6 # scores are taken to be this far from 0 and 1 at least, where log odds end
 
 
 def _log_odds(scores: np.ndarray) -> np.ndarray:
-    p = np.clip(scores.astype(np.float64), _EDGE, 1 - _EDGE)
+    p = np.clip(scores.astype(np.float64), np.float32(_EDGE), np.float32(1 - _EDGE))
     return np.log(p) - np.log1p(-p)
 
 
@@ -80,12 +80,12 @@ def _thinned(at: np.ndarray, heights: np.ndarray) -> Curve:
     "Knots that are far enough apart for float32 to draw a slope between them."
     kept = [0]
     for i in range(1, len(at)):
-        if at[i] - at[kept[-1]] > 1e-3: kept.append(i)
+        if at[i] - at[kept[-1]] > 1e-5: kept.append(i)
     if kept[-1] != len(at) - 1 and len(kept) > 1: kept[-1] = len(at) - 1
     if len(kept) < 2: return Curve("isotonic", at=(float(at[0]), float(at[0]) + 1e-3), heights=(float(heights[-1]),) * 2)
     return Curve("isotonic", at=tuple(map(float, at[kept])), heights=tuple(map(float, heights[kept])))
 
-
+# %% ../nbs/14a_calibration.ipynb #f020086b
 def calibrate(
     method: Method,
     scores: np.ndarray, # of the validation rows, in [0, 1]
@@ -107,8 +107,10 @@ def calibrate(
 # %% ../nbs/14a_calibration.ipynb #f0f3c42f
 def _sigmoid_nodes(curve: Curve) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
     node, number = helper.make_node, lambda x: np.array(x, np.float32)
-    constants = {"low": number(_EDGE), "high": number(1 - _EDGE), "one": number(1), "slope": number(curve.slope), "shift": number(curve.shift)}
-    return [node("Clip", ["raw_score", "cal/low", "cal/high"], ["cal/p"]), node("Sub", ["cal/one", "cal/p"], ["cal/q"]), node("Div", ["cal/p", "cal/q"], ["cal/odds"]), node("Log", ["cal/odds"], ["cal/log_odds"]),
+    constants = {"low": number(_EDGE), "high": number(1 - _EDGE), "one": number(1), "slope": number(curve.slope), "shift": number(curve.shift),
+                 "axis": np.array([1], np.int64), "sixteen": np.ones((1, 16), np.float32), "first": np.array(0, np.int64)}
+    return [node("Clip", ["raw_score", "cal/low", "cal/high"], ["cal/p"]), node("Sub", ["cal/one", "cal/p"], ["cal/q"]), node("Div", ["cal/p", "cal/q"], ["cal/odds"]),
+            node("Unsqueeze", ["cal/odds", "cal/axis"], ["cal/column"]), node("Mul", ["cal/column", "cal/sixteen"], ["cal/whole"]), node("Log", ["cal/whole"], ["cal/logs"]), node("Gather", ["cal/logs", "cal/first"], ["cal/log_odds"], axis=1),
             node("Mul", ["cal/log_odds", "cal/slope"], ["cal/bent"]), node("Add", ["cal/bent", "cal/shift"], ["cal/moved"]), node("Sigmoid", ["cal/moved"], ["score"])], constants
 
 

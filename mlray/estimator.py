@@ -37,7 +37,7 @@ def _aliases(module: str) -> set[str]:
     from lightgbm.basic import _ConfigAliases
     return set(_ConfigAliases._get_all_param_aliases()) | set().union(*_ConfigAliases._get_all_param_aliases().values())
 
-
+# %% ../nbs/12e_estimator.ipynb #b201b13d
 def make_estimator(
     name: str,                      # module:Class
     parameters: Mapping[str, Any],  # of its constructor
@@ -77,7 +77,7 @@ def _statistics(features: Features, rows: Matrix) -> tuple[np.ndarray, np.ndarra
     spread = filled.std(0)
     return fill, filled.mean(0).astype(np.float32), np.where(spread > 0, 1 / np.where(spread > 0, spread, 1), 0).astype(np.float32)
 
-
+# %% ../nbs/12e_estimator.ipynb #e8d9c43c
 def front(
     kind: str,              # name of the estimator's class: it says whether missing numbers and categories may stay as they are
     features: Features,
@@ -125,7 +125,7 @@ def check_batches(graph: bytes, rows: Matrix, name: str) -> None:
             if not np.array_equal(part, together[at:at + size]):
                 raise TrainingError(f"The graph of {name} answers a row otherwise in a batch of {size} than in one of {len(rows)}, so what a person is told would depend on who else asks. Choose another model.estimator: trees and linear models keep this law.")
 
-
+# %% ../nbs/12e_estimator.ipynb #b441632a
 def score_of(estimator: Any, wide: np.ndarray) -> np.ndarray:
     "The estimator's own scores: a probability of the second class, one for each class, or a number."
     with warnings.catch_warnings(), threadpool_limits(1): # idle threads of OpenMP wait by spinning
@@ -156,7 +156,7 @@ def _extra(estimator: Any, categories: int, valid: tuple[np.ndarray, np.ndarray]
     if kind.startswith("LGBM"): return more | {"eval_set": [valid], "callbacks": [importlib.import_module("lightgbm").early_stopping(patience, verbose=False)]}
     raise SpecError(f"train.patience: {kind} cannot stop early. Leave patience out, or choose an estimator that boosts.")
 
-
+# %% ../nbs/12e_estimator.ipynb #af5f63f9
 def fit(
     estimator: Any,             # unfitted; is fitted in place
     features: Features,
@@ -187,7 +187,7 @@ def fit(
     check(graph, estimator, before, _joined(valid_rows, odd(rows)), kind)
     return Fitted(graph, answers, score_of(estimator, wide))
 
-
+# %% ../nbs/12e_estimator.ipynb #01466742
 def odd(rows: Matrix) -> Matrix:
     "Rows that training may not have had: nothing known, no category known, extremes."
     few = [rows.numbers[:8].copy() for _ in range(3)]

@@ -124,7 +124,7 @@ def _boosting(estimator: Any, width: int, codes: int) -> onnx.ModelProto:
     sums = helper.make_node("TreeEnsembleRegressor", ["wide"], ["sums"], domain="ai.onnx.ml", n_targets=targets, base_values=[float(b) for b in np.ravel(estimator._baseline_prediction)], **attributes)
     return _with_link([sums], {}, targets, not hasattr(estimator, "classes_"), width)
 
-
+# %% ../nbs/12c_estimator_graph.ipynb #0932f75b
 def _with_link(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], targets: int, number: bool, width: int) -> onnx.ModelProto:
     "From `sums` [rows, targets] to `score`: a number, a probability, or one for each class."
     shape: list = ["rows"] if number or targets == 1 else ["rows", targets]
@@ -142,7 +142,7 @@ def _linear(estimator: Any, width: int) -> onnx.ModelProto:
     nodes = [node("Pad", ["wide", "spare"], ["full"]), node("Unsqueeze", ["full", "one"], ["each"]), node("Mul", ["each", "weights"], ["products"]), node("ReduceSum", ["products", "last"], ["weighted"], keepdims=0), node("Add", ["weighted", "intercept"], ["sums"])]
     return _with_link(nodes, constants, len(weights), not hasattr(estimator, "classes_"), width)
 
-
+# %% ../nbs/12c_estimator_graph.ipynb #b91cd62b
 def _registered() -> None:
     "Teach skl2onnx the trees of LightGBM and XGBoost, where they are installed."
     from skl2onnx import update_registered_converter
@@ -184,7 +184,7 @@ def _converted(estimator: Any, width: int) -> onnx.ModelProto:
     made.ir_version = _IR
     return made
 
-
+# %% ../nbs/12c_estimator_graph.ipynb #6a771cd0
 _LINEAR = frozenset({"LogisticRegression", "LogisticRegressionCV", "LinearRegression", "Ridge", "Lasso", "ElasticNet"})
 
 
@@ -211,7 +211,7 @@ def _made(estimator: Any, width: int, codes: int) -> onnx.ModelProto:
     if kind.startswith("HistGradientBoosting"): return _boosting(estimator, width, codes)
     return _linear(estimator, width) if kind in _LINEAR else _constant(estimator, width) if kind == "DummyClassifier" else _converted(estimator, width)
 
-
+# %% ../nbs/12c_estimator_graph.ipynb #f72a73b4
 def to_graph(
     estimator: Any,         # fitted on what `before` answers
     before: onnx.ModelProto, # the front of the graph: `numbers`, `codes` → `wide`

@@ -108,7 +108,7 @@ def make_job(
     job = Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"], initial, task, weights["train"], weights["valid"])
     return _mitigated(job, spec.mitigation, rows) if spec.mitigation else job
 
-
+# %% ../nbs/38_run.ipynb #cc7f32fd
 def _mitigated(job: Job, mitigation: Mitigation, rows: Rows) -> Job:
     "The job with what is done for groups before and while a model is fitted."
     if mitigation.method == "thresholds": return job
@@ -117,7 +117,7 @@ def _mitigated(job: Job, mitigation: Mitigation, rows: Rows) -> Job:
     weights = reweighing(names, job.labels) * (1 if job.weights is None else job.weights)
     return replace(job, weights=(weights / weights.mean()).astype(np.float32))
 
-
+# %% ../nbs/38_run.ipynb #b05e8c75
 def _provenance(spec: RunSpec, rows: Rows, backend: Backend, last: Epoch, parent: Bundle | None) -> dict[str, Any]:
     more = {"sklearn": "scikit-learn"}.get(module := (spec.model.estimator or "").split(":")[0].split(".")[0], module)
     fits = ["scikit-learn", "skl2onnx", "onnxmltools", "fairlearn", more] if more else ["scikit-learn"] if spec.model.calibration == "isotonic" else []
@@ -131,7 +131,7 @@ def _provenance(spec: RunSpec, rows: Rows, backend: Backend, last: Epoch, parent
 
 def _answers(network: nn.Module, rows: Matrix, task: Task) -> np.ndarray: return scores(network, torch.from_numpy(rows.numbers), torch.from_numpy(rows.codes), task=task).numpy()
 
-
+# %% ../nbs/38_run.ipynb #5de15171
 def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: Tracker, kept: Checkpoints, folder: Path, parent: Bundle | None = None, resume: bool = False) -> Bundle:
     "Train and pack."
     last: Epoch | None = None
@@ -144,7 +144,7 @@ def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: 
     return pack(folder, spec, job.features, decision.graph, arrays, _provenance(spec, rows, backend, last, parent) | dict(decision.about), job.valid_rows, decision.expected,
                 profile(rows.contract, rows.parts.train), job.task, decision.threshold, decision.thresholds)
 
-
+# %% ../nbs/38_run.ipynb #9f229b10
 @dataclass(frozen=True)
 class _Decision:
     "A graph with its calibration, and where its line is drawn; all of it learned on validation rows."

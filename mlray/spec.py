@@ -55,6 +55,27 @@ class Serve(Part):
     "How a version answers."
     max_rows: Annotated[int, Field(ge=1)] = 1000 # rows in one request
 
+# %% ../nbs/01_spec.ipynb #1df9eacc
+def _check_decision(spec: "RunSpec") -> None:
+    task, model = spec.task, spec.model
+    if model.estimator and task.kind in ("multilabel", "quantile"): raise ValueError(f"model.estimator: the target is {task.kind}, which networks alone predict here. Leave estimator out")
+    if model.estimator and spec.train.parent: raise ValueError("train.from: an estimator is fitted anew each time; leave train.from out, or take a network")
+    if model.estimator and spec.train.loss: raise ValueError("train.loss is that of a network; what an estimator minimises stands in model.parameters")
+    chosen = [n for n, asked in (("model.calibration", model.calibration != "none"), ("model.threshold", isinstance(model.threshold, Threshold)), ("mitigation", spec.mitigation is not None)) if asked]
+    if chosen and task.kind != "binary": raise ValueError(f"{chosen[0]} is for decisions between two classes, and the target is {task.kind}. Leave it out")
+    if spec.mitigation: _check_mitigation(spec, spec.mitigation)
+
+
+def _check_mitigation(spec: "RunSpec", asked: Mitigation) -> None:
+    sensitive = {n for n, c in spec.contract.items() if c.sensitive}
+    for name in asked.by:
+        if name not in sensitive: raise ValueError(f"mitigation.by: {name!r} is not a sensitive column. {suggest(name, sensitive)}")
+        if asked.method == "thresholds" and spec.contract[name].role != "feature": raise ValueError(f"mitigation.by: a line for each group needs {name!r} in every request, so it must be a feature; it has the role {spec.contract[name].role!r}")
+    if asked.method == "thresholds" and isinstance(spec.model.threshold, Threshold): raise ValueError("mitigation: the method thresholds chooses the lines itself; leave model.threshold out")
+    if asked.method != "exponentiated_gradient": return
+    if not spec.model.estimator: raise ValueError("mitigation: exponentiated_gradient fits many models one after another, which takes an estimator, such as model.estimator: lightgbm:LGBMClassifier. A network takes reweighing, or thresholds")
+    if spec.train.class_weight is not None or any(c.role == "weight" for c in spec.contract.values()): raise ValueError("mitigation: exponentiated_gradient weighs rows itself; leave out train.class_weight and the column with role weight, or take reweighing")
+
 # %% ../nbs/01_spec.ipynb #cae55f53
 class RunSpec(Part):
     "Everything that was asked for."
@@ -97,24 +118,8 @@ class RunSpec(Part):
 
     @model_validator(mode="after")
     def _decides(self) -> Self:
-        task, model = self.task, self.model
-        if model.estimator and task.kind in ("multilabel", "quantile"): raise ValueError(f"model.estimator: the target is {task.kind}, which networks alone predict here. Leave estimator out")
-        if model.estimator and self.train.parent: raise ValueError("train.from: an estimator is fitted anew each time; leave train.from out, or take a network")
-        if model.estimator and self.train.loss: raise ValueError("train.loss is that of a network; what an estimator minimises stands in model.parameters")
-        chosen = [n for n, asked in (("model.calibration", model.calibration != "none"), ("model.threshold", isinstance(model.threshold, Threshold)), ("mitigation", self.mitigation is not None)) if asked]
-        if chosen and task.kind != "binary": raise ValueError(f"{chosen[0]} is for decisions between two classes, and the target is {task.kind}. Leave it out")
-        if self.mitigation: self._mitigates(self.mitigation)
+        _check_decision(self)
         return self
-
-    def _mitigates(self, asked: Mitigation) -> None:
-        sensitive = {n for n, c in self.contract.items() if c.sensitive}
-        for name in asked.by:
-            if name not in sensitive: raise ValueError(f"mitigation.by: {name!r} is not a sensitive column. {suggest(name, sensitive)}")
-            if asked.method == "thresholds" and self.contract[name].role != "feature": raise ValueError(f"mitigation.by: a line for each group needs {name!r} in every request, so it must be a feature; it has the role {self.contract[name].role!r}")
-        if asked.method == "thresholds" and isinstance(self.model.threshold, Threshold): raise ValueError("mitigation: the method thresholds chooses the lines itself; leave model.threshold out")
-        if asked.method != "exponentiated_gradient": return
-        if not self.model.estimator: raise ValueError("mitigation: exponentiated_gradient fits many models one after another, which takes an estimator, such as model.estimator: lightgbm:LGBMClassifier. A network takes reweighing, or thresholds")
-        if self.train.class_weight is not None or any(c.role == "weight" for c in self.contract.values()): raise ValueError("mitigation: exponentiated_gradient weighs rows itself; leave out train.class_weight and the column with role weight, or take reweighing")
 
     @property
     def task(self) -> Task:

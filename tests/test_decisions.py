@@ -75,7 +75,7 @@ def test_calibration_brings_bold_scores_back(method):
 
 def test_calibration_says_what_is_wrong():
     with pytest.raises(TrainingError, match="both classes"): calibrate("platt", np.array([0.1, 0.2], np.float32), np.array([1, 1]))
-    with pytest.raises(TrainingError, match="turn the model around"): calibrate("platt", np.array([0.1, 0.2, 0.8, 0.9] * 20, np.float32), np.array([1, 1, 0, 0] * 20))
+    with pytest.raises(TrainingError, match="turning the model around"): calibrate("platt", np.array([0.1, 0.2, 0.8, 0.9] * 20, np.float32), np.array([1, 1, 0, 0] * 20))
 
 
 AIMS = [*(Threshold(maximise=m) for m in ("accuracy", "balanced_accuracy", "f1")), Threshold(cost=Cost(false_positive=1, false_negative=5)), Threshold(metric="recall", at_least=0.7), Threshold(metric="selection_rate", at_most=0.4)]
@@ -135,7 +135,7 @@ def test_weights_of_a_mixture_sum_to_one_and_the_gap_falls():
     mixture = exponentiated_gradient(Mitigation(method="exponentiated_gradient", by=("who",), eps=0.02), LogisticRegression(), rows, labels, np.where(who, "a", "b"))
     gap = lambda d: abs(d[who].mean() - d[~who].mean())
     assert isinstance(mixture, Mixture) and np.isclose(sum(mixture.weights), 1) and min(mixture.weights) > 0
-    assert gap(mixture.predict_proba(rows)[:, 1] >= 0.5) < 0.3 * gap(LogisticRegression().fit(rows, labels).predict(rows))
+    assert gap(mixture.predict_proba(rows)[:, 1] >= 0.5) < 0.4 * gap(LogisticRegression().fit(rows, labels).predict(rows))
     with pytest.raises(TrainingError, match="group 'a' have the same label"): exponentiated_gradient(Mitigation(method="exponentiated_gradient", by=("who",)), LogisticRegression(), rows, np.where(who, 1, labels), np.where(who, "a", "b"))
 
 
