@@ -107,7 +107,7 @@ def calibrate(
 # %% ../nbs/14a_calibration.ipynb #f0f3c42f
 def _sigmoid_nodes(curve: Curve) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
     node, number = helper.make_node, lambda x: np.array(x, np.float32)
-    constants = {"low": number(_EDGE), "high": number(1 - _EDGE), "one": number(1), "slope": number(curve.slope), "shift": number(curve.shift),
+    constants: dict[str, np.ndarray] = {"low": number(_EDGE), "high": number(1 - _EDGE), "one": number(1), "slope": number(curve.slope), "shift": number(curve.shift),
                  "axis": np.array([1], np.int64), "sixteen": np.ones((1, 16), np.float32), "first": np.array(0, np.int64)}
     return [node("Clip", ["raw_score", "cal/low", "cal/high"], ["cal/p"]), node("Sub", ["cal/one", "cal/p"], ["cal/q"]), node("Div", ["cal/p", "cal/q"], ["cal/odds"]),
             node("Unsqueeze", ["cal/odds", "cal/axis"], ["cal/column"]), node("Mul", ["cal/column", "cal/sixteen"], ["cal/whole"]), node("Log", ["cal/whole"], ["cal/logs"]), node("Gather", ["cal/logs", "cal/first"], ["cal/log_odds"], axis=1),

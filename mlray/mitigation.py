@@ -63,7 +63,7 @@ def exponentiated_gradient(
     "Fit a mixture of estimators under a constraint. Raises `TrainingError` when a group is too uniform for it."
     from fairlearn.reductions import ExponentiatedGradient
     for group in np.unique(groups):
-        if len(np.unique(labels[groups == group])) < 2: raise TrainingError(f"mitigation: all training rows of group {group!r} have the same label, so its rates cannot be held against those of others. Take broader groups.")
+        if len(np.unique(labels[groups == group])) < 2: raise TrainingError(f"mitigation: all training rows of group {str(group)!r} have the same label, so its rates cannot be held against those of others. Take broader groups.")
     search = ExponentiatedGradient(_Oracle(estimator, more), _constraint(mitigation), eps=mitigation.eps, max_iter=mitigation.rounds)
     search.fit(rows, labels.astype(int), sensitive_features=groups)
     kept = [(float(search.weights_[i]), p) for i, p in enumerate(search.predictors_) if search.weights_[i] > 1e-6]

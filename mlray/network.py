@@ -140,7 +140,8 @@ class Network(nn.Module):
             x = layer(x).relu()
             if self.training: x = _dropout(x, self.dropout)
         if self.training and self.head.shape[1] > 1: return torch.einsum("nmw,mow->nmo", x, self.head) + self.head_bias
-        return (x.unsqueeze(2) * self.head).sum(3) + self.head_bias
+        products = nn.functional.pad(x.unsqueeze(2) * self.head, (0, -x.shape[2] % 16)) # a row that begins within a vector would be summed in another order
+        return products.sum(3) + self.head_bias
 
 
 def build(
