@@ -87,7 +87,7 @@ def estimated(job: Job) -> Epoch:
     "Fit an estimator: one epoch, whose state holds the graph as bytes, and the estimator's own answers for the validation rows."
     made = fit(make_estimator(str(job.model.estimator), job.model.parameters, job.train.seed, job.train.threads, job.task.classes), job.features, job.rows, job.labels, job.valid_rows, job.valid_labels,
                job.weights, job.train.patience, job.train.threads, job.mitigation, job.groups)
-    loss = lambda answers, labels, weights: valid_loss(job.task, torch.from_numpy(answers), torch.from_numpy(labels), None if weights is None else torch.from_numpy(weights))
+    loss = lambda answers, labels, weights: valid_loss(job.task, torch.tensor(answers), torch.tensor(labels), None if weights is None else torch.tensor(weights))
     metrics = {"train_loss": loss(made.learned, job.labels, job.weights), "valid_loss": loss(made.answers, job.valid_labels, job.valid_weights), "best_epoch": 1}
     best = {"graph": torch.frombuffer(bytearray(made.graph), dtype=torch.uint8), "answers": torch.from_numpy(made.answers)}
     return Epoch(1, metrics, State(1, 1, metrics["valid_loss"], best, {}, {}, {}, (metrics,)))
