@@ -14,7 +14,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .features import Features, Matrix, apply
 from .profile import Profile
 from .spec import RunSpec
 from .task import Task
+from .threshold import group_names
 
 # %% ../nbs/30_bundle.ipynb #ee9bb55c
 FORMAT = 2
@@ -46,6 +47,8 @@ class Bundle:
     provenance: Mapping[str, Any]   # fingerprints, seed, workers, package versions, …
     profile: Profile                # of the rows it has learned from; without columns where nobody counted them
     task: Task                      # what is predicted, with the scale of a number
+    threshold: float = 0.5          # a score at or above it is a positive decision
+    thresholds: Mapping[str, float] = field(default_factory=dict) # of groups that have their own, by the columns of the spec's mitigation
 
     @property
     def name(self) -> str: return self.spec.name
@@ -79,6 +82,8 @@ def pack(
     expected: np.ndarray,               # what the network answered for them
     profile: Profile = Profile(0, {}),  # of the training rows  # noqa: B008 (frozen)
     task: Task | None = None,           # with its scale; None: that of the spec, which has none
+    threshold: float | None = None,     # as it was chosen; None: that of the spec, or a half
+    thresholds: Mapping[str, float] | None = None, # of groups
 ) -> Bundle:
     "Write a bundle and read it back. Raises `BundleError` when the graph does not answer as the network did."
     answers, task = _run(_open(graph), rows), task or spec.task
@@ -86,7 +91,8 @@ def pack(
     off = float((np.abs(answers - expected) / np.maximum(task.spread, np.abs(expected))).max()) if len(rows) else 0.0
     if not off <= PARITY: raise BundleError(f"The exported graph differs from the network by {off:.2g}; {PARITY:g} is allowed. Nothing was written.")
     _alone(_open(graph), rows, answers)
-    about = {"spec": spec.model_dump(mode="json"), "features": features.as_dict(), "provenance": dict(provenance), "task": task.as_dict()}
+    about = {"spec": spec.model_dump(mode="json"), "features": features.as_dict(), "provenance": dict(provenance), "task": task.as_dict(),
+             "decision": {"threshold": threshold if threshold is not None else spec.model.threshold if isinstance(spec.model.threshold, float) else 0.5, "thresholds": dict(thresholds or {})}}
     files = {"model.onnx": graph, "weights.safetensors": save_tensors(dict(weights)), "bundle.json": _json(about), "profile.json": _json(profile.as_dict())}
     manifest = {"format": FORMAT, "files": {n: {"sha256": _sha256(data), "size": len(data)} for n, data in files.items()}}
     folder.mkdir(parents=True)
@@ -126,7 +132,7 @@ def load_bundle(
     if (version := json.loads(data["manifest.json"]).get("format")) != FORMAT: raise BundleError(f"Bundle {folder.name!r} has format {version}; this mlray reads {FORMAT}. Train it again with this mlray, or use the mlray that made it.")
     about = json.loads(data["bundle.json"])
     return Bundle(folder, found, RunSpec.model_validate_json(json.dumps(about["spec"])), Features.from_dict(about["features"]), about["provenance"], Profile.from_dict(json.loads(data["profile.json"])),
-                  Task.from_dict(about["task"]))
+                  Task.from_dict(about["task"]), **about["decision"])
 
 # %% ../nbs/30_bundle.ipynb #fc0983da
 def _open(graph: bytes) -> onnxruntime.InferenceSession:
@@ -165,9 +171,13 @@ def predict(
 def decide(
     bundle: Bundle,
     scores: np.ndarray,
+    columns: Mapping[str, Any] | pl.DataFrame | None = None, # what was scored; needed where groups have thresholds of their own
 ) -> np.ndarray: # [rows]: bool, the class counted from 0, or the number; of labels bool [rows, labels]
     "What follows from scores: by the bundle's own threshold, the most probable class, or of quantiles the one nearest to the median."
     if bundle.task.kind == "multiclass": return scores.argmax(1)
     if bundle.task.kind == "regression": return scores
     if bundle.task.kind == "quantile": return scores[:, bundle.task.middle]
-    return scores >= np.float32(bundle.spec.model.threshold)
+    if not bundle.thresholds: return scores >= np.float32(bundle.threshold)
+    if columns is None or bundle.spec.mitigation is None: raise BundleError(f"{bundle.name} has a threshold for each group; deciding needs the columns {', '.join(bundle.spec.mitigation.by if bundle.spec.mitigation else ())} beside the scores.")
+    names = group_names(bundle.contract, columns, bundle.spec.mitigation.by)
+    return scores >= np.array([bundle.thresholds.get(name, bundle.threshold) for name in names], np.float32)

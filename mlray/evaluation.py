@@ -56,7 +56,7 @@ def evaluate(
     "Let a bundle answer, and measure it."
     truth, by = labels(bundle.contract, rows).to_numpy(), groups(bundle.contract, rows)
     answers = predict(bundle, rows, rows.height)
-    decisions = decide(bundle, answers)
+    decisions = decide(bundle, answers, rows)
     if bundle.task.kind != "binary": found = _other_kinds(bundle, truth, answers, decisions, by)
     else: found = Evaluation(scorecard(truth, answers, decisions, by), _of_groups(bundle.spec, count(by, truth, decisions)))
     weight, found = bundle.contract.weight, replace(found, personal_columns=sum(c.personal or c.sensitive for c in bundle.contract.columns.values()))

@@ -92,8 +92,9 @@ def what_if(
 ) -> Counterfactual:
     "The smallest change of a row that flips the decision."
     if bundle.task.kind != "binary": raise ExplanationError(f"A counterfactual flips a decision between two; {bundle.name} predicts {bundle.task.kind}.")
+    if bundle.thresholds: raise ExplanationError(f"{bundle.name} has a line for each group, and a change that flips a decision could be a change of group. Ask a version without mitigation by thresholds.")
     held = bundle.contract.sensitive if fixed is None else fixed
-    return counterfactual(scoring(bundle), known or known_rows(bundle), row, bundle.spec.model.threshold, output, [n for n in held if fixed is not None or n in bundle.contract.features])
+    return counterfactual(scoring(bundle), known or known_rows(bundle), row, bundle.threshold, output, [n for n in held if fixed is not None or n in bundle.contract.features])
 
 
 def explain_rows(

@@ -31,6 +31,7 @@ def sensible(
     rows: int, # to learn from
 ) -> tuple[Model, Train]: # with nothing left out
     "The spec's two parts, completed by the size of the data."
+    if model.estimator: return model, train # what it takes stands in `model.parameters`
     small, large = rows < 3_000, rows >= 200_000
     width = 128 if small else 256 if large else 192
     batch = train.batch_size or (32 if rows < 2_000 else 128 if rows < 100_000 else 512 if rows < 500_000 else 1024)
@@ -71,7 +72,8 @@ class Network(nn.Module):
             x = layer(x).relu()
             if self.training: x = _dropout(x, self.dropout)
         if self.training and self.head.shape[1] > 1: return torch.einsum("nmw,mow->nmo", x, self.head) + self.head_bias
-        return (x.unsqueeze(2) * self.head).sum(3) + self.head_bias
+        products = nn.functional.pad(x.unsqueeze(2) * self.head, (0, -x.shape[2] % 16)) # a row that begins within a vector would be summed in another order
+        return products.sum(3) + self.head_bias
 
 
 def build(

@@ -11,9 +11,9 @@ __all__ = ['Note', 'Backend', 'LocalBackend', 'run_name', 'make_job', 'make_bund
 # %% ../nbs/38_run.ipynb #5293e1b9
 import hashlib
 import platform
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.metadata import version as installed
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import packages_distributions, version as installed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -23,18 +23,22 @@ import torch
 from safetensors.numpy import load as load_tensors
 from torch import nn
 
-from .bundle import Bundle, pack
+from .bundle import PARITY, Bundle, pack
+from .calibration import calibrate, calibrated, expected_calibration_error
 from .checkpoints import Checkpoints, claimed
 from .contract import labels
+from .decision import Mitigation, Threshold
 from .drift import DriftReport, drift_report
 from .errors import BundleError, TrainingError
+from .estimator_graph import answer
 from .evaluation import Evaluation, asks_of_rows, evaluate, incumbent_of, rules_of, verdict_of
 from .explanation import asked_for
 from .features import Matrix, apply, learn
 from .gate import Verdict
 from .imported import source_digest
 from .loss import row_weights, scaled
-from .model import Epoch, Job, epochs, replayed
+from .mitigation import reweighing
+from .model import Epoch, Job, State, epochs, replayed
 from .network import fitted, rehearse, scores, sensible, to_onnx
 from .profile import profile
 from .registry import Registry, Version, bundle_of, open_registry, register, version, versions
@@ -43,6 +47,7 @@ from .score import Measure
 from .settings import Settings, read_settings
 from .spec import RunSpec
 from .task import Task, task_of
+from .threshold import choose, choose_by_group, group_names
 from .tracking import NullTracker, Tracker
 from .white_box import asked_of_network
 
@@ -105,9 +110,19 @@ def make_job(
     name = rows.contract.weight
     weights = {part: row_weights(task, pace, truth[part], frame[name].to_numpy() if name else None, truth["train"]) for part, frame in vars(rows.parts).items() if part != "test"}
     initial = load_tensors((parent.path / "weights.safetensors").read_bytes()) if parent else None
-    return Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"], initial, task, weights["train"], weights["valid"])
+    job = Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"], initial, task, weights["train"], weights["valid"])
+    return _mitigated(job, spec.mitigation, rows) if spec.mitigation else job
 
+# %% ../nbs/38_run.ipynb #cc7f32fd
+def _mitigated(job: Job, mitigation: Mitigation, rows: Rows) -> Job:
+    "The job with what is done for groups before and while a model is fitted."
+    if mitigation.method == "thresholds": return job
+    names = group_names(rows.contract, rows.parts.train, mitigation.by)
+    if mitigation.method == "exponentiated_gradient": return replace(job, mitigation=mitigation, groups=names)
+    weights = reweighing(names, job.labels) * (1 if job.weights is None else job.weights)
+    return replace(job, weights=(weights / weights.mean()).astype(np.float32))
 
+# %% ../nbs/38_run.ipynb #b05e8c75
 def _own_code(spec: RunSpec) -> dict[str, str]:
     "Digests of the modules that a spec names."
     named = [path for path in (spec.model.network, spec.train.optimizer, spec.train.loss or "") if ":" in path and not path.startswith("torch.")]
@@ -115,7 +130,9 @@ def _own_code(spec: RunSpec) -> dict[str, str]:
 
 
 def _provenance(spec: RunSpec, rows: Rows, backend: Backend, last: Epoch, parent: Bundle | None) -> dict[str, Any]:
-    packages = {p: installed(p) for p in ("mlray", "torch", "polars", "numpy", "onnx", "onnxscript")}
+    module = (spec.model.estimator or "").partition(":")[0].partition(".")[0]
+    fits = ["scikit-learn", "skl2onnx", "onnxmltools", "fairlearn", *packages_distributions().get(module, [])] if module else ["scikit-learn"] if spec.model.calibration == "isotonic" else []
+    packages = {p: installed(p) for p in ("mlray", "torch", "polars", "numpy", "onnx", "onnxscript", *fits)}
     state = {"epochs": last.number, "best_epoch": int(last.metrics["best_epoch"])}
     name, _, trial = (spec.search.found or "" if spec.search else "").rpartition("/")
     found = {"search": {"name": name, "trial": int(trial), "seed": spec.search.seed}} if spec.search and name else {}
@@ -126,17 +143,56 @@ def _provenance(spec: RunSpec, rows: Rows, backend: Backend, last: Epoch, parent
 
 def _answers(network: nn.Module, rows: Matrix, task: Task) -> np.ndarray: return scores(network, *map(torch.from_numpy, rows.tensors), task=task).numpy()
 
-
+# %% ../nbs/38_run.ipynb #5de15171
 def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: Tracker, kept: Checkpoints, folder: Path, parent: Bundle | None = None, resume: bool = False) -> Bundle:
     "Train and pack."
     last: Epoch | None = None
     for last in backend.train(job, kept.folder.name, kept.folder.parent, resume, tracker.note): tracker.log(last.metrics, last.number)
     if last is None or last.state is None: raise TrainingError("training ended without an epoch. Raise train.epochs.")
     tracker.note("exporting to ONNX")
-    network = fitted(job.features, job.model, last.state.best, job.task.outputs)
-    arrays = {k: v.numpy() for k, v in last.state.best.items()}
-    return pack(folder, spec, job.features, to_onnx(network, job.features, job.task), arrays, _provenance(spec, rows, backend, last, parent), job.valid_rows, _answers(network, job.valid_rows, job.task),
-                profile(rows.contract, rows.parts.train), job.task)
+    graph, expected = _graph(job, last.state)
+    arrays = {k: v.numpy() for k, v in last.state.best.items() if not (job.model.estimator and k == "answers")}
+    decision = _decision(spec, job, rows, graph, expected, tracker)
+    return pack(folder, spec, job.features, decision.graph, arrays, _provenance(spec, rows, backend, last, parent) | dict(decision.about), job.valid_rows, decision.expected,
+                profile(rows.contract, rows.parts.train), job.task, decision.threshold, decision.thresholds)
+
+# %% ../nbs/38_run.ipynb #9f229b10
+@dataclass(frozen=True)
+class _Decision:
+    "A graph with its calibration, and where its line is drawn; all of it learned on validation rows."
+    graph: bytes
+    expected: np.ndarray        # what it should answer for the validation rows
+    threshold: float | None = None
+    thresholds: Mapping[str, float] | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _decision(spec: RunSpec, job: Job, rows: Rows, graph: bytes, expected: np.ndarray, tracker: Tracker) -> _Decision:
+    "From scores to decisions. Raises `BundleError` when the graph does not answer as what was fitted."
+    model, asked, about = spec.model, spec.mitigation, dict[str, Any]()
+    if model.calibration != "none":
+        raw = answer(graph, job.valid_rows)
+        if not (off := float(np.abs(raw - expected).max(initial=0))) <= PARITY: raise BundleError(f"The exported graph differs from what was fitted by {off:.2g}; {PARITY:g} is allowed. Nothing was written.")
+        curve = calibrate(model.calibration, raw, job.valid_labels)
+        graph, expected = calibrated(graph, curve), curve(raw)
+        before, after = (expected_calibration_error(job.valid_labels, s) for s in (raw, expected))
+        about = {"calibration": {**curve.as_dict(), "expected_calibration_error": {"before": before, "after": after}}}
+        tracker.note(f"calibrated by {model.calibration}: on validation rows scores are off by {before:.4f} before and {after:.4f} after, on average")
+    line, lines = None, None
+    if isinstance(model.threshold, Threshold):
+        line = choose(model.threshold, answer(graph, job.valid_rows), job.valid_labels)
+        tracker.note(f"the threshold is {line:.4f}, chosen on {len(job.valid_labels)} validation rows")
+    if asked and asked.method == "thresholds":
+        lines = choose_by_group(asked, answer(graph, job.valid_rows), job.valid_labels, group_names(rows.contract, rows.parts.valid, asked.by))
+        tracker.note("thresholds by group: " + ", ".join(f"{g} {t:.4f}" for g, t in lines.items()))
+    return _Decision(graph, expected, line, lines, about)
+
+
+def _graph(job: Job, state: State) -> tuple[bytes, np.ndarray]:
+    "What was fitted as a graph, and its own answers for the validation rows."
+    if job.model.estimator: return state.best["graph"].numpy().tobytes(), state.best["answers"].numpy()
+    network = fitted(job.features, job.model, state.best, job.task.outputs)
+    return to_onnx(network, job.features, job.task), _answers(network, job.valid_rows, job.task)
 
 # %% ../nbs/38_run.ipynb #9ce4cfd7
 def moved_since(registry: Registry, rows: Rows, name: str, tracker: Tracker) -> DriftReport | None:

@@ -58,6 +58,7 @@ class Search(Part):
 # %% ../nbs/00b_search_space.ipynb #db249270
 def check_searchable(parts: dict[str, Part], path: str, dimension: Dimension) -> None:
     "Raise `ValueError` when there is nothing at a path of a search space, or when it cannot hold what would be tried."
+    if path.startswith("model.parameters.") and getattr(parts["model"], "estimator", None) and path.count(".") == 2: return # what an estimator takes, it knows itself
     known = [f"{name}.{field}" for name, part in parts.items() for field in type(part).model_fields]
     if path not in known: raise ValueError(f"search.space: there is no {path!r} to search. {suggest(path, known)}")
     name, field = path.split(".")

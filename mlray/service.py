@@ -80,7 +80,7 @@ class Served:
         columns = {n: [getattr(r, f"f{i}") for r in rows] for i, n in enumerate(names)}
         scores = predict(self.bundle, columns, len(rows))
         if not np.isfinite(scores).all(): return None
-        return predictions(self.bundle.task, scores, decide(self.bundle, scores))
+        return predictions(self.bundle.task, scores, decide(self.bundle, scores, columns))
 
     def warm(self) -> None:
         "Open the graph and answer once, so that the first client does not wait for it."

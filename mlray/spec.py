@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError, model_validator
 from .behaviour import Behaviour
 from .column import Column, Part
 from .data import Data
+from .decision import Mitigation, Threshold
 from .errors import SpecError, suggest
 from .feature import Feature, check_features
 from .recipe import Model, Train
@@ -66,6 +67,27 @@ class Serve(Part):
     "How a version answers."
     max_rows: Annotated[int, Field(ge=1)] = 1000 # rows in one request
 
+# %% ../nbs/01_spec.ipynb #1df9eacc
+def _check_decision(spec: "RunSpec") -> None:
+    task, model = spec.task, spec.model
+    if model.estimator and task.kind in ("multilabel", "quantile"): raise ValueError(f"model.estimator: the target is {task.kind}, which networks alone predict here. Leave estimator out")
+    if model.estimator and spec.train.parent: raise ValueError("train.from: an estimator is fitted anew each time; leave train.from out, or take a network")
+    if model.estimator and spec.train.loss: raise ValueError("train.loss is that of a network; what an estimator minimises stands in model.parameters")
+    chosen = [n for n, asked in (("model.calibration", model.calibration != "none"), ("model.threshold", isinstance(model.threshold, Threshold)), ("mitigation", spec.mitigation is not None)) if asked]
+    if chosen and task.kind != "binary": raise ValueError(f"{chosen[0]} is for decisions between two classes, and the target is {task.kind}. Leave it out")
+    if spec.mitigation: _check_mitigation(spec, spec.mitigation)
+
+
+def _check_mitigation(spec: "RunSpec", asked: Mitigation) -> None:
+    sensitive = {n for n, c in spec.contract.items() if c.sensitive}
+    for name in asked.by:
+        if name not in sensitive: raise ValueError(f"mitigation.by: {name!r} is not a sensitive column. {suggest(name, sensitive)}")
+        if asked.method == "thresholds" and spec.contract[name].role != "feature": raise ValueError(f"mitigation.by: a line for each group needs {name!r} in every request, so it must be a feature; it has the role {spec.contract[name].role!r}")
+    if asked.method == "thresholds" and isinstance(spec.model.threshold, Threshold): raise ValueError("mitigation: the method thresholds chooses the lines itself; leave model.threshold out")
+    if asked.method != "exponentiated_gradient": return
+    if not spec.model.estimator: raise ValueError("mitigation: exponentiated_gradient fits many models one after another, which takes an estimator, such as model.estimator: lightgbm:LGBMClassifier. A network takes reweighing, or thresholds")
+    if spec.train.class_weight is not None or any(c.role == "weight" for c in spec.contract.values()): raise ValueError("mitigation: exponentiated_gradient weighs rows itself; leave out train.class_weight and the column with role weight, or take reweighing")
+
 # %% ../nbs/01_spec.ipynb #cae55f53
 class RunSpec(Part):
     "Everything that was asked for."
@@ -77,6 +99,7 @@ class RunSpec(Part):
     rules: dict[Name, str] = {}         # across columns: a name, and an SQL expression such as `net <= gross`
     model: Model = Model()
     train: Train = Train()
+    mitigation: Mitigation | None = None # what is done so that groups fare alike
     gates: dict[Name, tuple[Rule, ...]] = {}
     behaviour: tuple[Behaviour, ...] = () # checks of the model as rows, for the gate `robustness`
     waivers: tuple[Waiver, ...] = ()
@@ -110,6 +133,11 @@ class RunSpec(Part):
             raise ValueError(f"split.by: {by!r} is of type {self.contract[by].type!r}; time has type date, datetime or integer")
         for path, dimension in (self.search.space if self.search else {}).items(): check_searchable({"model": self.model, "train": self.train}, path, dimension)
         if by and self.contract[by].nullable: raise ValueError(f"split.by: {by!r} is nullable, and a row without a time has no place in it")
+        return self
+
+    @model_validator(mode="after")
+    def _decides(self) -> Self:
+        _check_decision(self)
         return self
 
     @property
@@ -167,7 +195,7 @@ def _known(location: Sequence[Any]) -> list[str]:
 
 def _explain(where: str, error: ValidationError) -> SpecError:
     first, more = error.errors()[0], error.error_count() - 1
-    place = ".".join(str(step) for step in first["loc"]) or "spec"
+    place = ".".join(str(step) for step in first["loc"] if step not in ("as a number", "as chosen")) or "spec" # the two forms of a threshold
     if first["type"] == "extra_forbidden": text = f"unknown key. {suggest(str(first['loc'][-1]), _known(first['loc']))}"
     elif first["type"] == "missing": text = "this key is needed and is not there."
     else: text = first["msg"].removeprefix("Value error, ") + (f"; found {first['input']!r}" if not isinstance(first["input"], dict) else "")

@@ -94,6 +94,9 @@ class RayBackend:
             run_config=RunConfig(name=uuid4().hex[:8], storage_path=str(kept.folder / "ray"), failure_config=FailureConfig(max_failures=0)))
 
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Iterator[Epoch]:
+        if job.model.estimator and (self.workers > 1 or self.gpu): # fitted as a whole, on one worker
+            yield from replace(self, workers=1, gpu=False).train(job, name, home, resume, note)
+            return
         kept = Checkpoints((home / name).resolve())
         if not resume: kept.forget()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

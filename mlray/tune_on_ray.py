@@ -55,7 +55,7 @@ def _trial(config: dict[str, Any], spec: RunSpec, job: Sequence[Any], learnt: Se
     assert search is not None # `search_trials` has looked
     mine = _own(changed(spec, json.loads(config["values"])), ray.get(job[0]), learnt)
     sign, best, early, spent, number = 1 if search.direction == "minimize" else -1, math.inf, math.inf, 0.0, 0
-    said = {"parameters": sum(p.numel() for p in build(mine.features, mine.model, 0, mine.task.outputs).parameters()), "failed": ""}
+    said = {"parameters": 0 if mine.model.estimator else sum(p.numel() for p in build(mine.features, mine.model, 0, mine.task.outputs).parameters()), "failed": ""}
     try:
         started = time.perf_counter()
         for epoch in epochs(mine, device=device):
@@ -116,7 +116,7 @@ def _made(number: int, key: str, values: Mapping[str, Any], result: Mapping[str,
 def _scheduler(spec: RunSpec, search: Search) -> FIFOScheduler:
     "Who stops trials. ASHA, after Li et al. 2020."
     if search.scheduler == "none": return FIFOScheduler()
-    longest = max(search.space["train.epochs"].probes if "train.epochs" in search.space else [spec.train.epochs])
+    longest = max(search.space["train.epochs"].probes if "train.epochs" in search.space else [spec.train.epochs or 1])
     return ASHAScheduler(metric="objective", mode="min", max_t=max(math.ceil(longest), search.grace), grace_period=search.grace, reduction_factor=search.reduction)
 
 

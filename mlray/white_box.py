@@ -30,6 +30,7 @@ def network_of(
     bundle: Bundle,
 ) -> nn.Module:
     "The torch network that a bundle's graph was made of."
+    if bundle.spec.model.estimator: raise ExplanationError(f"{bundle.name} is {bundle.spec.model.estimator} and no network, so it has no gradient. Ask for lime, shap or permutation importance, and take flip_rate[fgsm] and flip_rate[pgd] out of its rules.")
     return fitted(bundle.features, sensible(bundle.spec.model, bundle.spec.train, bundle.profile.rows)[0], load_file(bundle.path / "weights.safetensors"), bundle.task.outputs)
 
 
@@ -40,7 +41,7 @@ def attacked(
     "Rows of a bundle, attacked by FGSM and PGD, with as many threads as it was trained with."
     if bundle.task.kind != "binary": raise ExplanationError(f"Attacks are for a decision between two; {bundle.name} predicts {bundle.task.kind}. Take flip_rate[fgsm] and flip_rate[pgd] out of its rules.")
     torch.set_num_threads(bundle.spec.train.threads)
-    return adversarial(network_of(bundle), bundle.features, bundle.contract, frame, bundle.spec.model.threshold)
+    return adversarial(network_of(bundle), bundle.features, bundle.contract, frame, bundle.threshold)
 
 
 def asked_of_network(
