@@ -356,7 +356,7 @@ def test_two_workers_give_the_same_gradient(runs, kind):
     spec = spec_of(kind, "", "  weight: {type: number, role: weight, min: 0}")
     job = make_job(spec, read_rows(spec, runs(kind)[0]))
     network = build(job.features, job.model, 0, job.task.outputs).eval()
-    inputs, y, w, loss = [torch.from_numpy(a) for a in (job.rows.numbers, job.rows.codes)], torch.from_numpy(job.labels), torch.from_numpy(job.weights), loss_of(job.task)
+    inputs, y, w, loss = [torch.from_numpy(a) for a in job.rows.tensors], torch.from_numpy(job.labels), torch.from_numpy(job.weights), loss_of(job.task)
 
     def gradient(at):
         network.zero_grad()
