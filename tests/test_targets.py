@@ -319,10 +319,14 @@ def test_which_way_is_better():
     assert all(less.values()) and not any(more.values())
 
 
+def test_production_of_another_target_is_named():
+    from mlray.gate import judge
+    from mlray.spec import Rule
+    verdict = judge({"r2": 0.5}, [Rule(metric="r2", within=0.1)], {"roc_auc": 0.9})
+    assert not verdict.passed and "same target" in verdict.findings[0].why
+
+
 # Weights.
-
-def with_weights(job, weights): return replace(job, weights=weights)
-
 
 def test_balanced_classes_are_scikit_learns():
     from sklearn.utils.class_weight import compute_sample_weight
