@@ -2,6 +2,7 @@
 
 Modules:
 
+- `mlray.accepted`: How far a growing source has been read, and the rows that came of it
 - `mlray.access`: Who may do what: keys, roles, actions
 - `mlray.answer`: What one prediction looks like on the wire, for each kind of target
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
@@ -41,10 +42,12 @@ Modules:
 - `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
 - `mlray.slices`: Where a model does worst: a search through slices of up to three conditions, corrected for having searched
-- `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a function
+- `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a topic, from a function
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
+- `mlray.survey`: All rows of a source held against the contract, piece by piece: more than fit into memory
 - `mlray.table`: Rows: named by a fingerprint, and divided the same way every time
 - `mlray.task`: What is to be predicted: one of two, one of several, any of several, a number, or quantiles of a number
+- `mlray.topic`: A Kafka topic as rows: from an offset to the end that it had when it was opened
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are

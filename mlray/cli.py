@@ -30,6 +30,7 @@ from mlray.commands import (
     reproduce_version,
     settings_of,
     stderr,
+    take_batch,
     train_run,
     tune_run,
     until_stopped,
@@ -39,6 +40,7 @@ from .errors import MlrayError, ServingError, suggest
 
 if TYPE_CHECKING:
     from mlray.settings import Settings
+    from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
 _NOT_BUILT = frozenset({"approve", "audit", "card", "cluster", "console", "doctor", "export", "lab", "monitor", "new", "predict", "retire", "retrain", "rollback", "schedule"})
@@ -75,6 +77,8 @@ def _show(as_json: bool, value: Any, *faces: Any) -> None:
 # %% ../nbs/59_cli.ipynb #e18be544
 @app.command()
 def check(spec: Spec, overrides: Overrides = None, infer: Annotated[bool, typer.Option("--infer", help="Propose a contract from the data; written into the spec if it has none.")] = False,
+          new: Annotated[bool, typer.Option("--new", help="Look at what is new in a growing source; accept it unless it has moved.")] = False,
+          accept: Annotated[bool, typer.Option("--accept", help="With --new: accept it although it has.")] = False,
           env: Env = None, as_json: Json = False) -> None:
     "Hold the data against its contract; bad rows go to quarantine."
     if infer:
@@ -82,14 +86,26 @@ def check(spec: Spec, overrides: Overrides = None, infer: Annotated[bool, typer.
         said = f"Written to {spec}. Correct it, and give one column `role: target` with `positive` or `positive_above`." if written else f"{spec} has a contract already; nothing was written."
         stderr().print(said, markup=False)
         return _show(as_json, {"contract": contract, "written": written}, text.rstrip())
-    from mlray.rows import check_sources, quarantine
     from mlray.spec import read_spec
+    from mlray.survey import survey
     read, settings = read_spec(spec, overrides or ()), settings_of(env)
-    checked = check_sources(read, settings)
-    kept = [str(p) for p in quarantine(read, settings, checked)]
-    value = {part: {"good": c.good.height, "bad": c.bad.height, "problems": [vars(p) for p in c.problems]} for part, c in checked.items()}
-    _show(as_json, {**value, "quarantine": kept}, *(f for part, c in checked.items() for f in (part, c.table() if c.problems else c.table().title)), *(f"bad rows: {p}" for p in kept))
-    if any(c.problems for c in checked.values()): raise typer.Exit(1)
+    if new or accept: return _check_new(read, settings, accept, as_json)
+    found = {part: survey(read, part, settings) for part in read.data.sources}
+    kept = [str(s.quarantine) for s in found.values() if s.quarantine]
+    _show(as_json, {**{part: s.as_dict() for part, s in found.items()}, "quarantine": kept}, *(f for part, s in found.items() for f in (part, s.table() if s.problems else s.table().title)), *(f"bad rows: {p}" for p in kept))
+    if any(s.problems for s in found.values()): raise typer.Exit(1)
+
+
+def _check_new(spec: "RunSpec", settings: "Settings", anyway: bool, as_json: bool) -> None:
+    found, kept = take_batch(spec, settings, anyway)
+    if found is None: return _show(as_json, {"good": 0, "bad": 0, "accepted": False, "reasons": []}, "nothing new")
+    batch, checked = found.batch, found.batch.checked
+    said = f"{batch.late} rows are late" + f"; {batch.lost} messages were deleted before they were read" * bool(batch.lost)
+    verdict = f"accepted: {batch.mark.rows} rows in {batch.mark.batches} batches, read up to {batch.mark.source_version}" if kept is not None else \
+        f"not accepted: {'; '.join(found.reasons)}. The mark was not moved; `mlray check SPEC --new --accept` takes it all the same."
+    _show(as_json, found.as_dict() | {"accepted": kept is not None, "quarantine": [str(p) for p in kept or ()]}, checked.table() if checked.problems else checked.table().title, said,
+          *([found.drift.table()] if found.drift and found.drift.moved else []), verdict, *(f"bad rows: {p}" for p in kept or ()))
+    if kept is None: raise typer.Exit(1)
 
 
 @app.command()
@@ -198,7 +214,8 @@ def show(version: Reference, env: Env = None, as_json: Json = False) -> None:
     bundle, proved = bundle_of(registry, found), evidence(registry, found)
     about = {"version": str(found), "aliases": list(found.aliases), "digest": found.digest, "created": found.created, "actor": found.actor, "spec_id": found.spec_id,
              "size": bundle.size, "provenance": dict(bundle.provenance)}
-    lines = table(["", str(found)], [(k, json.dumps(v) if isinstance(v, dict) else v) for k, v in about.items() if k != "version"])
+    read = [(f"{part} source", f"{s['rows']} rows, {s['version'] or s['digest']}") for part, s in bundle.provenance.get("sources", {}).items()]
+    lines = table(["", str(found)], [*((k, json.dumps(v) if isinstance(v, dict) else v) for k, v in about.items() if k != "version"), *read])
     _show(as_json, about | {"evidence": {g: {**e.verdict.as_dict(), "page": e.page, "created": e.created} for g, e in proved.items()}},
           lines, *(face for g, e in proved.items() for face in (g, e.verdict.table())))
 

@@ -116,7 +116,8 @@ def _provenance(spec: RunSpec, rows: Rows, backend: Backend, last: Epoch, parent
     state = {"epochs": last.number, "best_epoch": int(last.metrics["best_epoch"])}
     name, _, trial = (spec.search.found or "" if spec.search else "").rpartition("/")
     found = {"search": {"name": name, "trial": int(trial), "seed": spec.search.seed}} if spec.search and name else {}
-    return {**{f"{part}_rows": digest for part, digest in rows.fingerprints.items()}, **state, **found, "workers": backend.workers,
+    sources = {part: {"rows": f.rows, "digest": f.digest, "version": f.source_version} for part, f in rows.sources.items()}
+    return {**{f"{part}_rows": digest for part, digest in rows.fingerprints.items()}, "sources": sources, **state, **found, "workers": backend.workers,
             "backend": type(backend).__name__, "python": platform.python_version(), "packages": packages} | ({"parent": parent.digest} if parent else {}) | _own_code(spec)
 
 

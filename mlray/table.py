@@ -38,7 +38,16 @@ class Fingerprint:
     digest: str                 # 32 hex digits; equal rows, equal digest, in any order
     rows: int
     columns: tuple[str, ...]    # `name:type`, sorted
-    source_version: str | None = None # the source's own name for them: `delta:3`, or `md5:…` as DVC recorded it
+    source_version: str | None = None # the source's own name for them: `delta:3`, `kafka:0=120`, or `md5:…` as DVC recorded it
+
+    def __add__(self, other: "Fingerprint") -> "Fingerprint":
+        "The name of both sets together."
+        if self.columns != other.columns: raise DataError(f"Fingerprints of different columns do not add up: {', '.join(sorted(set(self.columns) ^ set(other.columns)))} is in one of them alone.")
+        total = (int(self.digest, 16) + int(other.digest, 16) - _named(self.columns)) % 2**128
+        return Fingerprint(f"{total:032x}", self.rows + other.rows, self.columns, self.source_version if self.source_version == other.source_version else None)
+
+
+def _named(columns: tuple[str, ...]) -> int: return int.from_bytes(hashlib.blake2b("|".join(columns).encode(), digest_size=16).digest())
 
 
 def fingerprint(
@@ -47,7 +56,7 @@ def fingerprint(
 ) -> Fingerprint:
     "Name these rows."
     columns = tuple(sorted(f"{n}:{t}" for n, t in frame.schema.items()))
-    total = (sum(_row_hashes(frame)) + int.from_bytes(hashlib.blake2b("|".join(columns).encode(), digest_size=16).digest())) % 2**128
+    total = (sum(_row_hashes(frame)) + _named(columns)) % 2**128
     return Fingerprint(f"{total:032x}", frame.height, columns, source_version)
 
 # %% ../nbs/11_table.ipynb #ee236d40

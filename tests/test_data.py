@@ -10,7 +10,7 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 from mlray.column import Column
 from mlray.contract import Contract, check
 from mlray.data import Csv, Source, Split, Sql
-from mlray.errors import ContractError, DataError, SpecError
+from mlray.errors import ContractError, DataError, SpecError, Unavailable
 from mlray.rows import check_sources, quarantine, read_rows
 from mlray.source import query_sql, read_source
 from mlray.spec import parse_spec
@@ -87,7 +87,7 @@ def test_a_query_goes_where_the_environment_says(tmp_path):
     assert query_sql(Sql(uri_env="CREDIT", query="select age, x from credit where age > 40"), environ).rows() == [(50, None)]
     with pytest.raises(DataError, match="no such table") as caught: query_sql(Sql(uri_env="CREDIT", query="select * from no_table"), environ)
     assert str(tmp_path) not in str(caught.value) and caught.value.__cause__ is None
-    with pytest.raises(DataError) as caught: query_sql(Sql(uri_env="CREDIT", query="select 1"), {"CREDIT": "postgresql://me:secret-7391@127.0.0.1:1/none"})
+    with pytest.raises(Unavailable) as caught: query_sql(Sql(uri_env="CREDIT", query="select 1"), {"CREDIT": "postgresql://me:secret-7391@127.0.0.1:1/none"})
     assert "7391" not in str(caught.value)
 
 
@@ -266,7 +266,7 @@ def test_a_delta_table_is_followed_and_compaction_brings_no_row_twice(settings):
     assert take() == (3, 0) and take() is None
     visits(6, -7, 2).write_delta(table, mode="append")
     visits(3, 9).write_delta(table, mode="append")
-    assert take() == (4, 2) and read_mark(spec, settings).time == "9" and len(list((settings.home / "quarantine").iterdir())) == 1
+    assert take() == (4, 2) and read_mark(spec.name, settings).time == "9" and len(list((settings.home / "quarantine").iterdir())) == 1
     deltalake.DeltaTable(table).optimize.compact()
     assert take() is None
     visits(10).write_delta(table, mode="append")
@@ -280,7 +280,7 @@ def test_a_batch_that_breaks_the_contract_does_not_count_where_the_spec_says_sto
     spec = parse_spec(GROWING, ["data.train={file: v-*.parquet}", "data.on_invalid=stop"])
     visits(1, -2).write_parquet(settings.root / "v-1.parquet")
     with pytest.raises(ContractError, match="The mark was not moved"): next_batch(spec, settings)
-    assert read_mark(spec, settings) == Mark()
+    assert read_mark(spec.name, settings) == Mark()
 
 
 @hypothesis_settings(max_examples=25, deadline=None)
