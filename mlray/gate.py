@@ -107,6 +107,7 @@ def _against_incumbent(rule: Rule, found: Measure, before: Measure, difference: 
     "What fails, and what is to be said of the comparison."
     if rule.within is None: return [], "kept"
     less = less_is_better(rule.metric)
+    if math.isnan(before.value): return ["production has no such measure: is it a model of the same target?"], ""
     moved = difference or Measure(found.value - before.value)
     worse, most = (moved.value, moved.high) if less else (-moved.value, -moved.low)
     said = f"production has {before.value:.4g}, a difference of {moved.value:+.4g}" + (f" [{moved.low:+.4g}, {moved.high:+.4g}]" if not math.isnan(moved.low) else "")

@@ -35,7 +35,7 @@ def sensible(
     small, large = rows < 3_000, rows >= 200_000
     width = 128 if small else 256 if large else 192
     batch = train.batch_size or (32 if rows < 2_000 else 128 if rows < 100_000 else 512 if rows < 500_000 else 1024)
-    sizes = {"hidden": (width, width), "dropout": 0.25 if small else 0.1 if large else 0.15, "bins": min(max(rows // 200, 8), 128)}
+    sizes = {"hidden": (width, width), "dropout": 0.25 if small else 0.0 if model.quantiles else 0.1 if large else 0.15, "bins": min(max(rows // 200, 8), 128)}
     pace = {"epochs": 60 if small else 12, "patience": 10 if small else 2, "batch_size": batch, "learning_rate": 0.002 if small else 0.003,
             "average": 1 - 1 / min(max(rows / batch, 10), 1000)}
     missing = lambda part, known: {k: v for k, v in known.items() if getattr(part, k) is None}

@@ -319,10 +319,14 @@ def test_which_way_is_better():
     assert all(less.values()) and not any(more.values())
 
 
+def test_production_of_another_target_is_named():
+    from mlray.gate import judge
+    from mlray.spec import Rule
+    verdict = judge({"r2": 0.5}, [Rule(metric="r2", within=0.1)], {"roc_auc": 0.9})
+    assert not verdict.passed and "same target" in verdict.findings[0].why
+
+
 # Weights.
-
-def with_weights(job, weights): return replace(job, weights=weights)
-
 
 def test_balanced_classes_are_scikit_learns():
     from sklearn.utils.class_weight import compute_sample_weight
@@ -356,7 +360,7 @@ def test_two_workers_give_the_same_gradient(runs, kind):
     spec = spec_of(kind, "", "  weight: {type: number, role: weight, min: 0}")
     job = make_job(spec, read_rows(spec, runs(kind)[0]))
     network = build(job.features, job.model, 0, job.task.outputs).eval()
-    inputs, y, w, loss = [torch.from_numpy(a) for a in (job.rows.numbers, job.rows.codes)], torch.from_numpy(job.labels), torch.from_numpy(job.weights), loss_of(job.task)
+    inputs, y, w, loss = [torch.from_numpy(a) for a in job.rows.tensors], torch.from_numpy(job.labels), torch.from_numpy(job.weights), loss_of(job.task)
 
     def gradient(at):
         network.zero_grad()
