@@ -30,7 +30,7 @@ class Setting(Part):
     encode: Literal["piecewise", "quantile", "standard"] | None = None # None: piecewise
     parts: tuple[TimePart, ...] | None = None # None: trend, season, weekday; of a datetime also clock
     words: int | None = Field(None, ge=0, le=5) # runs of up to so many words. None: 2
-    characters: int | None = Field(None, ge=0, le=8) # and of so many characters of a word. None: 0, none
+    characters: int | None = Field(None, ge=0, le=8) # and of so many characters of a word; 0: none. None: 3
     buckets: int | None = Field(None, ge=16, le=2**20) # that runs are hashed into. None: 4096
     longest: int | None = Field(None, ge=1, le=4096) # runs of a text that are looked at, from its beginning. None: 512
 

@@ -59,6 +59,6 @@ def learn_text(
     setting: Setting,
 ) -> Text:
     "How a column of texts is turned into ids."
-    asked = Text(name, 2 if setting.words is None else setting.words, setting.characters or 0, setting.buckets or 4096, setting.longest or 512)
+    asked = Text(name, 2 if setting.words is None else setting.words, 3 if setting.characters is None else setting.characters, setting.buckets or 4096, setting.longest or 512)
     longest = max((len(ids(asked, value)) for value in column.unique()), default=1)
     return Text(name, asked.words, asked.characters, asked.buckets, min(-(-max(longest, 1) // 16) * 16, asked.length))

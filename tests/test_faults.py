@@ -196,7 +196,7 @@ def test_what_stops_the_loop_says_what_to_do(job):
 def test_a_child_must_be_of_the_same_kind_as_its_parent(trained, diabetes):
     settings, run = trained
     child = lambda **parts: diabetes.model_copy(update=parts | {"train": diabetes.train.model_copy(update={"parent": str(run.version), "epochs": 1})})
-    with pytest.raises(TrainingError, match=r"head has shape \(16, 128\) there and \(16, 16\) here"): train(child(model=diabetes.model.model_copy(update={"hidden": (16,)})), settings)
+    with pytest.raises(TrainingError, match=r"head has shape \(16, 1, 128\) there and \(16, 1, 16\) here"): train(child(model=diabetes.model.model_copy(update={"hidden": (16,)})), settings)
     ignored = {"bmi": diabetes.contract["bmi"].model_copy(update={"role": "ignored"})}
     with pytest.raises(TrainingError, match="'bmi' is no feature in this contract and was number"): train(child(contract=diabetes.contract | ignored), settings)
 
