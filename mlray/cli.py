@@ -191,7 +191,9 @@ def show(version: Reference, env: Env = None, as_json: Json = False) -> None:
     bundle, proved = bundle_of(registry, found), evidence(registry, found)
     about = {"version": str(found), "aliases": list(found.aliases), "digest": found.digest, "created": found.created, "actor": found.actor, "spec_id": found.spec_id,
              "size": bundle.size, "provenance": dict(bundle.provenance)}
-    lines = table(["", str(found)], [(k, json.dumps(v) if isinstance(v, dict) else v) for k, v in about.items() if k != "version"])
+    spent = bundle.provenance.get("privacy")
+    private = [("privacy", f"ε {spent['epsilon']:.2f} at δ {spent['delta']:g} of each training row, in {spent['steps']} steps with noise of {spent['noise_multiplier']:.2f} clips")] if spent else []
+    lines = table(["", str(found)], [*((k, json.dumps(v) if isinstance(v, dict) else v) for k, v in about.items() if k != "version"), *private])
     _show(as_json, about | {"evidence": {g: {**e.verdict.as_dict(), "page": e.page, "created": e.created} for g, e in proved.items()}},
           lines, *(face for g, e in proved.items() for face in (g, e.verdict.table())))
 

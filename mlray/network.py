@@ -32,6 +32,8 @@ def sensible(
     sizes = {"hidden": (width, width), "dropout": 0.25 if small else 0.1 if large else 0.15, "bins": min(max(rows // 200, 8), 128)}
     pace = {"epochs": 60 if small else 12, "patience": 10 if small else 2, "batch_size": batch, "learning_rate": 0.002 if small else 0.003,
             "average": 1 - 1 / min(max(rows / batch, 10), 1000)}
+    if train.privacy: # large batches, as each gets as much noise as a small one; and no dropout, which would be noise on top
+        sizes, pace = sizes | {"dropout": 0.0, "bins": 16}, pace | {"epochs": 20, "batch_size": min(max(rows // 32, 32), 8192), "learning_rate": 0.01}
     missing = lambda part, known: {k: v for k, v in known.items() if getattr(part, k) is None}
     return model.model_copy(update=missing(model, sizes)), train.model_copy(update=missing(train, pace))
 

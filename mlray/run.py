@@ -26,14 +26,16 @@ from torch import nn
 from .bundle import Bundle, pack
 from .checkpoints import Checkpoints, claimed
 from .contract import labels
+from .declared import declared
 from .drift import DriftReport, drift_report
 from .errors import BundleError, TrainingError
 from .evaluation import Evaluation, asks_of_rows, evaluate, incumbent_of, rules_of, verdict_of
 from .features import Matrix, apply, learn
+from .fitting_privately import budget_of
 from .gate import Verdict
 from .model import Epoch, Job, epochs, replayed
 from .network import fitted, scores, sensible, to_onnx
-from .profile import profile
+from .profile import Profile, profile
 from .registry import Registry, Version, bundle_of, open_registry, register, version, versions
 from .rows import Rows, inspect_rows, read_rows
 from .settings import Settings, read_settings
@@ -89,16 +91,17 @@ def make_job(
     "Everything that a backend needs. Raises `TrainingError` when the parent has other features."
     if parent: _same_features(parent, rows)
     model, pace = sensible(spec.model, spec.train, rows.parts.train.height)
-    features = parent.features if parent else learn(rows.contract, rows.parts.train, model.bins or 32)
+    private, bins = spec.train.privacy, model.bins or 32
+    features = parent.features if parent else declared(rows.contract, bins, "train.privacy is set") if private else learn(rows.contract, rows.parts.train, bins)
     encoded = {part: apply(features, frame, frame.height) for part, frame in vars(rows.parts).items()}
     truth = {part: labels(rows.contract, frame).to_numpy().astype(np.float32) for part, frame in vars(rows.parts).items()}
     initial = load_tensors((parent.path / "weights.safetensors").read_bytes()) if parent else None
-    return Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"], initial)
+    return Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"], initial, budget_of(private, pace, rows.parts.train.height) if private else None)
 
 
-def _provenance(spec: RunSpec, rows: Rows, backend: Backend, last: Epoch, parent: Bundle | None) -> dict[str, Any]:
+def _provenance(spec: RunSpec, job: Job, rows: Rows, backend: Backend, last: Epoch, parent: Bundle | None) -> dict[str, Any]:
     packages = {p: installed(p) for p in ("mlray", "torch", "polars", "numpy", "onnx", "onnxscript")}
-    state = {"epochs": last.number, "best_epoch": int(last.metrics["best_epoch"])}
+    state = {"epochs": last.number, "best_epoch": int(last.metrics["best_epoch"])} | ({"privacy": job.budget.as_dict(last.number)} if job.budget else {})
     name, _, trial = (spec.search.found or "" if spec.search else "").rpartition("/")
     found = {"search": {"name": name, "trial": int(trial), "seed": spec.search.seed}} if spec.search and name else {}
     return {**{f"{part}_rows": digest for part, digest in rows.fingerprints.items()}, **state, **found, "workers": backend.workers,
@@ -116,8 +119,8 @@ def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: 
     tracker.note("exporting to ONNX")
     network = fitted(job.features, job.model, last.state.best)
     arrays = {k: v.numpy() for k, v in last.state.best.items()}
-    return pack(folder, spec, job.features, to_onnx(network), arrays, _provenance(spec, rows, backend, last, parent), job.valid_rows, _answers(network, job.valid_rows),
-                profile(rows.contract, rows.parts.train))
+    return pack(folder, spec, job.features, to_onnx(network), arrays, _provenance(spec, job, rows, backend, last, parent), job.valid_rows, _answers(network, job.valid_rows),
+                Profile(0, {}) if job.budget else profile(rows.contract, rows.parts.train)) # counts of private rows are not shipped
 
 # %% ../nbs/38_run.ipynb #9ce4cfd7
 def moved_since(registry: Registry, rows: Rows, name: str, tracker: Tracker) -> DriftReport | None:

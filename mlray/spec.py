@@ -88,6 +88,8 @@ class RunSpec(Part):
             raise ValueError(f"data.split: no column {column!r}. {suggest(column, self.contract)}")
         if (by := self.data.split.by) and self.contract[by].type not in ("date", "datetime", "integer"):
             raise ValueError(f"split.by: {by!r} is of type {self.contract[by].type!r}; time has type date, datetime or integer")
+        if self.train.privacy and self.search: raise ValueError("search and train.privacy: each trial would spend a budget of its own on the same rows. Search with rows that are not private, then write the values found into the spec")
+        if self.train.privacy and self.model.dropout: raise ValueError("with train.privacy leave out model.dropout: the noise is more than enough of it")
         for path, dimension in (self.search.space if self.search else {}).items(): check_searchable({"model": self.model, "train": self.train}, path, dimension)
         if by and self.contract[by].nullable: raise ValueError(f"split.by: {by!r} is nullable, and a row without a time has no place in it")
         return self
