@@ -17,6 +17,7 @@ Modules:
 - `mlray.evaluation`: What a bundle does with rows it has not learned from
 - `mlray.fairness`: How good for whom: every group metric from one table of counts
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
+- `mlray.federate_on_ray`: Learning from rows that stay with their holders
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
 - `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
 - `mlray.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
@@ -39,6 +40,7 @@ Modules:
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
 - `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a function
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
+- `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all
 - `mlray.table`: Rows: named by a fingerprint, and divided the same way every time
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run

@@ -120,6 +120,11 @@ def propose_contract(path: str, overrides: Sequence[str], settings: "Settings") 
 # %% ../nbs/58_commands.ipynb #168c5dd3
 def train_run(spec: "RunSpec", settings: "Settings", on: str, resume: bool = False) -> "Run":
     "One run, from rows to a version."
+    if spec.data.train.holders:
+        from mlray.cluster_on_ray import cluster
+        with cluster(settings):
+            from mlray.federate_on_ray import federate
+            return federate(spec, settings, tracker_of(settings), resume=resume)
     from mlray.run import train as run
     with backend_on(on, settings) as backend: return run(spec, settings, backend, tracker_of(settings), resume=resume)
 

@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from .column import Column, Part
-from .data import Data
+from .data import Data, Federation
 from .errors import SpecError, suggest
 from .recipe import Model, Train
 from .rollout_policy import Rollout
@@ -63,6 +63,7 @@ class RunSpec(Part):
     rules: dict[Name, str] = {}         # across columns: a name, and an SQL expression such as `net <= gross`
     model: Model = Model()
     train: Train = Train()
+    federation: Federation = Federation() # for rows that stay with their holders
     gates: dict[Name, tuple[Rule, ...]] = {}
     min_group: Annotated[int, Field(ge=1)] = 30 # a group's rate over fewer rows is not judged, and said not to be
     serve: Serve = Serve()
@@ -88,6 +89,7 @@ class RunSpec(Part):
             raise ValueError(f"data.split: no column {column!r}. {suggest(column, self.contract)}")
         if (by := self.data.split.by) and self.contract[by].type not in ("date", "datetime", "integer"):
             raise ValueError(f"split.by: {by!r} is of type {self.contract[by].type!r}; time has type date, datetime or integer")
+        if self.data.train.holders and (self.search or self.train.parent): raise ValueError("with data.train.holders there is neither search nor train.from")
         if self.train.privacy and self.search: raise ValueError("search and train.privacy: each trial would spend a budget of its own on the same rows. Search with rows that are not private, then write the values found into the spec")
         if self.train.privacy and self.model.dropout: raise ValueError("with train.privacy leave out model.dropout: the noise is more than enough of it")
         for path, dimension in (self.search.space if self.search else {}).items(): check_searchable({"model": self.model, "train": self.train}, path, dimension)
