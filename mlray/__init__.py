@@ -3,6 +3,7 @@
 Modules:
 
 - `mlray.access`: Who may do what: keys, roles, actions
+- `mlray.answer`: What one prediction looks like on the wire, for each kind of target
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
 - `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line
@@ -21,10 +22,13 @@ Modules:
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
 - `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
 - `mlray.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
+- `mlray.gaps`: How far groups are apart, where answers are classes, labels or numbers
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
+- `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
+- `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
@@ -42,6 +46,7 @@ Modules:
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
 - `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all
 - `mlray.table`: Rows: named by a fingerprint, and divided the same way every time
+- `mlray.task`: What is to be predicted: one of two, one of several, any of several, a number, or quantiles of a number
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are

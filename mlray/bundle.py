@@ -29,10 +29,11 @@ from .errors import BundleError
 from .features import Features, Matrix, apply
 from .profile import Profile
 from .spec import RunSpec
+from .task import Task
 
 # %% ../nbs/30_bundle.ipynb #ee9bb55c
-FORMAT = 1
-PARITY = 1e-5 # the graph may differ from the network it came from by no more
+FORMAT = 2
+PARITY = 1e-5 # the graph may differ from the network it came from by no more; of numbers, in parts of their spread or of themselves
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Bundle:
     features: Features
     provenance: Mapping[str, Any]   # fingerprints, seed, workers, package versions, …
     profile: Profile                # of the rows it has learned from; without columns where nobody counted them
+    task: Task                      # what is predicted, with the scale of a number
 
     @property
     def name(self) -> str: return self.spec.name
@@ -57,22 +59,34 @@ def _json(value: Any) -> bytes: return (json.dumps(value, indent=1, ensure_ascii
 def _sha256(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
 
 
+def _alone(session: onnxruntime.InferenceSession, rows: Matrix, answers: np.ndarray) -> None:
+    "Raise `BundleError` unless rows by themselves get the answers that they get among others."
+    for size in (1, 2, 3, 7):
+        for at in range(0, min(len(rows), 16 * size), size):
+            if _run(session, rows[at:at + size]).tobytes() != answers[at:at + size].tobytes():
+                raise BundleError(f"Row {at + 1} has another answer in a request of {size} than among {len(rows)} rows. An answer must not depend on what else is asked: leave out sums over rows, "
+                                  "and write products of matrices as nn.Linear or @ rather than einsum, which onnxruntime computes in another order for one row. Nothing was written.")
+
+
 def pack(
     folder: Path,                       # is made; must not exist
     spec: RunSpec,
     features: Features,
-    graph: bytes,                       # ONNX: `numbers`, `codes` → `score`
+    graph: bytes,                       # ONNX: the tensors of a `Matrix` → `score`
     weights: Mapping[str, np.ndarray],  # of the network, for those who want to go on training
     provenance: Mapping[str, Any],
     rows: Matrix,                       # rows for the parity check
     expected: np.ndarray,               # what the network answered for them
     profile: Profile = Profile(0, {}),  # of the training rows  # noqa: B008 (frozen)
+    task: Task | None = None,           # with its scale; None: that of the spec, which has none
 ) -> Bundle:
     "Write a bundle and read it back. Raises `BundleError` when the graph does not answer as the network did."
-    answers = _run(_open(graph), rows)
-    off = float(np.abs(answers - expected).max()) if len(rows) else 0.0
+    answers, task = _run(_open(graph), rows), task or spec.task
+    if answers.shape != expected.shape: raise BundleError(f"The exported graph answers with shape {answers.shape}, the network with {expected.shape}. Nothing was written.")
+    off = float((np.abs(answers - expected) / np.maximum(task.spread, np.abs(expected))).max()) if len(rows) else 0.0
     if not off <= PARITY: raise BundleError(f"The exported graph differs from the network by {off:.2g}; {PARITY:g} is allowed. Nothing was written.")
-    about = {"spec": spec.model_dump(mode="json"), "features": features.as_dict(), "provenance": dict(provenance)}
+    _alone(_open(graph), rows, answers)
+    about = {"spec": spec.model_dump(mode="json"), "features": features.as_dict(), "provenance": dict(provenance), "task": task.as_dict()}
     files = {"model.onnx": graph, "weights.safetensors": save_tensors(dict(weights)), "bundle.json": _json(about), "profile.json": _json(profile.as_dict())}
     manifest = {"format": FORMAT, "files": {n: {"sha256": _sha256(data), "size": len(data)} for n, data in files.items()}}
     folder.mkdir(parents=True)
@@ -109,9 +123,10 @@ def load_bundle(
     data = _verified(folder)
     found = _sha256(data["manifest.json"])
     if digest is not None and found != digest: raise BundleError(f"Bundle {folder.name!r} has digest {found[:12]}, not {digest[:12]}.")
-    if (version := json.loads(data["manifest.json"]).get("format")) != FORMAT: raise BundleError(f"Bundle {folder.name!r} has format {version}; this mlray reads {FORMAT}.")
+    if (version := json.loads(data["manifest.json"]).get("format")) != FORMAT: raise BundleError(f"Bundle {folder.name!r} has format {version}; this mlray reads {FORMAT}. Train it again with this mlray, or use the mlray that made it.")
     about = json.loads(data["bundle.json"])
-    return Bundle(folder, found, RunSpec.model_validate_json(json.dumps(about["spec"])), Features.from_dict(about["features"]), about["provenance"], Profile.from_dict(json.loads(data["profile.json"])))
+    return Bundle(folder, found, RunSpec.model_validate_json(json.dumps(about["spec"])), Features.from_dict(about["features"]), about["provenance"], Profile.from_dict(json.loads(data["profile.json"])),
+                  Task.from_dict(about["task"]))
 
 # %% ../nbs/30_bundle.ipynb #fc0983da
 def _open(graph: bytes) -> onnxruntime.InferenceSession:
@@ -125,7 +140,8 @@ def _run(session: onnxruntime.InferenceSession, rows: Matrix) -> np.ndarray:
     return session.run(["score"], {i.name: getattr(rows, i.name) for i in session.get_inputs()})[0]
 
 
-_CHUNK = 8192 # rows that go through the graph together, so that memory is bounded
+_CHUNK = 8192 # rows, times outputs, that go through the graph together, so that memory is bounded
+_CELLS = 2**18 # and numbers, codes and runs of text in them
 
 
 @lru_cache(maxsize=16)
@@ -133,19 +149,25 @@ def _session(path: Path, digest: str) -> onnxruntime.InferenceSession:
     return _open((path / "model.onnx").read_bytes())
 
 
+def _chunk(bundle: Bundle) -> int: return max(min(_CHUNK // bundle.task.outputs, _CELLS // max(sum(bundle.features.widths.values()), 1)), 1)
+
+
 def predict(
     bundle: Bundle,
     columns: Mapping[str, Any] | pl.DataFrame, # the features, equally long
     rows: int,                                 # their length
-) -> np.ndarray: # float32 [rows], the probability of the positive class
+) -> np.ndarray: # float32: [rows], the probability of the positive class or the number; [rows, k], the probabilities of classes or labels, or the quantiles
     "Score rows. The one function that does."
-    session, matrix = _session(bundle.path, bundle.digest), apply(bundle.features, columns, rows)
-    return np.concatenate([_run(session, matrix[at:at + _CHUNK]) for at in range(0, max(rows, 1), _CHUNK)])
+    session, matrix, chunk = _session(bundle.path, bundle.digest), apply(bundle.features, columns, rows), _chunk(bundle)
+    return np.concatenate([_run(session, matrix[at:at + chunk]) for at in range(0, max(rows, 1), chunk)])
 
 
 def decide(
     bundle: Bundle,
     scores: np.ndarray,
-) -> np.ndarray: # bool, one a row
-    "Which scores are positive decisions, by the bundle's own threshold."
+) -> np.ndarray: # [rows]: bool, the class counted from 0, or the number; of labels bool [rows, labels]
+    "What follows from scores: by the bundle's own threshold, the most probable class, or of quantiles the one nearest to the median."
+    if bundle.task.kind == "multiclass": return scores.argmax(1)
+    if bundle.task.kind == "regression": return scores
+    if bundle.task.kind == "quantile": return scores[:, bundle.task.middle]
     return scores >= np.float32(bundle.spec.model.threshold)

@@ -168,8 +168,15 @@ def ask(name: Annotated[str, typer.Argument(help="A model.")], row: Annotated[st
     try: rows = json.loads(sys.stdin.read() if row == "-" else row)
     except ValueError as error: raise ServingError(f"The row is not JSON: {error}. Write it as '{{\"age\": 39, …}}'.") from error
     said = ask_service(name, rows if isinstance(rows, list) else [rows], url or settings_of(env).url, key)
+    _show(as_json, said, _predictions_table(said))
+
+
+def _predictions_table(said: dict[str, Any]) -> Any:
+    "One line a row, whatever kind of answer it is."
     from mlray.display import table
-    _show(as_json, said, table(["label", "score"], [(p["label"], p["score"]) for p in said["predictions"]], f"{said['model']}/{said['version']}"))
+    shown = lambda v: ", ".join(f"{k} {x:.4g}" for k, x in v.items()) if isinstance(v, dict) else ", ".join(v) if isinstance(v, list) else v
+    names = list(said["predictions"][0])
+    return table(names, [tuple(shown(p[n]) for n in names) for p in said["predictions"]], f"{said['model']}/{said['version']}")
 
 # %% ../nbs/59_cli.ipynb #751712c8
 @app.command()

@@ -43,7 +43,7 @@ _BELONG = {("min", "max"): (*_NUMBERS, *_TIMES, "duration", "array"), ("bands", 
 class Column(Part):
     "What one column may hold and what it is for."
     type: Literal["integer", "number", "category", "boolean", "text", "date", "datetime", "duration", "array"]
-    role: Literal["feature", "target", "id", "time", "ignored"] = "feature"
+    role: Literal["feature", "target", "id", "time", "weight", "ignored"] = "feature"
     nullable: bool = False              # may be missing
     min: Bound | None = None            # smallest allowed number, date or time; of a duration in seconds; of each number of an array
     max: Bound | None = None            # largest, likewise
@@ -76,6 +76,9 @@ class Column(Part):
             except re.error as error: raise ValueError(f"pattern {self.pattern!r} is no regular expression: {error}") from error
         if self.role == "target" and self.type not in ("integer", "number", "category", "boolean"): raise ValueError(f"a target cannot be of type {self.type!r}")
         if self.role == "time" and self.type not in ("date", "datetime", "integer"): raise ValueError("a column with role 'time' is of type date, datetime or integer")
+        if self.role == "target" and self.nullable: raise ValueError("a target is not nullable: nothing is learned from a row without a label, and such rows go to quarantine")
+        if self.role == "weight" and (self.type not in _NUMBERS or self.nullable or not isinstance(self.min, (int, float)) or self.min < 0):
+            raise ValueError("a column with role 'weight' is a number that is never missing nor negative: type number or integer, with a min of 0 or more")
         if self.positive is not None and self.values and self.positive not in self.values:
             raise ValueError(f"positive is {self.positive!r}, which is not among values")
         if self.sensitive and self.type not in ("integer", "number", "category", "boolean"): raise ValueError(f"no groups can be formed by type {self.type!r}")

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from .contract import Contract
+from .errors import DataError
 from .features import apply, learn
 from .score import Measure, Scorecard, roc_auc
 
@@ -35,7 +36,7 @@ def two_sample_auc(
     sides = [frame.sample(min(frame.height, most), seed=seed) for frame in (reference, live)]
     features, rows = learn(contract, sides[0]), pl.concat([f.select(contract.features) for f in sides])
     encoded = apply(features, rows, rows.height)
-    values = np.hstack([encoded.numbers, encoded.codes.astype(np.float32)])
+    values = np.hstack([tensor.astype(np.float32) for tensor in encoded.tensors])
     side = np.repeat([0, 1], [f.height for f in sides])
     trees = HistGradientBoostingClassifier(max_iter=40, max_depth=3, early_stopping=False, random_state=seed)
     with threadpool_limits(1): # OpenMP threads that wait for each other on a busy machine made seconds of this into minutes
@@ -74,7 +75,9 @@ def estimate(
     draws: int = 200,       # label sets drawn for the interval
     seed: int = 0,
 ) -> Scorecard: # `estimated_accuracy`, `estimated_f1`, `estimated_roc_auc`; NaN without rows
-    "How good decisions should be, judged by their scores alone."
+    "How good decisions should be, judged by their scores alone. Raises `DataError` for what are no probabilities of two classes."
+    if scores.ndim != 1 or (len(scores) and not (np.nanmin(scores) >= -1e-6 and np.nanmax(scores) <= 1 + 1e-6)):
+        raise DataError(f"These are no probabilities of a positive class: shape {scores.shape}, where (rows,) in [0, 1] was expected. What labels will say can be estimated for two classes only; for other targets wait for the labels.")
     p, d = np.clip(scores.astype(np.float64), 0, 1), decisions.astype(np.float64)
     names = ("estimated_accuracy", "estimated_f1", "estimated_roc_auc")
     if not len(p): return Scorecard(0, {n: Measure(math.nan) for n in names}, {})

@@ -10,19 +10,23 @@ __all__ = ['Evaluation', 'evaluate', 'verdict_of', 'rules_of', 'asks_of_rows', '
 
 # %% ../nbs/36_evaluation.ipynb #d16abbbd
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import polars as pl
 
 from .bundle import Bundle, decide, predict
 from .contract import groups, labels
 from .errors import DataError
 from .fairness import FairnessReport, count, fairness_report
+from .gaps import GapReport, class_terms, gap_report, label_terms, number_terms
 from .gate import Verdict, judge
 from .registry import Registry, Version, bundle_of, open_registry, version, versions
 from .rows import Inspection, Rows, inspect_rows, read_rows
 from .score import Scorecard, scorecard
+from .score_of_classes import classes_scorecard, labels_scorecard
+from .score_of_numbers import numbers_scorecard, quantiles_scorecard, weighted_mean
 from .settings import Settings, read_settings
 from .spec import Rule, RunSpec
 from .table import Splits
@@ -32,7 +36,7 @@ from .table import Splits
 class Evaluation:
     "What a bundle does with given rows."
     scorecard: Scorecard
-    fairness: FairnessReport
+    fairness: FairnessReport | GapReport # of decisions for or against; of classes, labels and numbers
 
     @property
     def values(self) -> dict[str, float]:
@@ -50,7 +54,32 @@ def evaluate(
     truth, by = labels(bundle.contract, rows).to_numpy(), groups(bundle.contract, rows)
     answers = predict(bundle, rows, rows.height)
     decisions = decide(bundle, answers)
-    return Evaluation(scorecard(truth, answers, decisions, by), fairness_report(count(by, truth, decisions), bundle.spec.min_group))
+    if bundle.task.kind != "binary": found = _other_kinds(bundle, truth, answers, decisions, by)
+    else: found = Evaluation(scorecard(truth, answers, decisions, by), fairness_report(count(by, truth, decisions), bundle.spec.min_group))
+    weight = bundle.contract.weight
+    return found if weight is None else _with_weights(found, _row_terms(bundle, truth, answers, decisions), rows[weight].to_numpy().astype(np.float64))
+
+
+def _other_kinds(bundle: Bundle, truth: np.ndarray, answers: np.ndarray, decisions: np.ndarray, by: pl.DataFrame) -> Evaluation:
+    task, least = bundle.task, bundle.spec.min_group
+    if task.kind == "multiclass": return Evaluation(classes_scorecard(truth, answers, decisions, task.names, by), gap_report(by, class_terms(truth, decisions, task.outputs), least))
+    if task.kind == "multilabel": return Evaluation(labels_scorecard(truth, answers, decisions, task.names, by), gap_report(by, label_terms(truth, decisions), least))
+    card = numbers_scorecard(truth, answers, by) if task.kind == "regression" else quantiles_scorecard(truth, answers, task.quantiles, by)
+    return Evaluation(card, gap_report(by, number_terms(truth, decisions), least))
+
+
+def _row_terms(bundle: Bundle, truth: np.ndarray, answers: np.ndarray, decisions: np.ndarray) -> dict[str, np.ndarray]:
+    "What each row brings to the means that are reported with its weight."
+    if not bundle.task.classes: return {"mean_absolute_error": np.abs(decisions - truth), "mean_squared_error": (decisions - truth) ** 2, "bias": decisions - truth}
+    if bundle.task.kind == "multiclass": return {"accuracy": decisions == truth, "log_loss": -np.log(np.clip(answers[np.arange(len(truth)), truth].astype(np.float64), 1e-15, 1))}
+    p, right = np.clip(answers.astype(np.float64), 1e-15, 1 - 1e-15), decisions == truth
+    cost = -np.where(truth == 1, np.log(p), np.log1p(-p))
+    return {"accuracy": right, "log_loss": cost} if bundle.task.kind == "binary" else {"accuracy": right.all(1), "log_loss": cost.mean(1)}
+
+
+def _with_weights(found: Evaluation, terms: Mapping[str, np.ndarray], weights: np.ndarray) -> Evaluation:
+    weighted = {f"weighted_{n}": weighted_mean(v.astype(np.float64), weights) for n, v in terms.items()}
+    return replace(found, scorecard=replace(found.scorecard, overall={**found.scorecard.overall, **weighted}))
 
 # %% ../nbs/36_evaluation.ipynb #44a2e5e2
 def verdict_of(
@@ -62,7 +91,7 @@ def verdict_of(
     data: Mapping[str, float] | None = None, # what was measured of the rows themselves
 ) -> Verdict:
     "The rules of some gates, judged."
-    return judge({**candidate.values, **(data or {})}, rules_of(spec, *gates, otherwise=otherwise), incumbent.values if incumbent else None)
+    return judge({**candidate.values, **(data or {})}, rules_of(spec, *gates, otherwise=otherwise), incumbent.values if incumbent else None, waivers=spec.waivers)
 
 
 def rules_of(spec: RunSpec, *gates: str, otherwise: Sequence[Rule] = ()) -> list[Rule]:

@@ -59,8 +59,7 @@ def count(
 ) -> Counts:
     "Count rows by groups, label and decision."
     named = [f"g{i}" for i in range(groups.width)]
-    frame = groups.rename(dict(zip(groups.columns, named, strict=True))).with_columns(
-        pl.Series("y", labels.astype(np.uint8)), pl.Series("d", decisions.astype(np.uint8)))
+    frame = pl.DataFrame({"y": labels.astype(np.uint8), "d": decisions.astype(np.uint8)}).hstack(groups.rename(dict(zip(groups.columns, named, strict=True))))
     cells: dict[tuple[str, ...], Cell] = {}
     for *key, y, d, n in frame.group_by([*named, "y", "d"]).len().iter_rows():
         cells[tuple(key)] = cells.get(tuple(key), Cell()) + Cell(**{("t" if y == d else "f") + ("p" if d else "n"): n})

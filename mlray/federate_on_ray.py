@@ -32,7 +32,8 @@ from .evaluation import evaluate, incumbent_of, verdict_of
 from .features import Features, Matrix, apply
 from .fitting import Average, copied, make_optimizer, one_pass, seed_of
 from .fitting_privately import budget_of, private_pass
-from .model import Epoch, State, valid_loss
+from .loss import loss_of, valid_loss
+from .model import Epoch, State
 from .network import build, fitted, scores, sensible, to_onnx
 from .profile import Profile
 from .recipe import Model, Train
@@ -44,6 +45,7 @@ from .source import read_source
 from .spec import RunSpec
 from .summary import Summary, learn_from, summarize
 from .table import Splits, fingerprint, learnable, split
+from .task import Task
 from .tracking import NullTracker, Tracker
 
 # %% ../nbs/45_federate_on_ray.ipynb #06894d80
@@ -53,6 +55,7 @@ class Plan:
     features: Features
     model: Model    # with nothing left out
     train: Train    # with nothing left out; epochs are those of all rounds
+    task: Task
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,7 @@ class Holder:
     def _rows(self, plan: Plan) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         if self._encoded is None or self._encoded[0] != plan:
             def tensors(frame: pl.DataFrame) -> tuple[torch.Tensor, ...]:
-                inputs = vars(apply(plan.features, frame, frame.height)).values()
-                return (*(torch.from_numpy(a) for a in inputs), torch.from_numpy(labels(self.contract, frame).to_numpy().astype(np.float32)))
+                return (*(torch.from_numpy(a) for a in apply(plan.features, frame, frame.height).tensors), torch.from_numpy(labels(self.contract, frame).to_numpy().astype(np.float32)))
             self._encoded = plan, tensors(self._parts.train), tensors(self._parts.valid)
         return self._encoded[1:]
 
@@ -115,22 +117,22 @@ class Holder:
         "A round: some epochs over these rows, from given weights."
         torch.set_num_threads(plan.train.threads)
         rows, network = self._rows(plan)[0], _network(plan, weights)
-        optimizer, average, loss = make_optimizer(network.parameters(), plan.train), Average(network, 0.0, {}), None
-        private = plan.train.privacy
+        optimizer, average, mean = make_optimizer(network.parameters(), plan.train), Average(network, 0.0, {}), None
+        private, loss = plan.train.privacy, loss_of(plan.task, plan.train)
         for epoch in range((number - 1) * self.spec.federation.local_epochs + 1, number * self.spec.federation.local_epochs + 1):
             torch.manual_seed(seed_of(plan.train.seed, epoch, self.index))
-            if private: private_pass(network, optimizer, average, rows, plan.train, budget_of(private, plan.train, len(rows[-1])), epoch, self.index)
-            else: loss = one_pass(network, optimizer, average, rows, plan.train, epoch)
-        return Update(len(rows[-1]), {n: w.numpy() for n, w in copied(network.state_dict()).items()}, loss)
+            if private: private_pass(network, optimizer, average, rows, plan.train, budget_of(private, plan.train, len(rows[-1])), loss, epoch, self.index)
+            else: mean = one_pass(network, optimizer, average, rows, plan.train, epoch, loss=loss)
+        return Update(len(rows[-1]), {n: w.numpy() for n, w in copied(network.state_dict()).items()}, mean)
 
     def validate(self, plan: Plan, weights: Mapping[str, np.ndarray]) -> Loss:
         "The loss of given weights on the validation rows."
         rows = self._rows(plan)[1]
-        return Loss(len(rows[-1]), valid_loss(_network(plan, weights), rows))
+        return Loss(len(rows[-1]), valid_loss(plan.task, scores(_network(plan, weights), *rows[:-1], task=plan.task).clone(), rows[-1]))
 
 
 def _network(plan: Plan, weights: Mapping[str, np.ndarray]) -> Any:
-    network = build(plan.features, plan.model, plan.train.seed)
+    network = build(plan.features, plan.model, plan.train.seed, plan.task.outputs)
     network.load_state_dict({n: torch.from_numpy(np.array(w)) for n, w in weights.items()})
     return network
 
@@ -173,7 +175,7 @@ class Holders:
         return answers
 
     def close(self) -> None:
-        for actor in self.actors.values(): ray.kill(actor)
+        for actor in self.actors.values(): ray.kill(actor) # type: ignore[arg-type]
 
 # %% ../nbs/45_federate_on_ray.ipynb #2eb79da1
 def _plan(spec: RunSpec, holders: Holders, sizes: Mapping[str, Size]) -> Plan:
@@ -182,9 +184,9 @@ def _plan(spec: RunSpec, holders: Holders, sizes: Mapping[str, Size]) -> Plan:
     model, pace = sensible(spec.model, spec.train, sum(s.rows for s in sizes.values()))
     pace = pace.model_copy(update={"epochs": (rounds or pace.epochs or 1) * local})
     contract, bins = Contract(spec.contract, spec.rules), model.bins or 32
-    if spec.train.privacy: return Plan(declared(contract, bins, "train.privacy is set"), model, pace)
+    if spec.train.privacy: return Plan(declared(contract, bins, "train.privacy is set"), model, pace, spec.task)
     told = list(holders.ask("summary").values())
-    return Plan(learn_from(contract, sum(told[1:], told[0]), bins), model, pace)
+    return Plan(learn_from(contract, sum(told[1:], told[0]), bins), model, pace, spec.task)
 
 
 def rounds(
@@ -194,7 +196,7 @@ def rounds(
     start: State | None = None, # go on from here
 ) -> Iterator[Epoch]: # a round is an epoch to those who listen
     "Federated averaging, round by round."
-    network, shared = build(plan.features, plan.model, plan.train.seed), ray.put(plan)
+    network, shared = build(plan.features, plan.model, plan.train.seed, plan.task.outputs), ray.put(plan)
     state = start or State(0, 0, float("inf"), {}, copied(network.state_dict()), copied(network.state_dict()), {})
     while state.epoch < (plan.train.epochs or 1) // local_epochs and state.epoch - state.best_epoch < (plan.train.patience or 1):
         number, before = state.epoch + 1, {n: w.numpy() for n, w in state.now.items()}
@@ -240,9 +242,9 @@ def _fit(spec: RunSpec, plan: Plan, holders: Holders, kept: Checkpoints, resume:
 
 
 def _bundle(spec: RunSpec, plan: Plan, state: State, provenance: Mapping[str, Any], test: Matrix, folder: Path) -> Bundle:
-    network = fitted(plan.features, plan.model, state.best)
-    expected = scores(network, *(torch.from_numpy(a) for a in vars(test).values())).numpy()
-    return pack(folder, spec, plan.features, to_onnx(network), {n: w.numpy() for n, w in state.best.items()}, provenance, test, expected, Profile(0, {}))
+    network = fitted(plan.features, plan.model, state.best, plan.task.outputs)
+    expected = scores(network, *map(torch.from_numpy, test.tensors), task=plan.task).numpy()
+    return pack(folder, spec, plan.features, to_onnx(network, plan.features, plan.task), {n: w.numpy() for n, w in state.best.items()}, provenance, test, expected, Profile(0, {}), plan.task)
 
 # %% ../nbs/45_federate_on_ray.ipynb #7c54fa28
 def federate(

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from .errors import SpecError, TrainingError
-from .fitting import Average, learning_rate, loss_of, memory_letter, seed_of
+from .fitting import Average, learning_rate, memory_letter, seed_of
+from .loss import Loss
 from .recipe import Privacy, Train
 
 # %% ../nbs/13_fitting_privately.ipynb #a324f967
@@ -84,17 +85,18 @@ def budget_of(
 
 # %% ../nbs/13_fitting_privately.ipynb #83cd468b
 def row_gradients(
-    network: nn.Module,     # inputs → logits [rows, members]
+    network: nn.Module,     # inputs → logits [rows, members, outputs]
     rows: Sequence[Tensor], # inputs and, last, labels
+    loss: Loss,
 ) -> dict[str, Tensor]: # by parameter, [rows, *shape]
     "The gradient of each row's loss."
     weights, buffers = {n: w.detach() for n, w in network.named_parameters() if w.requires_grad}, dict(network.named_buffers())
 
-    def loss(weights: dict[str, Tensor], *row: Tensor) -> Tensor:
+    def of_one(weights: dict[str, Tensor], *row: Tensor) -> Tensor:
         *inputs, label = (part.unsqueeze(0) for part in row)
-        return loss_of(functional_call(network, (weights, buffers), tuple(inputs)), label)
+        return loss(functional_call(network, (weights, buffers), tuple(inputs)), label, None)
 
-    return vmap(grad(loss), in_dims=(None, *[0] * len(rows)), randomness="error")(weights, *rows)
+    return vmap(grad(of_one), in_dims=(None, *[0] * len(rows)), randomness="error")(weights, *rows)
 
 # %% ../nbs/13_fitting_privately.ipynb #3ba3685e
 def _generator(train: Train, budget: Budget, epoch: int, rank: int, use: int, device: torch.device) -> torch.Generator:
@@ -110,12 +112,13 @@ _NUMBERS = 2**25 # of gradients that are in memory together
 
 
 def private_pass(
-    network: nn.Module,             # inputs → logits [rows, members]
+    network: nn.Module,             # inputs → logits [rows, members, outputs]
     optimizer: torch.optim.Optimizer,
     average: Average,
     rows: Sequence[Tensor],         # inputs and, last, labels: those of this worker alone
     train: Train,
     budget: Budget,
+    loss: Loss,
     epoch: int,                     # counted from 1
     rank: int = 0,                  # of this worker
     world: int = 1,                 # workers that step together; the sum of their gradients gets noise once
@@ -134,7 +137,7 @@ def private_pass(
             pieces = at.split(together) if len(at) else (at,)
             private.zero_grad(set_to_none=True)
             for number, piece in enumerate(pieces, 1):
-                found = row_gradients(network, [r[piece] for r in rows]) if len(piece) else {n: w.new_zeros(0, *w.shape) for n, w in weights.items()}
+                found = row_gradients(network, [r[piece] for r in rows], loss) if len(piece) else {n: w.new_zeros(0, *w.shape) for n, w in weights.items()}
                 for name, weight in weights.items(): weight.grad_sample = found[name] # type: ignore[attr-defined]
                 private.signal_skip_step(number < len(pieces))
                 private.step()

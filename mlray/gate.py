@@ -11,12 +11,14 @@ __all__ = ['MIME', 'Finding', 'Verdict', 'less_is_better', 'judge']
 # %% ../nbs/25_gate.ipynb #59f3bbbf
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, date, datetime
 from typing import Any, NoReturn
 
 from .display import Table, table
 from .errors import suggest
-from .spec import Rule
+from .score import Measure
+from .spec import Rule, Waiver
 
 # %% ../nbs/25_gate.ipynb #6c409bbe
 MIME = "application/vnd.mlray.verdict+json"
@@ -30,15 +32,19 @@ class Finding:
     value: float | None     # what was measured; None: it was not
     passed: bool
     why: str                # one sentence
+    waived: str = ""        # who answers for a promise that was not kept, until when and why
+
+    @property
+    def met(self) -> bool: return self.passed or bool(self.waived)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    "All findings. It passes when each of them does, and there is at least one."
+    "All findings. It passes when each is met, kept or waived, and there is at least one."
     findings: tuple[Finding, ...]
 
     @property
-    def passed(self) -> bool: return bool(self.findings) and all(f.passed for f in self.findings)
+    def passed(self) -> bool: return bool(self.findings) and all(f.met for f in self.findings)
 
     def __bool__(self) -> NoReturn: raise TypeError("A verdict is not true or false; ask for verdict.passed.")
 
@@ -52,48 +58,87 @@ class Verdict:
     def table(self) -> Table:
         "One line a finding."
         title = "Verdict: passed" if self.passed else "Verdict: failed" if self.findings else "Verdict: failed, because there is no rule"
-        return table(["measure", "rule", "value", "result", "why"], [(f.measure, f.rule, f.value, f.passed, f.why) for f in self.findings], title)
+        return table(["measure", "rule", "value", "result", "why"], [(f.measure, f.rule, f.value, "waived" if f.waived else f.passed, f"{f.why}; waived by {f.waived}" if f.waived else f.why) for f in self.findings], title)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return {MIME: self.as_dict(), "text/markdown": self.table()._repr_markdown_(), "text/html": self.table()._repr_html_(), "text/plain": repr(self)}
 
 # %% ../nbs/25_gate.ipynb #a8504b58
-_LESS_IS_BETTER = ("_loss", "_difference", "false_positive_rate")
+_LESS_IS_BETTER = ("_loss", "_difference", "_error", "_distance", "_index", "_share", "_gap", "interval_width", "false_positive_rate", "false_negative_rate", "error_rate", "flip_rate", "unmatched_columns")
 
 
 def less_is_better(
     metric: str, # `log_loss`, `roc_auc`
 ) -> bool:
     "Whether a smaller value of this metric is the better one."
-    return metric.endswith(_LESS_IS_BETTER)
+    return metric.partition("[")[0].endswith(_LESS_IS_BETTER)
 
 
 def _words(rule: Rule) -> str:
     said = [f"at least {rule.at_least:g}" if rule.at_least is not None else "", f"at most {rule.at_most:g}" if rule.at_most is not None else "",
             f"no more than {rule.within:g} worse than production" if rule.within is not None else ""]
-    return ", ".join(filter(None, said))
+    return ", ".join(filter(None, said)) + ", for certain" * rule.certain
 
 
-def _finding(rule: Rule, measures: Mapping[str, float], incumbent: Mapping[str, float] | None) -> Finding:
+def _measure(value: float | Measure) -> Measure: return value if isinstance(value, Measure) else Measure(float(value))
+
+
+def _ends(found: Measure, certain: bool) -> tuple[float, float]:
+    "What a promise is held against; NaN where certainty is asked for and no interval is known."
+    return (found.low, found.high) if certain else (found.value, found.value)
+
+
+def _range(found: Measure, end: float, certain: bool) -> str:
+    "A number as a finding says it."
+    if not certain: return f"{found.value:.4g}"
+    return f"{found.value:.4g}, perhaps {end:.4g}," if not math.isnan(end) else f"{found.value:.4g}, without a known interval,"
+
+# %% ../nbs/25_gate.ipynb #d702127d
+def _against_bounds(rule: Rule, found: Measure) -> list[str]:
+    low, high = _ends(found, rule.certain)
+    fails = []
+    if rule.at_least is not None and not low >= rule.at_least: fails.append(f"{_range(found, low, rule.certain)} is below {rule.at_least:g}")
+    if rule.at_most is not None and not high <= rule.at_most: fails.append(f"{_range(found, high, rule.certain)} is above {rule.at_most:g}")
+    return fails
+
+
+def _against_incumbent(rule: Rule, found: Measure, before: Measure, difference: Measure | None) -> tuple[list[str], str]:
+    "What fails, and what is to be said of the comparison."
+    if rule.within is None: return [], "kept"
+    less = less_is_better(rule.metric)
+    moved = difference or Measure(found.value - before.value)
+    worse, most = (moved.value, moved.high) if less else (-moved.value, -moved.low)
+    said = f"production has {before.value:.4g}, a difference of {moved.value:+.4g}" + (f" [{moved.low:+.4g}, {moved.high:+.4g}]" if not math.isnan(moved.low) else "")
+    if (most if rule.certain else worse) <= rule.within: return [], f"kept; {said}"
+    return [f"{said}: worse by " + (f"{worse:.4g}" if not rule.certain else f"perhaps {most:.4g}" if not math.isnan(most) else "an amount without a known interval")], ""
+
+
+def _finding(rule: Rule, measures: Mapping[str, float | Measure], incumbent: Mapping[str, float | Measure] | None, differences: Mapping[str, Measure]) -> Finding:
     name, words = rule.measure, _words(rule)
     if name not in measures: return Finding(name, words, None, False, f"it was never measured. {suggest(name, measures)}")
-    value = float(measures[name])
-    if math.isnan(value): return Finding(name, words, None, False, "it does not exist for these rows (NaN)")
-    fails = []
-    if rule.at_least is not None and not value >= rule.at_least: fails.append(f"{value:.4g} is below {rule.at_least:g}")
-    if rule.at_most is not None and not value <= rule.at_most: fails.append(f"{value:.4g} is above {rule.at_most:g}")
-    if rule.within is not None and incumbent is not None:
-        before = float(incumbent.get(name, math.nan))
-        worse = value - before if less_is_better(rule.metric) else before - value
-        if not worse <= rule.within: fails.append(f"production has {before:.4g}, so {value:.4g} is worse by {worse:.4g}")
-    kept = "kept" if rule.within is None or incumbent is not None else "kept; nothing is in production to compare with"
-    return Finding(name, words, value, not fails, "; ".join(fails) or kept)
+    found = _measure(measures[name])
+    if math.isnan(found.value): return Finding(name, words, None, False, "it does not exist for these rows (NaN)")
+    fails = _against_bounds(rule, found)
+    worse, kept = ([], "kept; nothing is in production to compare with") if rule.within is not None and incumbent is None else _against_incumbent(rule, found, _measure((incumbent or {}).get(name, math.nan)), differences.get(name))
+    return Finding(name, words, found.value, not fails + worse, "; ".join(fails + worse) or kept)
+
+# %% ../nbs/25_gate.ipynb #ca5d8e10
+def _waived(finding: Finding, waivers: Sequence[Waiver], today: date) -> Finding:
+    mine = [w for w in waivers if w.measure == finding.measure]
+    if finding.passed or finding.value is None or not mine: return finding
+    last = max(mine, key=lambda w: w.until)
+    if last.until < today: return replace(finding, why=f"{finding.why}; the waiver of {last.owner} ended on {last.until}")
+    return replace(finding, waived=f"{last.owner} until {last.until}: {last.reason}")
 
 
 def judge(
-    measures: Mapping[str, float],                  # the candidate's numbers, by measure
+    measures: Mapping[str, float | Measure],        # the candidate's numbers, by measure
     rules: Sequence[Rule],                          # promises it must keep
-    incumbent: Mapping[str, float] | None = None,   # the same numbers of the version in production, on the same rows; None: there is none
+    incumbent: Mapping[str, float | Measure] | None = None, # the same numbers of the version in production, on the same rows; None: there is none
+    differences: Mapping[str, Measure] | None = None, # candidate less incumbent, with paired intervals
+    waivers: Sequence[Waiver] = (),                 # of single promises
+    today: date | None = None,                      # by which a waiver is judged; None: today, in UTC
 ) -> Verdict: # one finding a rule
     "Check a candidate against every rule."
-    return Verdict(tuple(_finding(rule, measures, incumbent) for rule in rules))
+    day = today or datetime.now(UTC).date()
+    return Verdict(tuple(_waived(_finding(rule, measures, incumbent, differences or {}), waivers, day) for rule in rules))

@@ -75,7 +75,7 @@ def _limits(kind: dict[str, Any], values: pl.Series) -> dict[str, Any]:
         return {"min": year.isoformat()}
     return {}
 
-
+# %% ../nbs/10b_infer.ipynb #63d47449
 def infer_contract(
     frame: pl.DataFrame,                # rows as read, text or typed
     missing: tuple[str, ...] = ("",),   # what stands for a missing value in text
@@ -95,7 +95,6 @@ def infer_contract(
         else:
             column |= _limits(kind, known)
             if kind["type"] in ("date", "datetime") and not timed: column["role"], timed = "time", True
-            elif column["type"] not in ("integer", "number", "category", "boolean"): column["role"] = "ignored"
         if known.len() < frame.height: column["nullable"] = True
         if _PERSONAL.search(name): column["personal"] = True
         Column(**column) # a proposal that contradicts itself is a defect here

@@ -88,7 +88,7 @@ class Reproduction:
 
 def weights_of(bundle: Bundle) -> str: return json.loads((bundle.path / "manifest.json").read_bytes())["files"]["weights.safetensors"]["sha256"]
 
-
+# %% ../nbs/38a_reproduce.ipynb #62d1d6fb
 def reproduce(
     bundle: Bundle,                     # of the version
     version: str,                       # what to call it

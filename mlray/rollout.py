@@ -161,7 +161,7 @@ class Finding:
     @property
     def met(self) -> bool: return self.verdict in {"better": ("better",), "within": ("better", "within"), "not worse": ("better", "within", "undecided")}[self.demand]
 
-
+# %% ../nbs/26_rollout.ipynb #62f48792
 @dataclass(frozen=True)
 class Decision:
     "What to do next, the share of requests the canary gets then, and why."

@@ -44,7 +44,7 @@ class Slower(Part):
     minimum: Annotated[int, Field(ge=1)] = 100
     weight: Annotated[float, Field(gt=0)] = 1
 
-
+# %% ../nbs/00c_rollout_policy.ipynb #62894f42
 class Fair(Part):
     "How the promises about groups, those of the gates, are kept up on live traffic."
     groups: Annotated[int, Field(ge=2)] = 16    # that one rule may have, at most; stated beforehand, because alpha is shared among them

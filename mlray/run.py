@@ -33,13 +33,16 @@ from .evaluation import Evaluation, asks_of_rows, evaluate, incumbent_of, rules_
 from .features import Matrix, apply, learn
 from .fitting_privately import budget_of
 from .gate import Verdict
+from .imported import source_digest
+from .loss import row_weights, scaled
 from .model import Epoch, Job, epochs, replayed
-from .network import fitted, scores, sensible, to_onnx
+from .network import fitted, rehearse, scores, sensible, to_onnx
 from .profile import Profile, profile
 from .registry import Registry, Version, bundle_of, open_registry, register, version, versions
 from .rows import Rows, inspect_rows, read_rows
 from .settings import Settings, read_settings
 from .spec import RunSpec
+from .task import Task, task_of
 from .tracking import NullTracker, Tracker
 
 # %% ../nbs/38_run.ipynb #7e676f4b
@@ -75,7 +78,9 @@ def run_name(spec: RunSpec, rows: Rows, workers: int) -> str:
     return f"{spec.name}-{digest[:12]}"
 
 # %% ../nbs/38_run.ipynb #590772eb
-def _same_features(parent: Bundle, rows: Rows) -> None:
+def _same_question(parent: Bundle, rows: Rows, quantiles: tuple[float, ...]) -> None:
+    if (now := task_of(rows.contract.columns, quantiles)) != (then := parent.spec.task):
+        raise TrainingError(f"train.from: this spec predicts {', '.join(now.names)} ({now.kind}), the parent {', '.join(then.names)} ({then.kind}). A warm start needs the same target; leave out train.from to learn anew.")
     mine, theirs = ({n: c.columns[n].type for n in c.features} for c in (rows.contract, parent.contract))
     for name in sorted(set(mine) | set(theirs)):
         if mine.get(name) != theirs.get(name):
@@ -89,14 +94,25 @@ def make_job(
     parent: Bundle | None = None, # begin with its weights, and keep its encoders
 ) -> Job:
     "Everything that a backend needs. Raises `TrainingError` when the parent has other features."
-    if parent: _same_features(parent, rows)
+    if parent: _same_question(parent, rows, spec.model.quantiles)
     model, pace = sensible(spec.model, spec.train, rows.parts.train.height)
     private, bins = spec.train.privacy, model.bins or 32
-    features = parent.features if parent else declared(rows.contract, bins, "train.privacy is set") if private else learn(rows.contract, rows.parts.train, bins)
+    features = parent.features if parent else declared(rows.contract, bins, "train.privacy is set") if private else learn(rows.contract, rows.parts.train, bins, spec.features)
+    if ":" in model.network: rehearse(features, model, parent.task if parent else spec.task)
     encoded = {part: apply(features, frame, frame.height) for part, frame in vars(rows.parts).items()}
     truth = {part: labels(rows.contract, frame).to_numpy().astype(np.float32) for part, frame in vars(rows.parts).items()}
+    task = parent.task if parent else scaled(spec.task, labels(rows.contract, rows.parts.train).to_numpy())
+    name = rows.contract.weight
+    weights = {part: row_weights(task, pace, truth[part], frame[name].to_numpy() if name else None, truth["train"]) for part, frame in vars(rows.parts).items() if part != "test"}
     initial = load_tensors((parent.path / "weights.safetensors").read_bytes()) if parent else None
-    return Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"], initial, budget_of(private, pace, rows.parts.train.height) if private else None)
+    return Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"], initial, task, weights["train"], weights["valid"],
+               budget_of(private, pace, rows.parts.train.height) if private else None)
+
+
+def _own_code(spec: RunSpec) -> dict[str, str]:
+    "Digests of the modules that a spec names."
+    named = [path for path in (spec.model.network, spec.train.optimizer, spec.train.loss or "") if ":" in path and not path.startswith("torch.")]
+    return {f"code of {path.partition(':')[0]}": source_digest(path) for path in named}
 
 
 def _provenance(spec: RunSpec, job: Job, rows: Rows, backend: Backend, last: Epoch, parent: Bundle | None) -> dict[str, Any]:
@@ -105,10 +121,10 @@ def _provenance(spec: RunSpec, job: Job, rows: Rows, backend: Backend, last: Epo
     name, _, trial = (spec.search.found or "" if spec.search else "").rpartition("/")
     found = {"search": {"name": name, "trial": int(trial), "seed": spec.search.seed}} if spec.search and name else {}
     return {**{f"{part}_rows": digest for part, digest in rows.fingerprints.items()}, **state, **found, "workers": backend.workers,
-            "backend": type(backend).__name__, "python": platform.python_version(), "packages": packages} | ({"parent": parent.digest} if parent else {})
+            "backend": type(backend).__name__, "python": platform.python_version(), "packages": packages} | ({"parent": parent.digest} if parent else {}) | _own_code(spec)
 
 
-def _answers(network: nn.Module, rows: Matrix) -> np.ndarray: return scores(network, torch.from_numpy(rows.numbers), torch.from_numpy(rows.codes)).numpy()
+def _answers(network: nn.Module, rows: Matrix, task: Task) -> np.ndarray: return scores(network, *map(torch.from_numpy, rows.tensors), task=task).numpy()
 
 
 def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: Tracker, kept: Checkpoints, folder: Path, parent: Bundle | None = None, resume: bool = False) -> Bundle:
@@ -117,10 +133,10 @@ def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: 
     for last in backend.train(job, kept.folder.name, kept.folder.parent, resume, tracker.note): tracker.log(last.metrics, last.number)
     if last is None or last.state is None: raise TrainingError("training ended without an epoch. Raise train.epochs.")
     tracker.note("exporting to ONNX")
-    network = fitted(job.features, job.model, last.state.best)
+    network = fitted(job.features, job.model, last.state.best, job.task.outputs)
     arrays = {k: v.numpy() for k, v in last.state.best.items()}
-    return pack(folder, spec, job.features, to_onnx(network), arrays, _provenance(spec, job, rows, backend, last, parent), job.valid_rows, _answers(network, job.valid_rows),
-                Profile(0, {}) if job.budget else profile(rows.contract, rows.parts.train)) # counts of private rows are not shipped
+    return pack(folder, spec, job.features, to_onnx(network, job.features, job.task), arrays, _provenance(spec, job, rows, backend, last, parent), job.valid_rows, _answers(network, job.valid_rows, job.task),
+                Profile(0, {}) if job.budget else profile(rows.contract, rows.parts.train), job.task) # counts of private rows are not shipped
 
 # %% ../nbs/38_run.ipynb #9ce4cfd7
 def moved_since(registry: Registry, rows: Rows, name: str, tracker: Tracker) -> DriftReport | None:

@@ -90,7 +90,8 @@ class Scorecard:
 
     def groups_table(self) -> Table:
         "One line a group."
-        names = ["rows", "roc_auc", "accuracy", "recall", "selection_rate"]
+        known = set().union(*self.by_group.values())
+        names = ["rows", *(n for n in ("roc_auc", "accuracy", "recall", "selection_rate", "balanced_accuracy", "f1_macro", "r2", "mean_absolute_error", "bias", "coverage") if n in known)]
         return table(["group", *names], [(g, *(int(m[n].value) if n == "rows" else str(m[n]) for n in names)) for g, m in self.by_group.items()], "By group")
 
     def _repr_markdown_(self) -> str:

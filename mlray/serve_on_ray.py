@@ -27,7 +27,7 @@ from starlette.responses import Response
 from .access import Key
 from .bundle import load_bundle
 from .errors import ServingError
-from .service import Answer, Refusal, Reply, Served, Service, refuse
+from .service import Refusal, Reply, Served, Service, refuse
 from .settings import Settings
 
 # %% ../nbs/43_serve_on_ray.ipynb #fffe50ca
@@ -47,11 +47,12 @@ def describe(
     import msgspec
     from fastapi import FastAPI
     app = FastAPI(title="mlray", summary="Predictions, with the version that made them", docs_url=None, redoc_url=None, openapi_url=None)
-    types = [Answer, Refusal, *(s.decoder.type for s in service.models.values())]
-    (answer, refusal, *bodies), parts = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    every = service.models.values()
+    types = [Refusal, *(s.decoder.type for s in every), *(s.answer_type for s in every)]
+    (refusal, *both), parts = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     content = lambda schema: {"content": {"application/json": {"schema": schema}}}
     refusals: dict[int | str, dict[str, Any]] = {c: {"description": d, **content(refusal)} for c, d in {400: "not JSON", 401: "no valid key", 403: "role", 413: "too large", 422: "breaks the contract"}.items()}
-    for name, body in zip(service.models, bodies, strict=True):
+    for name, body, answer in zip(service.models, both[:len(every)], both[len(every):], strict=True):
         app.add_api_route(f"/v1/models/{name}:predict", lambda: None, methods=["POST"], operation_id=f"predict_{name}", summary=f"Ask {name}",
                           responses={200: {"description": "one prediction a row", **content(answer)}, **refusals},
                           openapi_extra={"requestBody": {"required": True, **content(body)}, "security": [{"key": []}]})

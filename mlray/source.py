@@ -20,8 +20,9 @@ import polars as pl
 import yaml
 
 from .data import Csv, Source, Sql
-from .errors import DataError
+from .errors import DataError, SpecError
 from .fetch import locate
+from .imported import imported
 from .settings import Settings
 
 # %% ../nbs/34a_source.ipynb #a8ddd29f
@@ -86,9 +87,9 @@ def call_source(
     call: str, # module:function
 ) -> pl.LazyFrame:
     "The rows that a function returns. Raises `DataError`."
-    module, _, function = call.partition(":")
-    try: made = getattr(import_module(module), function)()
-    except (ImportError, AttributeError) as error: raise DataError(f"data source {call!r} cannot be called: {error}.") from error
+    try: function = imported(call, "data source")
+    except SpecError as error: raise DataError(f"data source {call!r} cannot be called: {error}") from error
+    made = function()
     if not isinstance(made, (pl.DataFrame, pl.LazyFrame)): raise DataError(f"data source {call!r} returned {type(made).__name__}; a polars frame was expected.")
     return made.lazy()
 

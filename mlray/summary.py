@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -62,7 +63,7 @@ def _told(values: pl.Series, column: Column, least: int) -> dict[float, int] | d
 class Summary:
     "What is told of some rows: counts of each feature by itself."
     rows: int
-    counts: Mapping[str, Mapping[float, int] | Mapping[str, int]] # by feature, by value
+    counts: Mapping[str, Mapping[Any, int]] # by feature, by value: a number or a text
 
     def __add__(self, other: "Summary") -> "Summary":
         merged = {n: dict(Counter(dict(self.counts.get(n, {}))) + Counter(dict(other.counts.get(n, {})))) for n in {**self.counts, **other.counts}}
@@ -91,7 +92,7 @@ def learn_from(
     for name in contract.features:
         column, told = contract.columns[name], summary.counts[name]
         kind = pl.String if column.type == "category" else pl.Float64
-        values = [v for v in sorted(told) for _ in range(max(round(told[v] * share), 1))] # type: ignore[type-var,index]
+        values = [v for v in sorted(told) for _ in range(max(round(told[v] * share), 1))] 
         columns[name] = pl.Series(name, values, kind)
     height = max((len(c) for c in columns.values()), default=0)
     return learn(contract, pl.DataFrame([c.extend_constant(None, height - len(c)) for c in columns.values()]), bins)

@@ -17,6 +17,7 @@ import polars as pl
 from .contract import Contract
 from .data import Split
 from .errors import DataError
+from .task import task_of
 
 # %% ../nbs/11_table.ipynb #5cf445b4
 def _text(name: str, dtype: pl.DataType) -> pl.Expr:
@@ -86,10 +87,15 @@ def split(
 # %% ../nbs/11_table.ipynb #0e570dac
 def learnable(
     contract: Contract,
-    labels: pl.Series, # 0 and 1
+    labels: pl.Series, # as `mlray.contract.labels` gives them
     part: str,         # how the message names these rows
 ) -> None:
-    "Raise `DataError` unless there are rows, and rows of both classes."
+    "Raise `DataError` unless there are rows that differ in each target, and training rows of every class."
     if labels.len() == 0: raise DataError(f"There are no {part} rows. Check the source and the shares in data.split.")
-    if labels.n_unique() < 2:
-        raise DataError(f"All {labels.len()} {part} rows have the same {contract.target!r} (label {labels[0]}): nothing can be learned or judged from one class.")
+    task = task_of(contract.columns)
+    for i, name in enumerate(task.targets):
+        one = labels.arr.get(i) if task.kind == "multilabel" else labels
+        if one.n_unique() < 2 and (part == "train" or len(task.targets) == 1):
+            raise DataError(f"All {one.len()} {part} rows have the same {name!r} (label {one[0]}): nothing can be learned or judged from one {'class' if task.classes else 'value'}.")
+    lost = [n for i, n in enumerate(task.names) if i not in set(labels)] if part == "train" and task.kind == "multiclass" else []
+    if lost: raise DataError(f"No train row has {', '.join(map(repr, lost))} as {contract.target!r}, which the contract has among its values. Bring such rows, or take the value out.")

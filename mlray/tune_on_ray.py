@@ -55,7 +55,7 @@ def _trial(config: dict[str, Any], spec: RunSpec, job: Sequence[Any], learnt: Se
     assert search is not None # `search_trials` has looked
     mine = _own(changed(spec, json.loads(config["values"])), ray.get(job[0]), learnt)
     sign, best, early, spent, number = 1 if search.direction == "minimize" else -1, math.inf, math.inf, 0.0, 0
-    said = {"parameters": sum(p.numel() for p in build(mine.features, mine.model, 0).parameters()), "failed": ""}
+    said = {"parameters": sum(p.numel() for p in build(mine.features, mine.model, 0, mine.task.outputs).parameters()), "failed": ""}
     try:
         started = time.perf_counter()
         for epoch in epochs(mine, device=device):

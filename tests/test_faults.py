@@ -48,7 +48,7 @@ def job(diabetes: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> Job:
     root = tmp_path_factory.mktemp("job")
     small = with_train(make_job(diabetes, read_rows(diabetes, Settings(root=root, home=root))), epochs=EPOCHS, patience=EPOCHS, batch_size=64)
     many = lambda rows: np.concatenate([rows] * 30)
-    return replace(small, rows=Matrix(many(small.rows.numbers), many(small.rows.codes)), labels=many(small.labels))
+    return replace(small, rows=Matrix(*map(many, small.rows.tensors)), labels=many(small.labels))
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +182,9 @@ def test_what_stops_the_loop_says_what_to_do(job):
             super().__init__()
             self.weight, self.answer = torch.nn.Parameter(torch.ones(1)), answer
 
-        def forward(self, numbers, codes): return self.answer(numbers * self.weight)
+        def forward(self, numbers, codes, arrays, texts): return self.answer(numbers * self.weight)
 
-    rows = tuple(map(torch.from_numpy, (job.rows.numbers, job.rows.codes, job.labels)))
+    rows = tuple(map(torch.from_numpy, (*job.rows.tensors, job.labels)))
     for answer, letter in [(lambda x: x[:, 0], r"shape \(\d+,\) where \(\d+, members\)"), (lambda x: x[:, :1] + torch.empty(2**52), r"Raise train\.accumulate"),
                            (lambda x: x[:, :1] * float("nan"), r"nan at step 1 of epoch 7, in the batch [0-9a-f]{12} of \d+ rows")]:
         network = Broken(answer)

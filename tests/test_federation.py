@@ -65,7 +65,7 @@ def everything(holder, plan, weights) -> list:
 def plan_of(spec, holder):
     from mlray.federate_on_ray import Plan
     model, pace = sensible(spec.model, spec.train, 2000)
-    plan = Plan(learn_from(Contract(spec.contract), holder.summary(), 16), model, pace)
+    plan = Plan(learn_from(Contract(spec.contract), holder.summary(), 16), model, pace, spec.task)
     return plan, {n: w.numpy() for n, w in build(plan.features, model, 0).state_dict().items()}
 
 
@@ -133,7 +133,7 @@ def test_each_holder_keeps_a_promise_of_its_own(folder, settings):
     spec = spec_of(folder, patience=None, learning_rate=0.01, privacy={"epsilon": 2})
     holder = holder_of(spec, "north", settings)
     model, pace = sensible(spec.model, spec.train, 2000)
-    plan = Plan(declared(Contract(spec.contract), 16), model, pace)
+    plan = Plan(declared(Contract(spec.contract), 16), model, pace, spec.task)
     weights = {n: w.numpy() for n, w in build(plan.features, model, 0).state_dict().items()}
     first, second = (holder.learn(plan, weights, 1) for _ in range(2))
     assert first.loss is None and not all(np.array_equal(first.weights[n], second.weights[n]) for n in weights)

@@ -11,6 +11,7 @@ from mlray.errors import SpecError, TrainingError
 from mlray.features import apply
 from mlray.fitting import Average, make_optimizer
 from mlray.fitting_privately import Budget, budget_of, private_pass, row_gradients
+from mlray.loss import loss_of
 from mlray.model import epochs
 from mlray.network import build
 from mlray.recipe import Privacy, Train
@@ -36,7 +37,7 @@ def job(private, tmp_path_factory):
     return make_job(private, read_rows(private, Settings(root=root, home=root)))
 
 
-def tensors(job): return torch.from_numpy(job.rows.numbers), torch.from_numpy(job.rows.codes), torch.from_numpy(job.labels)
+def tensors(job): return *map(torch.from_numpy, job.rows.tensors), torch.from_numpy(job.labels)
 def same(a, b) -> bool: return set(a) == set(b) and all(torch.equal(a[n], b[n]) for n in a)
 
 
@@ -65,12 +66,11 @@ def test_a_promise_that_protects_nobody_is_refused():
 
 def test_gradients_of_rows_are_those_of_autograd(job):
     "TabM's shared layers and the tables of the encoding included; held against one backward pass a row."
-    from mlray.fitting import loss_of
     network, rows = build(job.features, job.model, seed=1).train(), [t[:6] for t in tensors(job)]
-    found = row_gradients(network, rows)
+    found = row_gradients(network, rows, loss_of())
     for i in range(6):
         network.zero_grad()
-        loss_of(network(*(r[i:i + 1] for r in rows[:-1])), rows[-1][i:i + 1]).backward()
+        loss_of()(network(*(r[i:i + 1] for r in rows[:-1])), rows[-1][i:i + 1]).backward()
         for name, weight in network.named_parameters():
             if weight.numel(): torch.testing.assert_close(found[name][i], torch.zeros_like(weight) if weight.grad is None else weight.grad, atol=1e-6, rtol=1e-4)
 
@@ -85,7 +85,7 @@ def test_no_row_moves_the_weights_further_than_the_clip(job, factor):
 
     def step(rows):
         network = build(job.features, job.model.model_copy(update={"dropout": 0.0}), seed=1)
-        private_pass(network, make_optimizer(network.parameters(), recipe), Average(network, 0, {}), rows, recipe, budget, epoch=1)
+        private_pass(network, make_optimizer(network.parameters(), recipe), Average(network, 0, {}), rows, recipe, budget, loss_of(), epoch=1)
         return torch.cat([w.detach().flatten() for w in network.parameters()]).double()
     moved = float((step(rows) - step([r[1:] for r in rows])).norm())
     assert 0 < moved <= 0.5 / 100 * 1.001
@@ -99,7 +99,7 @@ def test_noise_has_the_size_that_the_accountant_reckons_with(job):
     def step():
         network = build(job.features, job.model.model_copy(update={"dropout": 0.0}), seed=1)
         before = torch.cat([w.detach().flatten().clone() for w in network.parameters()])
-        private_pass(network, make_optimizer(network.parameters(), recipe), Average(network, 0, {}), tensors(job), recipe, budget, epoch=1)
+        private_pass(network, make_optimizer(network.parameters(), recipe), Average(network, 0, {}), tensors(job), recipe, budget, loss_of(), epoch=1)
         return torch.cat([w.detach().flatten() for w in network.parameters()]) - before
     first, second = step(), step()
     assert abs(float(first.std()) / (1.5 * 2.0 / 50) - 1) < 4 / math.sqrt(2 * len(first)) and not torch.equal(first, second)
