@@ -31,6 +31,7 @@ Modules:
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
+- `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.reproduce`: The same run again, compared to the bit
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks

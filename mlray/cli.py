@@ -97,7 +97,7 @@ def train(spec: Spec, overrides: Overrides = None, on: Annotated[str, typer.Opti
           resume: Annotated[bool, typer.Option("--resume", help="Go on where the same command stopped, if it did.")] = False, env: Env = None, as_json: Json = False) -> None:
     "Train, measure and register a version; print it with its verdict."
     from mlray.spec import read_spec
-    run = train_run(read_spec(spec, overrides or ()), settings_of(env, workers=workers), on, resume)
+    run = train_run(read_spec(spec, overrides or ()), settings_of(env, workers=workers), on, resume, quiet=as_json)
     _show(as_json, run.as_dict(), run.evaluation.scorecard.table(), run.verdict.table(), str(run.version))
     if not run.verdict.passed: raise typer.Exit(1)
 
@@ -107,7 +107,7 @@ def tune(spec: Spec, overrides: Overrides = None, on: Annotated[str, typer.Optio
          env: Env = None, as_json: Json = False) -> None:
     "Search for better values on Ray; the best trial becomes a version. Killed, it goes on when given again."
     from mlray.spec import read_spec
-    tuned = tune_run(read_spec(spec, overrides or ()), settings_of(env, workers=workers), on)
+    tuned = tune_run(read_spec(spec, overrides or ()), settings_of(env, workers=workers), on, quiet=as_json)
     _show(as_json, tuned.as_dict(), *tuned.tables(), tuned.run.verdict.table(), str(tuned.run.version))
     if not tuned.run.verdict.passed: raise typer.Exit(1)
 

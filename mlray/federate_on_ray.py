@@ -232,6 +232,7 @@ def _test_rows(spec: RunSpec, settings: Settings) -> Rows:
 def _fit(spec: RunSpec, plan: Plan, holders: Holders, kept: Checkpoints, resume: bool, tracker: Tracker) -> State:
     if not resume: kept.forget()
     state = kept.newest(tracker.note)
+    tracker.expect((plan.train.epochs or 1) // spec.federation.local_epochs)
     for number, metrics in enumerate(state.history if state else (), 1): tracker.log(metrics, number)
     for done in rounds(plan, holders, spec.federation.local_epochs, state):
         state = done.state

@@ -52,7 +52,7 @@ def _by_class(given: Any) -> Any:
 
 ClassWeight = Annotated[Literal["balanced"] | dict[str, float], BeforeValidator(_by_class)]
 
-
+# %% ../nbs/00e_recipe.ipynb #902314b5
 class Privacy(Part):
     "What a version may give away about one training row (`mlray.fitting_privately` says what is promised)."
     epsilon: Annotated[float, Field(gt=0)]              # over the whole run

@@ -130,6 +130,7 @@ def _answers(network: nn.Module, rows: Matrix, task: Task) -> np.ndarray: return
 def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: Tracker, kept: Checkpoints, folder: Path, parent: Bundle | None = None, resume: bool = False) -> Bundle:
     "Train and pack."
     last: Epoch | None = None
+    tracker.expect(job.train.epochs or 1)
     for last in backend.train(job, kept.folder.name, kept.folder.parent, resume, tracker.note): tracker.log(last.metrics, last.number)
     if last is None or last.state is None: raise TrainingError("training ended without an epoch. Raise train.epochs.")
     tracker.note("exporting to ONNX")

@@ -65,6 +65,14 @@ class Serve(Part):
     "How a version answers."
     max_rows: Annotated[int, Field(ge=1)] = 1000 # rows in one request
 
+# %% ../nbs/01_spec.ipynb #bc2bdc1a
+def _asks_little_of_rows(spec: "RunSpec", why: str) -> None:
+    "Where nobody may look at all rows together, what would have to be learned from them is not built."
+    if not spec.task.classes: raise ValueError(f"with {why} a number cannot be predicted yet, as its scale would be learned from the rows; positive_above makes two classes of it")
+    if spec.features or spec.train.class_weight is not None or any(c.role == "weight" for c in spec.contract.values()): raise ValueError(f"with {why} there are neither made features nor weights yet, as both are learned from the rows. Leave them out")
+    for name, c in spec.contract.items():
+        if c.role == "feature" and c.type not in ("integer", "number", "category", "boolean"): raise ValueError(f"with {why} a feature of type {c.type!r} is not built yet ({name!r}). Give it role: ignored")
+
 # %% ../nbs/01_spec.ipynb #cae55f53
 class RunSpec(Part):
     "Everything that was asked for."
@@ -104,7 +112,7 @@ class RunSpec(Part):
             raise ValueError(f"data.split: no column {column!r}. {suggest(column, self.contract)}")
         if (by := self.data.split.by) and self.contract[by].type not in ("date", "datetime", "integer"):
             raise ValueError(f"split.by: {by!r} is of type {self.contract[by].type!r}; time has type date, datetime or integer")
-        if self.train.privacy or self.data.train.holders: self._asks_little_of_rows("train.privacy" if self.train.privacy else "data.train.holders")
+        if self.train.privacy or self.data.train.holders: _asks_little_of_rows(self, "train.privacy" if self.train.privacy else "data.train.holders")
         if self.data.train.holders and (self.search or self.train.parent): raise ValueError("with data.train.holders there is neither search nor train.from")
         if self.train.privacy and self.search: raise ValueError("search and train.privacy: each trial would spend a budget of its own on the same rows. Search with rows that are not private, then write the values found into the spec")
         if self.train.privacy and self.model.dropout: raise ValueError("with train.privacy leave out model.dropout: the noise is more than enough of it")
@@ -116,13 +124,6 @@ class RunSpec(Part):
     def task(self) -> Task:
         "What is to be predicted; its scale is learned later."
         return task_of(self.contract, self.model.quantiles)
-
-    def _asks_little_of_rows(self, why: str) -> None:
-        "Where nobody may look at all rows together, what would have to be learned from them is not built."
-        if not self.task.classes: raise ValueError(f"with {why} a number cannot be predicted yet, as its scale would be learned from the rows; positive_above makes two classes of it")
-        if self.features or self.train.class_weight is not None or any(c.role == "weight" for c in self.contract.values()): raise ValueError(f"with {why} there are neither made features nor weights yet, as both are learned from the rows. Leave them out")
-        for name, c in self.contract.items():
-            if c.role == "feature" and c.type not in ("integer", "number", "category", "boolean"): raise ValueError(f"with {why} a feature of type {c.type!r} is not built yet ({name!r}). Give it role: ignored")
 
     @property
     def id(self) -> str:
