@@ -41,7 +41,7 @@ class ProgressTracker:
             if step == 1 or step % 10 == 0: self.console.print(f"  epoch {step}  {said}")
             return
         if self.bar is None: self._begin()
-        self.bar.update(self.task, completed=step, said=said)
+        self.bar.update(self.task, completed=step, said=said, refresh=True) # a notebook shows nothing after the end
 
     def finish(self, summary: Mapping[str, Any]) -> None: self._end()
 
