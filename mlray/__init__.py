@@ -10,13 +10,13 @@ Modules:
 - `mlray.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
 - `mlray.commands`: What each command does, with its vendors chosen
 - `mlray.contract`: What a row must look like, said once and held everywhere
+- `mlray.counts`: One small table that stands for all rows: slices × label × decision × score bin; tables add
 - `mlray.declared`: Rows to numbers without having seen a row: encoders that follow from the contract alone
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
 - `mlray.errors`: One family of errors, each a short letter to a tired person
 - `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
 - `mlray.evaluation`: What a bundle does with rows it has not learned from
-- `mlray.fairness`: How good for whom: every group metric from one table of counts
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
 - `mlray.federate_on_ray`: Learning from rows that stay with their holders
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
@@ -32,6 +32,7 @@ Modules:
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
+- `mlray.ranking`: Ranking and calibration from score bins, each with the bound of what the bins hide
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.reproduce`: The same run again, compared to the bit
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
@@ -43,6 +44,7 @@ Modules:
 - `mlray.serve_on_ray`: HTTP in front of the service, on Ray Serve
 - `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
+- `mlray.slices`: Where a model does worst: a search through slices of up to three conditions, corrected for having searched
 - `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a function
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
 - `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all

@@ -18,8 +18,9 @@ import polars as pl
 
 from .bundle import Bundle, decide, predict
 from .contract import groups, labels
+from .counts import Counts, count
 from .errors import DataError
-from .fairness import FairnessReport, count, fairness_report
+from .fairness import FairnessReport, fairness_report, rates_named
 from .gaps import GapReport, class_terms, gap_report, label_terms, number_terms
 from .gate import Verdict, judge
 from .registry import Registry, Version, bundle_of, open_registry, version, versions
@@ -37,11 +38,12 @@ class Evaluation:
     "What a bundle does with given rows."
     scorecard: Scorecard
     fairness: FairnessReport | GapReport # of decisions for or against; of classes, labels and numbers
+    personal_columns: int = 0            # columns of the contract that are personal or sensitive
 
     @property
     def values(self) -> dict[str, float]:
         "Every number by its name, as `judge` takes them."
-        return {**self.scorecard.values, **self.fairness.values}
+        return {**self.scorecard.values, **self.fairness.values, "personal_columns": float(self.personal_columns)}
 
     def _repr_markdown_(self) -> str: return self.scorecard._repr_markdown_() + "\n\n" + self.fairness._repr_markdown_()
 
@@ -55,9 +57,15 @@ def evaluate(
     answers = predict(bundle, rows, rows.height)
     decisions = decide(bundle, answers)
     if bundle.task.kind != "binary": found = _other_kinds(bundle, truth, answers, decisions, by)
-    else: found = Evaluation(scorecard(truth, answers, decisions, by), fairness_report(count(by, truth, decisions), bundle.spec.min_group))
-    weight = bundle.contract.weight
+    else: found = Evaluation(scorecard(truth, answers, decisions, by), _of_groups(bundle.spec, count(by, truth, decisions)))
+    weight, found = bundle.contract.weight, replace(found, personal_columns=sum(c.personal or c.sensitive for c in bundle.contract.columns.values()))
     return found if weight is None else _with_weights(found, _row_terms(bundle, truth, answers, decisions), rows[weight].to_numpy().astype(np.float64))
+
+
+def _of_groups(spec: RunSpec, counts: Counts) -> FairnessReport:
+    "What the rules of a spec ask about groups, to the depth they ask it."
+    rules = rules_of(spec)
+    return fairness_report(counts, spec.min_group, max([2, *(len(r.by) for r in rules)]), rates=rates_named(r.metric for r in rules))
 
 
 def _other_kinds(bundle: Bundle, truth: np.ndarray, answers: np.ndarray, decisions: np.ndarray, by: pl.DataFrame) -> Evaluation:

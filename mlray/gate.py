@@ -64,14 +64,15 @@ class Verdict:
         return {MIME: self.as_dict(), "text/markdown": self.table()._repr_markdown_(), "text/html": self.table()._repr_html_(), "text/plain": repr(self)}
 
 # %% ../nbs/25_gate.ipynb #a8504b58
-_LESS_IS_BETTER = ("_loss", "_difference", "_error", "_distance", "_index", "_share", "_gap", "interval_width", "false_positive_rate", "false_negative_rate", "error_rate", "flip_rate", "unmatched_columns")
+_LESS_IS_BETTER = ("_loss", "_difference", "_error", "_distance", "_index", "_share", "_gap", "interval_width", "false_positive_rate", "false_negative_rate", "error_rate", "flip_rate", "unmatched_columns", "_seconds", "_bytes", "_megabytes")
 
 
 def less_is_better(
     metric: str, # `log_loss`, `roc_auc`
 ) -> bool:
     "Whether a smaller value of this metric is the better one."
-    return metric.partition("[")[0].endswith(_LESS_IS_BETTER)
+    name = metric.partition("[")[0].removesuffix("_group_min").removesuffix("_group_max")
+    return name.endswith(_LESS_IS_BETTER) or name.startswith(("latency", "cost"))
 
 
 def _words(rule: Rule) -> str:

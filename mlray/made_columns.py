@@ -32,19 +32,7 @@ class Derived:
     type: str                   # of the result, as a contract says it
     needs: tuple[str, ...]      # the columns it is made of
 
-
-_KINDS: tuple[tuple[Any, str], ...] = ((pl.Boolean, "boolean"), (pl.Date, "date"), (pl.Duration, "duration"))
-_CLOCK = re.compile(r"\b(current_(date|time|timestamp)|now\s*\()", re.I)
-
-
-def _kind(dtype: pl.DataType, setting: Setting) -> str | None:
-    "What a contract would call this type."
-    if dtype.is_numeric(): return "number"
-    if dtype == pl.String: return setting.type
-    if isinstance(dtype, pl.Datetime): return None if dtype.time_zone else "datetime"
-    return next((kind for known, kind in _KINDS if dtype == known), None)
-
-
+# %% ../nbs/11b_made_columns.ipynb #d7eba306
 def same_alone(
     frame: pl.DataFrame, # a few rows
     value: pl.Expr,
@@ -60,7 +48,19 @@ def _probe(dtype: pl.DataType) -> pl.Series:
     if dtype == pl.String: return pl.Series(["some words", "b", "words", "cc"])
     return pl.Series([3, 0, 8, 2]).cast(dtype if dtype.is_numeric() or dtype == pl.Boolean else pl.Int32 if dtype == pl.Date else pl.Int64).cast(dtype)
 
+# %% ../nbs/11b_made_columns.ipynb #c179d3f1
+_KINDS: tuple[tuple[Any, str], ...] = ((pl.Boolean, "boolean"), (pl.Date, "date"), (pl.Duration, "duration"))
+_CLOCK = re.compile(r"\b(current_(date|time|timestamp)|now\s*\()", re.I)
 
+
+def _kind(dtype: pl.DataType, setting: Setting) -> str | None:
+    "What a contract would call this type."
+    if dtype.is_numeric(): return "number"
+    if dtype == pl.String: return setting.type
+    if isinstance(dtype, pl.Datetime): return None if dtype.time_zone else "datetime"
+    return next((kind for known, kind in _KINDS if dtype == known), None)
+
+# %% ../nbs/11b_made_columns.ipynb #5a1c3b65
 def derive(
     contract: Contract,
     features: Mapping[str, Setting], # those with `sql` count
@@ -86,7 +86,7 @@ def derive(
         probe = probe.with_columns(_expression(made[-1]))
     return tuple(made)
 
-
+# %% ../nbs/11b_made_columns.ipynb #0858a78a
 def _expression(derived: Derived) -> pl.Expr:
     value = pl.sql_expr(derived.sql)
     if derived.type != "number": return value.alias(derived.name)

@@ -142,7 +142,7 @@ def fitted(
     network.load_state_dict(dict(weights))
     return network.eval()
 
-
+# %% ../nbs/12a_network.ipynb #4ef2d719
 class _Given(nn.Module):
     "Scores of rows that have only some of the four tensors."
 

@@ -17,10 +17,12 @@ from typing import Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 
+from .counts import Counts, confusion
 from .display import Table, table
 from .errors import DataError, SpecError, suggest
-from .fairness import Cell, Counts, gaps
+from .fairness import spread
 from .gate import less_is_better
+from .rates import RATES, proportion
 from .rollout_policy import Check, Demand, Fair, Rollout, Slower
 from .spec import Rule
 
@@ -238,21 +240,24 @@ def _latency(slower: Slower, evidence: Evidence, alpha: float) -> Finding:
 
 # %% ../nbs/26_rollout.ipynb #669b8963
 _RATES = {"demographic_parity": ("selection_rate",), "equal_opportunity": ("true_positive_rate",), "equalized_odds": ("true_positive_rate", "false_positive_rate"), "accuracy": ("accuracy",)}
+_GAPS = [f"{family}_{kind}" for family in _RATES for kind in ("difference", "ratio")]
 
 
-def _hits(rate: str, cell: Cell) -> tuple[int, int]:
-    return {"selection_rate": (cell.tp + cell.fp, cell.rows), "true_positive_rate": (cell.tp, cell.tp + cell.fn),
-            "false_positive_rate": (cell.fp, cell.fp + cell.tn), "accuracy": (cell.tp + cell.tn, cell.rows)}[rate]
+def _apart(metric: str, matrices: np.ndarray) -> float: # [groups, label, decision]; NaN where a gap does not exist
+    "How far groups are apart, as counted."
+    family, _, kind = metric.rpartition("_")
+    each = [spread(RATES[rate](matrices))[kind] for rate in _RATES[family]]
+    return math.nan if any(map(math.isnan, each)) else max(each) if kind == "difference" else min(each)
 
 
-def _gap(metric: str, cells: Sequence[Cell], groups: int, alpha: float) -> tuple[float, float]:
+def _gap(metric: str, matrices: np.ndarray, groups: int, alpha: float) -> tuple[float, float]:
     "How far groups are apart, at least and at most; of a ratio, one minus it."
     family, _, kind = metric.rpartition("_")
     ends = []
     for rate in _RATES[family]:
-        hits, of = np.array([_hits(rate, c) for c in cells]).T
+        hits, of = proportion(matrices, rate)
         if kind == "difference":    # by pairs, which is sharper than by groups
-            i, j = np.triu_indices(len(cells), 1)
+            i, j = np.triu_indices(len(matrices), 1)
             low, high = difference(hits[i], of[i], hits[j], of[j], alpha / len(_RATES[family]) / (groups * (groups - 1) / 2))
             ends.append((np.maximum(low, -high).max(initial=0.0), np.maximum(-low, high).max(initial=0.0)))
         else:
@@ -263,21 +268,21 @@ def _gap(metric: str, cells: Sequence[Cell], groups: int, alpha: float) -> tuple
 
 def _group(rule: Rule, fair: Fair, evidence: Evidence, alpha: float) -> list[Finding]:
     less, bound = less_is_better(rule.metric), rule.at_most if less_is_better(rule.metric) else rule.at_least
-    if rule.metric not in gaps([]): raise SpecError(f"Rule {rule.measure}: no gap between groups has this name. {suggest(rule.metric, gaps([]))}")
+    if rule.metric not in _GAPS: raise SpecError(f"Rule {rule.measure}: no gap between groups has this name. {suggest(rule.metric, _GAPS)}")
     if (rule.at_least if less else rule.at_most) is not None: raise SpecError(f"Rule {rule.measure}: a difference is promised `at_most`, a ratio `at_least`; turn it round.")
     counted = [arm.counts if arm.counts and set(rule.by) <= set(arm.counts.columns) else None for arm in (evidence.canary, evidence.champion)]
-    c, h = (list(k.by(sorted(rule.by)).values()) if k else [] for k in counted)
+    c, h = (confusion(k.by(sorted(rule.by)), "rows") if k else np.zeros((0, 2, 2)) for k in counted)
     each = alpha if rule.within is None else alpha / 2
-    (low, high), (low_h, high_h) = (_gap(rule.metric, cells, fair.groups, each) if cells else (0.0, 1.0) for cells in (c, h))
+    (low, high), (low_h, high_h) = (_gap(rule.metric, cells, fair.groups, each) if len(cells) else (0.0, 1.0) for cells in (c, h))
     found = []
     for margin, sides, ends in ((bound if bound is None or less else 1 - bound, [c], (low, high)), (rule.within, [c, h], (low - high_h, high - low_h))):
         if margin is None: continue
         verdict, why = _judged(*ends, margin)
-        rows, most, least = min(sum(x.rows for x in s) for s in sides), max(map(len, sides)), min(map(len, sides))
+        rows, most, least = int(min(s.sum() for s in sides)), max(map(len, sides)), min(map(len, sides))
         if rows < fair.minimum: verdict, why = "too little", f"{rows} of at least {fair.minimum} labelled rows counted by {', '.join(rule.by)}"
         elif least < 2: verdict, why = "too little", "there is one group only"
         elif most > fair.groups: verdict, why = "too little", f"{most} groups; alpha was shared among {fair.groups}. Set rollout.fairness.groups before the rollout"
-        measured = [_known(gaps(s)[rule.metric]) if s else None for s in sides]
+        measured = [_known(_apart(rule.metric, s)) if len(s) else None for s in sides]
         found.append(Finding("fairness", rule.measure, measured[0], measured[1] if len(measured) > 1 else None, *ends, margin, verdict, fair.demand, why))
     return found
 

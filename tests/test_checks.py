@@ -32,7 +32,7 @@ def change(path: Path, old: str, new: str) -> None:
 
 
 def test_a_notebook_edited_without_export_is_found(copy):
-    change(copy / "nbs/25_gate.ipynb", "not value >= rule.at_least", "not value > rule.at_least")
+    change(copy / "nbs/25_gate.ipynb", "not low >= rule.at_least", "not low > rule.at_least")
     status, said = run(copy, "-c", "import sys; from tests.checks import out_of_step; sys.exit(out_of_step())")
     assert status == 1 and "mlray/gate.py: differs from its notebook" in said
 
