@@ -72,6 +72,7 @@ class Network(nn.Module):
         for layer in self.layers:
             x = layer(x).relu()
             if self.training: x = _dropout(x, self.dropout)
+        if len(self.head) == 1: return nn.functional.linear(x.squeeze(1), self.head[0], self.head_bias[0]).unsqueeze(1) # onnxruntime would sum a row alone in another order
         if self.training and self.head.shape[1] > 1: return torch.einsum("nmw,mow->nmo", x, self.head) + self.head_bias
         return (x.unsqueeze(2) * self.head).sum(3) + self.head_bias
 

@@ -160,3 +160,10 @@ def test_two_workers_keep_the_same_promise(ray_cluster, job, tmp_path):
     here, one, two = (list(b.train(job, "p", tmp_path)) for b in (LocalBackend(), RayBackend(1), RayBackend(2)))
     assert same(here[-1].state.now, one[-1].state.now) and [e.metrics for e in here] == [e.metrics for e in one]
     assert two[-1].metrics["epsilon"] == here[-1].metrics["epsilon"] and not same(two[-1].state.now, here[-1].state.now) and len(two) == 4
+
+
+@pytest.mark.parametrize("network", ["linear", "mlp"])
+def test_a_network_of_one_member_answers_a_row_alone_as_among_others(diabetes, settings, network):
+    "What privacy is best fitted with: packing would refuse it."
+    changed = diabetes.model_copy(update={"model": diabetes.model.model_copy(update={"network": network}), "train": diabetes.train.model_copy(update={"epochs": 3})})
+    assert str(train(changed, settings).version) == "diabetes/1"
