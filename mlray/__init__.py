@@ -17,6 +17,7 @@ Modules:
 - `mlray.counterfactual`: What would have to be different for another answer: the smallest change that flips it
 - `mlray.counts`: One small table that stands for all rows: slices × label × decision × score bin; tables add
 - `mlray.decision`: From a score to a decision: calibration, threshold and fairness, as intent
+- `mlray.declared`: Rows to numbers without having seen a row: encoders that follow from the contract alone
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
 - `mlray.errors`: One family of errors, each a short letter to a tired person
@@ -25,8 +26,10 @@ Modules:
 - `mlray.evaluation`: What a bundle does with rows it has not learned from
 - `mlray.explain`: Why this answer: a straight line through the model's answers nearby, the same to the byte for the same row
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
+- `mlray.federate_on_ray`: Learning from rows that stay with their holders
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
 - `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
+- `mlray.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
 - `mlray.gaps`: How far groups are apart, where answers are classes, labels or numbers
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
@@ -38,6 +41,7 @@ Modules:
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
+- `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
 - `mlray.ranking`: Ranking and calibration from score bins, each with the bound of what the bins hide
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.reproduce`: The same run again, compared to the bit
@@ -55,6 +59,7 @@ Modules:
 - `mlray.slices`: Where a model does worst: a search through slices of up to three conditions, corrected for having searched
 - `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a topic, from a function
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
+- `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all
 - `mlray.survey`: All rows of a source held against the contract, piece by piece: more than fit into memory
 - `mlray.table`: Rows: named by a fingerprint, and divided the same way every time
 - `mlray.task`: What is to be predicted: one of two, one of several, any of several, a number, or quantiles of a number

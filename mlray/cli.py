@@ -115,7 +115,7 @@ def train(spec: Spec, overrides: Overrides = None, on: Annotated[str, typer.Opti
           resume: Annotated[bool, typer.Option("--resume", help="Go on where the same command stopped, if it did.")] = False, env: Env = None, as_json: Json = False) -> None:
     "Train, measure and register a version; print it with its verdict."
     from mlray.spec import read_spec
-    run = train_run(read_spec(spec, overrides or ()), settings_of(env, workers=workers), on, resume)
+    run = train_run(read_spec(spec, overrides or ()), settings_of(env, workers=workers), on, resume, quiet=as_json)
     _show(as_json, run.as_dict(), run.evaluation.scorecard.table(), run.verdict.table(), str(run.version))
     if not run.verdict.passed: raise typer.Exit(1)
 
@@ -125,7 +125,7 @@ def tune(spec: Spec, overrides: Overrides = None, on: Annotated[str, typer.Optio
          env: Env = None, as_json: Json = False) -> None:
     "Search for better values on Ray; the best trial becomes a version. Killed, it goes on when given again."
     from mlray.spec import read_spec
-    tuned = tune_run(read_spec(spec, overrides or ()), settings_of(env, workers=workers), on)
+    tuned = tune_run(read_spec(spec, overrides or ()), settings_of(env, workers=workers), on, quiet=as_json)
     _show(as_json, tuned.as_dict(), *tuned.tables(), tuned.run.verdict.table(), str(tuned.run.version))
     if not tuned.run.verdict.passed: raise typer.Exit(1)
 
@@ -224,7 +224,9 @@ def show(version: Reference, env: Env = None, as_json: Json = False) -> None:
     about = {"version": str(found), "aliases": list(found.aliases), "digest": found.digest, "created": found.created, "actor": found.actor, "spec_id": found.spec_id,
              "size": bundle.size, "provenance": dict(bundle.provenance)}
     read = [(f"{part} source", f"{s['rows']} rows, {s['version'] or s['digest']}") for part, s in bundle.provenance.get("sources", {}).items()]
-    lines = table(["", str(found)], [*((k, json.dumps(v) if isinstance(v, dict) else v) for k, v in about.items() if k != "version"), *read])
+    spent = bundle.provenance.get("privacy")
+    private = [("privacy", f"ε {spent['epsilon']:.2f} at δ {spent['delta']:g} of each training row, in {spent['steps']} steps with noise of {spent['noise_multiplier']:.2f} clips")] if spent else []
+    lines = table(["", str(found)], [*((k, json.dumps(v) if isinstance(v, dict) else v) for k, v in about.items() if k != "version"), *private, *read])
     _show(as_json, about | {"evidence": {g: {**e.verdict.as_dict(), "page": e.page, "created": e.created} for g, e in proved.items()}},
           lines, *(face for g, e in proved.items() for face in (g, e.verdict.table())))
 

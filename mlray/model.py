@@ -23,6 +23,7 @@ from .errors import TrainingError
 from .estimator import fit, make_estimator
 from .features import Features, Matrix
 from .fitting import Average, compiled, copied, make_optimizer, moments, one_pass, restore, seed_of
+from .fitting_privately import Budget, private_pass
 from .loss import loss_of, valid_loss
 from .network import build, scores
 from .recipe import Model, Train
@@ -45,11 +46,12 @@ class Job:
     valid_weights: np.ndarray | None = None # likewise
     mitigation: Mitigation | None = None    # while an estimator is fitted
     groups: np.ndarray | None = None        # then: the name of each training row's group
+    budget: Budget | None = None # of differential privacy, where the spec asks for it
 
     def shard(self, rank: int, world: int) -> "Job":
-        "The rows of one worker of several; the last shards repeat a row where it does not divide evenly."
+        "The rows of one worker of several; the last shards repeat a row where it does not divide evenly, save under privacy, where a row counts once."
         if world == 1: return self
-        mine = np.arange(rank, rank + world * math.ceil(len(self.labels) / world), world) % len(self.labels)
+        mine = np.arange(rank, len(self.labels) if self.budget else rank + world * math.ceil(len(self.labels) / world), world) % len(self.labels)
         return replace(self, rows=self.rows[mine], labels=self.labels[mine], weights=None if self.weights is None else self.weights[mine])
 
 # %% ../nbs/13_model.ipynb #ee1956fc
@@ -113,7 +115,7 @@ def epochs(
     loss_ = loss_of(job.task, job.train)
     if start: network.load_state_dict(dict(start.now))
     elif job.initial is not None: adopt(network, job.initial)
-    wrapped = compiled(parallel(network), job.train)
+    wrapped = network if job.budget else compiled(parallel(network), job.train) # under privacy gradients meet after they are clipped
     optimizer = make_optimizer(wrapped.parameters(), job.train)
     if start: restore(optimizer, start.optimizer)
     average = Average(network, job.train.average or 0.0, start.average if start else {})
@@ -121,11 +123,13 @@ def epochs(
     while state.epoch < (job.train.epochs or 1) and state.epoch - state.best_epoch < (job.train.patience or 1):
         number = state.epoch + 1
         torch.manual_seed(seed_of(job.train.seed, number, rank)) # dropout
-        train_loss = one_pass(wrapped, optimizer, average, train, job.train, number, world, loss_, weights)
+        if job.budget: private_pass(network, optimizer, average, train, job.train, job.budget, loss_, number, rank, world)
+        else: train_loss = one_pass(wrapped, optimizer, average, train, job.train, number, world, loss_, weights)
         averaged.load_state_dict({**network.state_dict(), **average.values})
         loss = valid_loss(job.task, scores(averaged, *valid[:-1], task=job.task).clone(), valid[-1], valid_weights)
-        if loss < state.best_loss: state = replace(state, best_epoch=number, best_loss=loss, best=copied(averaged.state_dict()))
-        metrics = {"train_loss": train_loss, "valid_loss": loss, "best_epoch": state.best_epoch}
+        if loss < state.best_loss or job.budget: state = replace(state, best_epoch=number, best_loss=loss, best=copied(averaged.state_dict()))
+        learned = {"epsilon": job.budget.spent(number)} if job.budget else {"train_loss": train_loss}
+        metrics = {**learned, "valid_loss": loss, "best_epoch": state.best_epoch}
         state = replace(state, epoch=number, now=copied(network.state_dict()), average=average.state(), optimizer=moments(optimizer), history=(*state.history, metrics))
         yield Epoch(number, metrics, state)
 

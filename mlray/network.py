@@ -38,6 +38,8 @@ def sensible(
     sizes = {"hidden": (width, width), "dropout": 0.25 if small else 0.0 if model.quantiles else 0.1 if large else 0.15, "bins": min(max(rows // 200, 8), 128)}
     pace = {"epochs": 60 if small else 12, "patience": 10 if small else 2, "batch_size": batch, "learning_rate": 0.002 if small else 0.003,
             "average": 1 - 1 / min(max(rows / batch, 10), 1000)}
+    if train.privacy: # large batches, as each gets as much noise as a small one; and no dropout, which would be noise on top
+        sizes, pace = sizes | {"dropout": 0.0, "bins": 16}, pace | {"epochs": 20, "batch_size": min(max(rows // 32, 32), 8192), "learning_rate": 0.01}
     missing = lambda part, known: {k: v for k, v in known.items() if getattr(part, k) is None}
     return model.model_copy(update=missing(model, sizes)), train.model_copy(update=missing(train, pace))
 
@@ -71,6 +73,7 @@ class Network(nn.Module):
         for layer in self.layers:
             x = layer(x).relu()
             if self.training: x = _dropout(x, self.dropout)
+        if len(self.head) == 1: return nn.functional.linear(x.squeeze(1), self.head[0], self.head_bias[0]).unsqueeze(1) # onnxruntime would sum a row alone in another order
         if self.training and self.head.shape[1] > 1: return torch.einsum("nmw,mow->nmo", x, self.head) + self.head_bias
         products = nn.functional.pad(x.unsqueeze(2) * self.head, (0, -x.shape[2] % 16)) # a row that begins within a vector would be summed in another order
         return products.sum(3) + self.head_bias

@@ -19,6 +19,7 @@ from typing import Any
 from .bundle import Bundle
 from .checkpoints import Checkpoints
 from .display import Table, table
+from .errors import TrainingError
 from .registry import bundle_of, open_registry, version as find_version
 from .rows import read_rows
 from .run import Backend, make_bundle, make_job
@@ -96,6 +97,8 @@ def reproduce(
     tracker: Tracker | None = None,     # who listens
 ) -> Reproduction:
     "Train a version again and compare. Raises what `mlray.run.train` raises, such as `DataError` when the rows are gone."
+    if (private := bundle.spec.train.privacy) and private.noise == "system":
+        raise TrainingError(f"{version} was trained under differential privacy, with noise that nobody has kept; whoever could repeat it could take it off again. Where that is no concern, train with `train.privacy.noise=seed`.")
     tracker = tracker or NullTracker()
     tracker.start(bundle.spec)
     rows = read_rows(bundle.spec, settings)

@@ -85,6 +85,7 @@ def read_rows(
     now: datetime | None = None, # for the freshness of a time column; None: the clock
 ) -> Rows:
     "Read, check, put bad rows aside, split. Raises `DataError`, `ContractError`."
+    if spec.data.train.holders: raise DataError(f"The rows of {', '.join(spec.data.train.holders)} stay with them; here there are none to learn from. `mlray train` asks them.")
     read = _read_and_check(spec, settings, now or datetime.now(UTC))
     contract, checked = Contract(spec.contract, spec.rules), {part: c for part, (c, _) in read.items()}
     for part, problem in ((part, p) for part, c in checked.items() for p in c.problems if p.rule == "fresh"):

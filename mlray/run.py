@@ -28,19 +28,21 @@ from .calibration import calibrate, calibrated, expected_calibration_error
 from .checkpoints import Checkpoints, claimed
 from .contract import labels
 from .decision import Mitigation, Threshold
+from .declared import declared
 from .drift import DriftReport, drift_report
 from .errors import BundleError, TrainingError
 from .estimator_graph import answer
 from .evaluation import Evaluation, asks_of_rows, evaluate, incumbent_of, rules_of, verdict_of
 from .explanation import asked_for
 from .features import Matrix, apply, learn
+from .fitting_privately import budget_of
 from .gate import Verdict
 from .imported import source_digest
 from .loss import row_weights, scaled
 from .mitigation import reweighing
 from .model import Epoch, Job, State, epochs, replayed
 from .network import fitted, rehearse, scores, sensible, to_onnx
-from .profile import profile
+from .profile import Profile, profile
 from .registry import Registry, Version, bundle_of, open_registry, register, version, versions
 from .rows import Rows, inspect_rows, read_rows
 from .score import Measure
@@ -102,7 +104,8 @@ def make_job(
     "Everything that a backend needs. Raises `TrainingError` when the parent has other features."
     if parent: _same_question(parent, rows, spec.model.quantiles)
     model, pace = sensible(spec.model, spec.train, rows.parts.train.height)
-    features = parent.features if parent else learn(rows.contract, rows.parts.train, model.bins or 32, spec.features)
+    private, bins = spec.train.privacy, model.bins or 32
+    features = parent.features if parent else declared(rows.contract, bins, "train.privacy is set") if private else learn(rows.contract, rows.parts.train, bins, spec.features)
     if ":" in model.network: rehearse(features, model, parent.task if parent else spec.task)
     encoded = {part: apply(features, frame, frame.height) for part, frame in vars(rows.parts).items()}
     truth = {part: labels(rows.contract, frame).to_numpy().astype(np.float32) for part, frame in vars(rows.parts).items()}
@@ -110,7 +113,8 @@ def make_job(
     name = rows.contract.weight
     weights = {part: row_weights(task, pace, truth[part], frame[name].to_numpy() if name else None, truth["train"]) for part, frame in vars(rows.parts).items() if part != "test"}
     initial = load_tensors((parent.path / "weights.safetensors").read_bytes()) if parent else None
-    job = Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"], initial, task, weights["train"], weights["valid"])
+    job = Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"], initial, task, weights["train"], weights["valid"],
+              budget=budget_of(private, pace, rows.parts.train.height) if private else None)
     return _mitigated(job, spec.mitigation, rows) if spec.mitigation else job
 
 # %% ../nbs/38_run.ipynb #cc7f32fd
@@ -129,11 +133,11 @@ def _own_code(spec: RunSpec) -> dict[str, str]:
     return {f"code of {path.partition(':')[0]}": source_digest(path) for path in named}
 
 
-def _provenance(spec: RunSpec, rows: Rows, backend: Backend, last: Epoch, parent: Bundle | None) -> dict[str, Any]:
+def _provenance(spec: RunSpec, job: Job, rows: Rows, backend: Backend, last: Epoch, parent: Bundle | None) -> dict[str, Any]:
     module = (spec.model.estimator or "").partition(":")[0].partition(".")[0]
     fits = ["scikit-learn", "skl2onnx", "onnxmltools", "fairlearn", *packages_distributions().get(module, [])] if module else ["scikit-learn"] if spec.model.calibration == "isotonic" else []
     packages = {p: installed(p) for p in ("mlray", "torch", "polars", "numpy", "onnx", "onnxscript", *fits)}
-    state = {"epochs": last.number, "best_epoch": int(last.metrics["best_epoch"])}
+    state = {"epochs": last.number, "best_epoch": int(last.metrics["best_epoch"])} | ({"privacy": job.budget.as_dict(last.number)} if job.budget else {})
     name, _, trial = (spec.search.found or "" if spec.search else "").rpartition("/")
     found = {"search": {"name": name, "trial": int(trial), "seed": spec.search.seed}} if spec.search and name else {}
     sources = {part: {"rows": f.rows, "digest": f.digest, "version": f.source_version} for part, f in rows.sources.items()}
@@ -147,14 +151,15 @@ def _answers(network: nn.Module, rows: Matrix, task: Task) -> np.ndarray: return
 def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: Tracker, kept: Checkpoints, folder: Path, parent: Bundle | None = None, resume: bool = False) -> Bundle:
     "Train and pack."
     last: Epoch | None = None
+    tracker.expect(job.train.epochs or 1)
     for last in backend.train(job, kept.folder.name, kept.folder.parent, resume, tracker.note): tracker.log(last.metrics, last.number)
     if last is None or last.state is None: raise TrainingError("training ended without an epoch. Raise train.epochs.")
     tracker.note("exporting to ONNX")
     graph, expected = _graph(job, last.state)
     arrays = {k: v.numpy() for k, v in last.state.best.items() if not (job.model.estimator and k == "answers")}
     decision = _decision(spec, job, rows, graph, expected, tracker)
-    return pack(folder, spec, job.features, decision.graph, arrays, _provenance(spec, rows, backend, last, parent) | dict(decision.about), job.valid_rows, decision.expected,
-                profile(rows.contract, rows.parts.train), job.task, decision.threshold, decision.thresholds)
+    return pack(folder, spec, job.features, decision.graph, arrays, _provenance(spec, job, rows, backend, last, parent) | dict(decision.about), job.valid_rows, decision.expected,
+                Profile(0, {}) if job.budget else profile(rows.contract, rows.parts.train), job.task, decision.threshold, decision.thresholds)
 
 # %% ../nbs/38_run.ipynb #9f229b10
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ def open_source(
     settings: Settings,
 ) -> tuple[pl.LazyFrame, str | None]: # rows, not yet read; the source's own name for them
     "Open a source. Raises `DataError`, or `Unavailable` when the network fails."
+    if source.holders: raise DataError(f"The rows of {', '.join(source.holders)} stay with them: only `mlray train` reads them, each where it is.")
     with reading(source.label):
         if source.call: return call_source(source.call), None
         if source.sql: return query_sql(source.sql).lazy(), None

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from .behaviour import Behaviour
 from .column import Column, Part
-from .data import Data
+from .data import Data, Federation
 from .decision import Mitigation, Threshold
 from .errors import SpecError, suggest
 from .feature import Feature, check_features
@@ -88,6 +88,14 @@ def _check_mitigation(spec: "RunSpec", asked: Mitigation) -> None:
     if not spec.model.estimator: raise ValueError("mitigation: exponentiated_gradient fits many models one after another, which takes an estimator, such as model.estimator: lightgbm:LGBMClassifier. A network takes reweighing, or thresholds")
     if spec.train.class_weight is not None or any(c.role == "weight" for c in spec.contract.values()): raise ValueError("mitigation: exponentiated_gradient weighs rows itself; leave out train.class_weight and the column with role weight, or take reweighing")
 
+# %% ../nbs/01_spec.ipynb #bc2bdc1a
+def _asks_little_of_rows(spec: "RunSpec", why: str) -> None:
+    "Where nobody may look at all rows together, what would have to be learned from them is not built."
+    if not spec.task.classes: raise ValueError(f"with {why} a number cannot be predicted yet, as its scale would be learned from the rows; positive_above makes two classes of it")
+    if spec.features or spec.train.class_weight is not None or any(c.role == "weight" for c in spec.contract.values()): raise ValueError(f"with {why} there are neither made features nor weights yet, as both are learned from the rows. Leave them out")
+    for name, c in spec.contract.items():
+        if c.role == "feature" and c.type not in ("integer", "number", "category", "boolean"): raise ValueError(f"with {why} a feature of type {c.type!r} is not built yet ({name!r}). Give it role: ignored")
+
 # %% ../nbs/01_spec.ipynb #cae55f53
 class RunSpec(Part):
     "Everything that was asked for."
@@ -100,6 +108,7 @@ class RunSpec(Part):
     model: Model = Model()
     train: Train = Train()
     mitigation: Mitigation | None = None # what is done so that groups fare alike
+    federation: Federation = Federation() # for rows that stay with their holders
     gates: dict[Name, tuple[Rule, ...]] = {}
     behaviour: tuple[Behaviour, ...] = () # checks of the model as rows, for the gate `robustness`
     waivers: tuple[Waiver, ...] = ()
@@ -131,6 +140,10 @@ class RunSpec(Part):
             raise ValueError(f"data.split: no column {column!r}. {suggest(column, self.contract)}")
         if (by := self.data.split.by) and self.contract[by].type not in ("date", "datetime", "integer"):
             raise ValueError(f"split.by: {by!r} is of type {self.contract[by].type!r}; time has type date, datetime or integer")
+        if self.train.privacy or self.data.train.holders: _asks_little_of_rows(self, "train.privacy" if self.train.privacy else "data.train.holders")
+        if self.data.train.holders and (self.search or self.train.parent): raise ValueError("with data.train.holders there is neither search nor train.from")
+        if self.train.privacy and self.search: raise ValueError("search and train.privacy: each trial would spend a budget of its own on the same rows. Search with rows that are not private, then write the values found into the spec")
+        if self.train.privacy and self.model.dropout: raise ValueError("with train.privacy leave out model.dropout: the noise is more than enough of it")
         for path, dimension in (self.search.space if self.search else {}).items(): check_searchable({"model": self.model, "train": self.train}, path, dimension)
         if by and self.contract[by].nullable: raise ValueError(f"split.by: {by!r} is nullable, and a row without a time has no place in it")
         return self

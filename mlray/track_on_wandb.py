@@ -47,6 +47,7 @@ class WandbTracker:
             if self.mode == "offline": raise
             self._run = self._open(spec, "offline")
 
+    def expect(self, epochs: int) -> None: "How long it may take is for people at a terminal."
     def note(self, text: str) -> None: "Stages are for people at a terminal."
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

@@ -19,6 +19,7 @@ from .spec import RunSpec
 class Tracker(Protocol):
     "What a run tells, and to whom."
     def start(self, spec: RunSpec) -> None: "A run of this spec begins."
+    def expect(self, epochs: int) -> None: "So many epochs follow, at most."
     def note(self, text: str) -> None: "What is being done now, for a person."
     def log(self, metrics: Mapping[str, float], step: int) -> None: "The numbers of an epoch."
     def finish(self, summary: Mapping[str, Any]) -> None: "It ended: its results, or `{'error': …}`."
@@ -27,6 +28,7 @@ class Tracker(Protocol):
 class NullTracker:
     "Nobody listens."
     def start(self, spec: RunSpec) -> None: pass
+    def expect(self, epochs: int) -> None: pass
     def note(self, text: str) -> None: pass
     def log(self, metrics: Mapping[str, float], step: int) -> None: pass
     def finish(self, summary: Mapping[str, Any]) -> None: pass
@@ -36,11 +38,13 @@ class NullTracker:
 class MemoryTracker:
     "Remembers everything, for lessons and tests."
     started: list[RunSpec] = field(default_factory=list)
+    expected: int | None = None
     notes: list[str] = field(default_factory=list)
     logged: list[dict[str, float]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
 
     def start(self, spec: RunSpec) -> None: self.started.append(spec)
+    def expect(self, epochs: int) -> None: self.expected = epochs
     def note(self, text: str) -> None: self.notes.append(text)
     def log(self, metrics: Mapping[str, float], step: int) -> None: self.logged.append({"step": step, **metrics})
     def finish(self, summary: Mapping[str, Any]) -> None: self.summary.update(summary)
@@ -53,6 +57,9 @@ class Trackers:
 
     def start(self, spec: RunSpec) -> None:
         for t in self.each: t.start(spec)
+
+    def expect(self, epochs: int) -> None:
+        for t in self.each: t.expect(epochs)
 
     def note(self, text: str) -> None:
         for t in self.each: t.note(text)

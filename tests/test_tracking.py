@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from mlray.run import train
+from mlray.settings import shipped
 from mlray.tracking import MemoryTracker, NullTracker, Trackers
 from tests.wandb_server import KEY, WandbServer
 
@@ -130,3 +131,38 @@ def test_no_network_at_all_means_offline(tmp_path, diabetes, server):
     assert time.monotonic() - began < 25
     kept, = tmp_path.glob("wandb/offline-run-*")
     assert kept.is_dir()
+
+
+NOTEBOOK = """
+from mlray.progress import ProgressTracker
+tracker = ProgressTracker()
+tracker.expect(20)
+for step in range(1, 13): tracker.log({"valid_loss": 1 / step}, step)
+tracker.finish({})
+"""
+
+
+def test_a_run_in_a_notebook_shows_a_bar_in_its_cell(tmp_path):
+    "In a real kernel: the bar is a display of the cell, not a heap of lines on stderr."
+    import subprocess
+    import sys
+
+    import nbformat
+    page = tmp_path / "page.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)]), page)
+    subprocess.run([sys.executable, "-c", f"import nbformat, nbclient; page = {str(page)!r}; notebook = nbformat.read(page, 4); nbclient.NotebookClient(notebook, timeout=90, kernel_name='python3').execute(); nbformat.write(notebook, page)"], check=True)
+    notebook = nbformat.read(page, 4)
+    outputs = notebook.cells[0].outputs
+    shown = " ".join(str(o.get("data", o.get("text"))) for o in outputs) + str(notebook.metadata)
+    assert "12/20" in shown and not [o for o in outputs if o.output_type == "stream" and o.name == "stderr"], outputs
+
+
+def test_json_alone_is_printed_when_json_is_asked_for(tmp_path):
+    "Nothing on stderr, and on stdout one value."
+    import json
+    import os
+    import subprocess
+    import sys
+    done = subprocess.run([sys.executable, "-c", "from mlray.cli import main; main()", "train", str(shipped("configs") / "diabetes.yaml"), "train.epochs=2", "--json"], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "MLRAY_HOME": str(tmp_path / "home"), "MLRAY_TRACKING": "disabled"}, check=False)
+    assert json.loads(done.stdout)["version"] == "diabetes/1" and done.stderr == ""
