@@ -68,6 +68,38 @@ class Serve(Part):
     max_rows: Annotated[int, Field(ge=1)] = 1000 # rows in one request
 
 # %% ../nbs/01_spec.ipynb #1df9eacc
+def _check_learning(spec: "RunSpec") -> None:
+    task, weights = task_of(spec.contract, spec.model.quantiles), sum(c.role == "weight" for c in spec.contract.values())
+    if spec.train.class_weight is not None and not task.classes: raise ValueError(f"train.class_weight: {task.targets[0]!r} is a number and has no classes. Weigh rows by a column with role 'weight'")
+    for name in set(spec.train.class_weight if isinstance(spec.train.class_weight, dict) else ()) - set(task.classes):
+        raise ValueError(f"train.class_weight: there is no class {name!r}. {suggest(name, task.classes)}")
+    if weights > 1: raise ValueError(f"one column may have the role 'weight'; found {weights}")
+    if not any(c.role == "feature" for c in spec.contract.values()): raise ValueError("the contract has no column with role 'feature'")
+    check_features(spec.features, spec.contract)
+    for path, dimension in (spec.search.space if spec.search else {}).items(): check_searchable({"model": spec.model, "train": spec.train}, path, dimension)
+
+
+def _check_promises(spec: "RunSpec") -> None:
+    sensitive, features = ({n for n, c in spec.contract.items() if having(c)} for having in (lambda c: c.sensitive, lambda c: c.role == "feature"))
+    rules = [r for rules in spec.gates.values() for r in rules]
+    for rule, column in ((r, c) for r in rules for c in r.by):
+        if column not in sensitive: raise ValueError(f"rule {rule.measure}: {column!r} is not a sensitive column. {suggest(column, sensitive)}")
+    for check, column in ((b, c) for b in spec.behaviour for c in b.columns):
+        if column not in features: raise ValueError(f"behaviour {check.name!r}: {column!r} is no feature. {suggest(column, features)}")
+    promised = {r.measure for r in rules}
+    for waiver in spec.waivers:
+        if waiver.measure not in promised: raise ValueError(f"waivers: no rule promises {waiver.measure!r}. {suggest(waiver.measure, promised)}")
+
+
+def _check_division(spec: "RunSpec") -> None:
+    how = spec.data.split
+    for column in {*how.key, *filter(None, [how.by])} - set(spec.contract): raise ValueError(f"data.split: no column {column!r}. {suggest(column, spec.contract)}")
+    if not how.by: return
+    time = spec.contract[how.by]
+    if time.type not in ("date", "datetime", "integer"): raise ValueError(f"split.by: {how.by!r} is of type {time.type!r}; time has type date, datetime or integer")
+    if time.nullable: raise ValueError(f"split.by: {how.by!r} is nullable, and a row without a time has no place in it")
+
+
 def _check_decision(spec: "RunSpec") -> None:
     task, model = spec.task, spec.model
     if model.estimator and task.kind in ("multilabel", "quantile"): raise ValueError(f"model.estimator: the target is {task.kind}, which networks alone predict here. Leave estimator out")
@@ -89,12 +121,20 @@ def _check_mitigation(spec: "RunSpec", asked: Mitigation) -> None:
     if spec.train.class_weight is not None or any(c.role == "weight" for c in spec.contract.values()): raise ValueError("mitigation: exponentiated_gradient weighs rows itself; leave out train.class_weight and the column with role weight, or take reweighing")
 
 # %% ../nbs/01_spec.ipynb #bc2bdc1a
-def _asks_little_of_rows(spec: "RunSpec", why: str) -> None:
+def _check_unseen_rows(spec: "RunSpec") -> None:
     "Where nobody may look at all rows together, what would have to be learned from them is not built."
+    private, held = spec.train.privacy, spec.data.train.holders
+    if not private and not held: return
+    why, model = "train.privacy" if private else "data.train.holders", spec.model
     if not spec.task.classes: raise ValueError(f"with {why} a number cannot be predicted yet, as its scale would be learned from the rows; positive_above makes two classes of it")
     if spec.features or spec.train.class_weight is not None or any(c.role == "weight" for c in spec.contract.values()): raise ValueError(f"with {why} there are neither made features nor weights yet, as both are learned from the rows. Leave them out")
     for name, c in spec.contract.items():
         if c.role == "feature" and c.type not in ("integer", "number", "category", "boolean"): raise ValueError(f"with {why} a feature of type {c.type!r} is not built yet ({name!r}). Give it role: ignored")
+    for name, asked in (("model.estimator", model.estimator), ("model.calibration", model.calibration != "none"), ("a chosen model.threshold", isinstance(model.threshold, Threshold)), ("mitigation", spec.mitigation)):
+        if asked: raise ValueError(f"with {why} there is no {name}: it would learn from rows outside what is promised. Leave it out")
+    if held and (spec.search or spec.train.parent): raise ValueError("with data.train.holders there is neither search nor train.from")
+    if private and spec.search: raise ValueError("search and train.privacy: each trial would spend a budget of its own on the same rows. Search with rows that are not private, then write the values found into the spec")
+    if private and model.dropout: raise ValueError("with train.privacy leave out model.dropout: the noise is more than enough of it")
 
 # %% ../nbs/01_spec.ipynb #cae55f53
 class RunSpec(Part):
@@ -119,38 +159,7 @@ class RunSpec(Part):
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
-        task = task_of(self.contract, self.model.quantiles)
-        if self.train.class_weight is not None and not task.classes: raise ValueError(f"train.class_weight: {task.targets[0]!r} is a number and has no classes. Weigh rows by a column with role 'weight'")
-        for name in set(self.train.class_weight if isinstance(self.train.class_weight, dict) else ()) - set(task.classes):
-            raise ValueError(f"train.class_weight: there is no class {name!r}. {suggest(name, task.classes)}")
-        if (weights := sum(c.role == "weight" for c in self.contract.values())) > 1: raise ValueError(f"one column may have the role 'weight'; found {weights}")
-        if not any(c.role == "feature" for c in self.contract.values()): raise ValueError("the contract has no column with role 'feature'")
-        check_features(self.features, self.contract)
-        sensitive = {n for n, c in self.contract.items() if c.sensitive}
-        for rule in (r for rules in self.gates.values() for r in rules):
-            for column in set(rule.by) - sensitive:
-                raise ValueError(f"rule {rule.measure}: {column!r} is not a sensitive column. {suggest(column, sensitive)}")
-        for check in self.behaviour:
-            for column in check.columns:
-                if column not in self.contract or self.contract[column].role != "feature": raise ValueError(f"behaviour {check.name!r}: {column!r} is no feature. {suggest(column, [n for n, c in self.contract.items() if c.role == 'feature'])}")
-        promised = {rule.measure for rules in self.gates.values() for rule in rules}
-        for waiver in self.waivers:
-            if waiver.measure not in promised: raise ValueError(f"waivers: no rule promises {waiver.measure!r}. {suggest(waiver.measure, promised)}")
-        for column in {*self.data.split.key, *filter(None, [self.data.split.by])} - set(self.contract):
-            raise ValueError(f"data.split: no column {column!r}. {suggest(column, self.contract)}")
-        if (by := self.data.split.by) and self.contract[by].type not in ("date", "datetime", "integer"):
-            raise ValueError(f"split.by: {by!r} is of type {self.contract[by].type!r}; time has type date, datetime or integer")
-        if self.train.privacy or self.data.train.holders: _asks_little_of_rows(self, "train.privacy" if self.train.privacy else "data.train.holders")
-        if self.data.train.holders and (self.search or self.train.parent): raise ValueError("with data.train.holders there is neither search nor train.from")
-        if self.train.privacy and self.search: raise ValueError("search and train.privacy: each trial would spend a budget of its own on the same rows. Search with rows that are not private, then write the values found into the spec")
-        if self.train.privacy and self.model.dropout: raise ValueError("with train.privacy leave out model.dropout: the noise is more than enough of it")
-        for path, dimension in (self.search.space if self.search else {}).items(): check_searchable({"model": self.model, "train": self.train}, path, dimension)
-        if by and self.contract[by].nullable: raise ValueError(f"split.by: {by!r} is nullable, and a row without a time has no place in it")
-        return self
-
-    @model_validator(mode="after")
-    def _decides(self) -> Self:
-        _check_decision(self)
+        for check in (_check_learning, _check_promises, _check_division, _check_decision, _check_unseen_rows): check(self)
         return self
 
     @property
