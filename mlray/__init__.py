@@ -23,6 +23,7 @@ Modules:
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
+- `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.reproduce`: The same run again, compared to the bit
