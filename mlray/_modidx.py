@@ -540,6 +540,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mlray.search_space.Search': ('search_space.html#search', 'mlray/search_space.py'),
                                     'mlray.search_space.Search._hangs_together': ( 'search_space.html#search._hangs_together',
                                                                                    'mlray/search_space.py'),
+                                    'mlray.search_space.Search.paced': ('search_space.html#search.paced', 'mlray/search_space.py'),
                                     'mlray.search_space.Search.priced': ('search_space.html#search.priced', 'mlray/search_space.py'),
                                     'mlray.search_space.check_searchable': ('search_space.html#check_searchable', 'mlray/search_space.py')},
             'mlray.serve_on_ray': { 'mlray.serve_on_ray.Gateway': ('serve_on_ray.html#gateway', 'mlray/serve_on_ray.py'),

@@ -75,7 +75,8 @@ class Population:
         rows: Mapping[str, str],    # fingerprints of the parts
         epochs: int,                # of the longest line
     ):
-        self.order, self.ended, self.total = list[str](), False, search.trials * -(-epochs // search.grace)
+        self._grace = search.paced(epochs).grace or 1
+        self.order, self.ended, self.total = list[str](), False, search.trials * -(-epochs // self._grace)
         self._search, self._rows, self._epochs, self._proposals = search, rows, epochs, Proposals(search)
         self._size, self._before, self._now, self._from = search.trials, list[Trial](), list[str](), tuple[int, ...]()
 
@@ -85,7 +86,7 @@ class Population:
         if self._before:
             member = len(self._now)
             parent = self._before[self._from[member]]
-            return self._step(self._evolved(parent, member), known, parent.key, parent.behind + self._search.grace)
+            return self._step(self._evolved(parent, member), known, parent.key, parent.behind + self._grace)
         if (values := self._proposals.ask()) is not None: return self._step(values, known)
         self._size = len(self._now) # a small space is a small population
         return self.next(known)
@@ -100,7 +101,7 @@ class Population:
         if not all(key in known for key in self._now): return False
         self._before, self._now = [known[key] for key in self._now], []
         draw = random.Random(f"{self._search.seed}/{len(self.order)}")
-        behind = self._before[0].behind + self._search.grace
+        behind = self._before[0].behind + self._grace
         self.ended = behind >= self._epochs or all(t.value is None for t in self._before)
         if not self.ended: self._from = selected(self._before, self._search.reduction, self._search.direction, draw)
         return not self.ended
@@ -118,4 +119,4 @@ class Population:
         way = lived(known, Trial(0, key, values, 0, None, None, None, None, parent=parent, behind=behind))
         self._now.append(key)
         self.order.append(key)
-        return Step(len(self.order), key, values, way, parent, behind, min(behind + self._search.grace, self._epochs))
+        return Step(len(self.order), key, values, way, parent, behind, min(behind + self._grace, self._epochs))

@@ -58,7 +58,7 @@ class Search(Part):
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     parallel: Annotated[int, Field(ge=1)] = 8       # tpe, nsga2: how many trials a proposal may be ahead of the results it knows
     scheduler: Literal["asha", "pbt", "none"] = "asha"
-    grace: Annotated[int, Field(ge=1)] = 4          # asha: epochs that every trial gets; pbt: epochs from one selection to the next
+    grace: Annotated[int, Field(ge=1)] | None = None # asha: epochs that every trial gets; pbt: epochs from one selection to the next; left out: a sixteenth of the longest trial, or 1 where nobody learns from them
     reduction: Annotated[int, Field(ge=2)] = 4      # asha: one in so many goes on, at `grace` epochs and each time they have grown so many times; pbt: one in so many gives up
     epochs: Annotated[int, Field(ge=1)] | None = None # of all trials together; then nothing new is tried, and what runs ends
     patience: Annotated[int, Field(ge=1)] | None = None # trials in a row that bring nothing better; then nothing new is tried
@@ -75,6 +75,11 @@ class Search(Part):
         for key in ("epochs", "patience", "workers"):
             if getattr(self, key) != type(self).model_fields[key].default: raise ValueError(f"{key} does not go with pbt, whose trials are of one process and all go to train.epochs")
         return self
+
+    def paced(self, longest: int) -> Self: # epochs of the longest trial
+        "The search with nothing left out."
+        nobody = self.scheduler == "asha" and self.sampler == "random" # tpe and nsga2 are told what a trial had reached by then
+        return self.model_copy(update={"grace": self.grace or (1 if nobody else max(longest // 16, 1))})
 
     @property
     def priced(self) -> tuple[Price, ...]:

@@ -48,6 +48,7 @@ from .tracking import Tracker
 class _Given:
     "What all trials have in common."
     spec: RunSpec
+    search: Search          # with nothing left out
     job: Sequence[Any]      # a reference in a list is not fetched before anybody asks
     learnt: Sequence[Any]   # the same, of contract and training rows
     folder: Path
@@ -98,11 +99,9 @@ _SILENCE = 0.5 # seconds
 
 def _trial(config: dict[str, Any], given: _Given) -> None:
     "What a trial's process does."
-    spec, step = given.spec, Step(**json.loads(config["step"]))
-    search, device = spec.search, "cuda" if config["gpu"] else "cpu"
-    assert search is not None # `search_trials` has looked
+    search, step, device = given.search, Step(**json.loads(config["step"])), "cuda" if config["gpu"] else "cpu"
     start = load_state(_state_file(given.folder, step.parent).read_bytes()) if step.parent else None
-    mine = _own(changed(spec, step.overrides), ray.get(given.job[0]), given.learnt)
+    mine = _own(changed(given.spec, step.overrides), ray.get(given.job[0]), given.learnt)
     sign = 1 if search.direction == "minimize" else -1
     before = [sign * m[search.metric] for m in start.history] if start else []
     best, last = min(before, default=math.inf), before[-1] if before else math.inf
@@ -114,7 +113,7 @@ def _trial(config: dict[str, Any], given: _Given) -> None:
         for epoch in _epochs(given, mine, step, start, device):
             spent, count, last = spent + time.perf_counter() - started, epoch.number - step.behind, sign * epoch.metrics[search.metric]
             best = min(best, last)
-            early = best if count <= search.grace else early
+            early = best if count <= (search.grace or 1) else early
             if epoch.number in given.milestones or time.perf_counter() - heard > _SILENCE:
                 told()
                 heard = time.perf_counter()
@@ -179,14 +178,14 @@ def _longest(search: Search, job: Job) -> int: return math.ceil(max(search.space
 
 def _milestones(search: Search, longest: int) -> frozenset[int]:
     "The epochs at which ASHA decides."
-    rungs = (search.grace * search.reduction**k for k in range(longest.bit_length() + 1))
+    rungs = ((search.grace or 1) * search.reduction**k for k in range(longest.bit_length() + 1))
     return frozenset(r for r in rungs if r < longest) if search.scheduler == "asha" else frozenset()
 
 
 def _scheduler(search: Search, longest: int) -> FIFOScheduler:
     "Who stops trials. ASHA, after Li et al. 2020."
     if search.scheduler != "asha": return FIFOScheduler()
-    return ASHAScheduler(time_attr="epochs", metric="last", mode="min", max_t=max(longest, search.grace) + 1, grace_period=search.grace, reduction_factor=search.reduction)
+    return ASHAScheduler(time_attr="epochs", metric="last", mode="min", max_t=max(longest, search.grace or 1) + 1, grace_period=search.grace or 1, reduction_factor=search.reduction)
 
 
 def _at_once(workers: int, gpu: bool) -> int:
@@ -203,8 +202,8 @@ def _run(spec: RunSpec, rows: Rows, job: Job, searcher: _Searcher, folder: Path,
                    "TUNE_GLOBAL_CHECKPOINT_S": "86400", "TUNE_MAX_PENDING_TRIALS_PG": "4"}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     search, longest = searcher.search, _longest(searcher.search, job)
-    given = _Given(spec, [ray.put(job)], [ray.put((rows.contract, rows.parts.train))], folder.resolve(), backend, _milestones(search, longest))
-    resources: dict[str, float] = {"cpu": 0} if backend else {"cpu": spec.train.threads, "gpu": int(searcher.gpu)}
+    given = _Given(spec, search, [ray.put(job)], [ray.put((rows.contract, rows.parts.train))], folder.resolve(), backend, _milestones(search, longest))
+    resources: dict[str, float] = {"cpu": 0, "memory": 2**20} if backend else {"cpu": spec.train.threads, "gpu": int(searcher.gpu)}
     scratch = folder / "tune"
     for old in (scratch, folder / "workers"): shutil.rmtree(old, ignore_errors=True)
     (folder / "states").mkdir(exist_ok=True)
@@ -242,6 +241,7 @@ def search_trials(
     "Run every trial that is not known yet; needs a connection (`mlray.cluster_on_ray.cluster`). Raises `SpecError`, `TrainingError`, `Unavailable`."
     search, backend = _checked(spec, each)
     folder, job = settings.home / "runs" / search_name(spec), make_job(spec, rows)
+    search = search.paced(_longest(search, job))
     plan: Plan = Population(search, rows.fingerprints, _longest(search, job)) if search.scheduler == "pbt" else Proposing(search, rows.fingerprints)
     with results_of(folder) as file:
         known = read_trials(file)
