@@ -28,6 +28,7 @@ from .errors import TrainingError, Unavailable
 from .search_space import Dimension, Price, Search
 
 # %% ../nbs/37a_search.ipynb #0bbe94ca
+Direction = Literal["minimize", "maximize"]
 _DRAWS = 100 # of values that were proposed before, in a row: then the space holds no more
 
 
@@ -39,7 +40,7 @@ def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution
 
 def _sampler(search: Search) -> optuna.samplers.BaseSampler:
     if search.sampler == "tpe": return optuna.samplers.TPESampler(seed=search.seed)
-    if search.sampler == "nsga2": return optuna.samplers.NSGAIISampler(seed=search.seed, population_size=max(2 * search.parallel, 4))
+    if search.sampler == "nsga2": return optuna.samplers.NSGAIISampler(seed=search.seed, population_size=max(2 * search.parallel, 8))
     return optuna.samplers.RandomSampler(seed=search.seed)
 
 
@@ -48,7 +49,8 @@ class Proposals:
 
     def __init__(self, search: Search):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._study = optuna.create_study(sampler=_sampler(search), directions=[search.direction, *("minimize" for _ in search.prices)])
+        goals: list[Direction] = ["minimize"] * len(search.prices)
+        self._study = optuna.create_study(sampler=_sampler(search), directions=[search.direction, *goals])
         self._space, self._distributions = search.space, {path: _distribution(d) for path, d in search.space.items()}
         self._untold, self._seen = list[optuna.Trial](), set[str]()
 
@@ -124,7 +126,6 @@ def keep(file: BinaryIO, trial: Trial) -> None:
     os.fsync(file.fileno())
 
 # %% ../nbs/37a_search.ipynb #cab33e41
-Direction = Literal["minimize", "maximize"]
 UNITS: dict[Price, str] = {"latency": "µs/row", "parameters": "parameters", "seconds": "s/epoch"}
 
 
@@ -136,7 +137,7 @@ def _rank(trial: Trial, direction: Direction) -> float:
 def best_of(
     trials: Sequence[Trial],
     direction: Direction = "minimize",
-    at_most: Mapping[Price, float] = {}, # of each price  # noqa: B006 (never changed)
+    at_most: Mapping[Price, float] = {}, # of each price
 ) -> Trial:
     "The best trial within its means; of equals the first. Raises `TrainingError` when all have failed, or cost more."
     good = [t for t in trials if t.value is not None]

@@ -54,7 +54,7 @@ class Search(Part):
     metric: Literal["valid_loss", "train_loss"] = "valid_loss" # of the trial's best epoch
     direction: Literal["minimize", "maximize"] = "minimize"
     prices: tuple[Price, ...] = ()                  # what else should be low: then there is no one best, but a front
-    at_most: dict[Price, Positive] = {}             # the best within these becomes the version
+    at_most: dict[Price, Positive] = Field(default_factory=dict) # the best within these becomes the version
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     parallel: Annotated[int, Field(ge=1)] = 8       # tpe, nsga2: how many trials a proposal may be ahead of the results it knows
     scheduler: Literal["asha", "pbt", "none"] = "asha"

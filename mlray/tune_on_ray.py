@@ -36,7 +36,20 @@ from .population import Population, lived
 from .registry import Registry
 from .rows import Rows, read_rows
 from .run import Backend, Run, make_job, train
-from .search import UNITS, Plan, Proposing, Step, Trial, best_of, front_chart, keep, pareto, read_trials, results_of, trials_table
+from mlray.search import (
+    UNITS,
+    Plan,
+    Proposing,
+    Step,
+    Trial,
+    best_of,
+    front_chart,
+    keep,
+    pareto,
+    read_trials,
+    results_of,
+    trials_table,
+)
 from .search_space import Price, Search
 from .settings import Settings
 from .spec import RunSpec, changed
@@ -295,7 +308,7 @@ class Tuned:
         return tuple(front_chart(self.trials, price, self.search.metric, self.search.direction) for by in self.fronts for price in by)
 
     def _repr_markdown_(self) -> str: return "\n\n".join([*(t._repr_markdown_() for t in self.tables()), self.run._repr_markdown_()])
-    def _repr_html_(self) -> str: return "".join(face._repr_html_() for face in (*self.tables(), *self.charts(), self.run.verdict.table()))
+    def _repr_html_(self) -> str: return "".join([*(t._repr_html_() for t in (*self.tables(), self.run.verdict.table())), *(c._repr_html_() for c in self.charts())])
 
 
 def tune(
