@@ -81,6 +81,15 @@ class Search(Part):
         nobody = self.scheduler == "asha" and self.sampler == "random" # tpe and nsga2 are told what a trial had reached by then
         return self.model_copy(update={"grace": self.grace or (1 if nobody else max(longest // 16, 1))})
 
+    def longest(self, epochs: int) -> int: # of a trial, where they are not searched
+        "The epochs of the longest trial."
+        return int(max(self.space["train.epochs"].probes)) if "train.epochs" in self.space else epochs
+
+    def milestones(self, longest: int) -> frozenset[int]: # epochs
+        "When ASHA decides."
+        rungs = ((self.grace or 1) * self.reduction**k for k in range(longest.bit_length() + 1))
+        return frozenset(r for r in rungs if r < longest) if self.scheduler == "asha" else frozenset()
+
     @property
     def priced(self) -> tuple[Price, ...]:
         "The prices that anybody has asked for."

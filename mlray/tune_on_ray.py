@@ -78,6 +78,7 @@ def _own(spec: RunSpec, job: Job, learnt: Sequence[Any]) -> Job:
     return replace(job, model=model, train=pace)
 
 
+_SILENCE = 0.5 # seconds without a report, at most
 _LATENCIES: dict[str, float] = {} # of networks that this process has measured
 
 
@@ -98,18 +99,14 @@ def _epochs(given: _Given, job: Job, step: Step, start: State | None, device: st
         return
     state = start
     for epoch in epochs(job, start, device=device):
-        state = epoch.state
         yield epoch
-        if epoch.number == step.until: break
+        if (state := epoch.state) and state.epoch == step.until: break
     if step.until and state:
         part = _state_file(given.folder, f".{step.key}.{os.getpid()}")
         write_durably(part, dump_state(state))
         part.replace(_state_file(given.folder, step.key))
 
 # %% ../nbs/44_tune_on_ray.ipynb #5dd569d0
-_SILENCE = 0.5 # seconds
-
-
 def _trial(config: dict[str, Any], given: _Given) -> None:
     "What a trial's process does."
     search, step, device = given.search, Step(**json.loads(config["step"])), "cuda" if config["gpu"] else "cpu"
@@ -164,9 +161,8 @@ class _Searcher(Searcher):
         return Searcher.FINISHED
 
     def _forget(self, needed: Sequence[str]) -> None:
-        "States that nobody will go on from."
-        if len(self.running): return # only when a generation begins
-        for path in (self.folder / "states").glob("*.safetensors"):
+        "Remove the states that nobody will go on from, when a generation begins."
+        for path in (self.folder / "states").glob("*.safetensors") if not self.running else ():
             if path.stem not in needed: path.unlink()
 
     def on_trial_result(self, trial_id: str, result: dict) -> None: self.trained[trial_id] = result["epochs"]
@@ -186,15 +182,6 @@ def _made(step: Step, result: Mapping[str, Any], sign: int) -> Trial:
                  result["latency"], finite(result["last"]), step.parent, step.behind)
 
 # %% ../nbs/44_tune_on_ray.ipynb #ccfcb138
-def _longest(search: Search, job: Job) -> int: return math.ceil(max(search.space["train.epochs"].probes if "train.epochs" in search.space else [job.train.epochs or 1]))
-
-
-def _milestones(search: Search, longest: int) -> frozenset[int]:
-    "The epochs at which ASHA decides."
-    rungs = ((search.grace or 1) * search.reduction**k for k in range(longest.bit_length() + 1))
-    return frozenset(r for r in rungs if r < longest) if search.scheduler == "asha" else frozenset()
-
-
 def _scheduler(search: Search, longest: int) -> FIFOScheduler:
     "Who stops trials. ASHA, after Li et al. 2020."
     if search.scheduler != "asha": return FIFOScheduler()
@@ -203,8 +190,7 @@ def _scheduler(search: Search, longest: int) -> FIFOScheduler:
 
 def _at_once(workers: int, gpu: bool) -> int:
     "How many trials of several workers there is room for. Raises `TrainingError` when there is none for one."
-    kind = "GPU" if gpu else "CPU"
-    there = int(ray.cluster_resources().get(kind, 0))
+    there = int(ray.cluster_resources().get(kind := "GPU" if gpu else "CPU", 0))
     if there < workers: raise TrainingError(f"search.workers asks for {workers} processes a trial, each with a {kind} of its own; the cluster has {there}. Ask for fewer, or join a larger cluster.")
     return there // workers
 
@@ -214,11 +200,10 @@ def _run(spec: RunSpec, rows: Rows, job: Job, searcher: _Searcher, folder: Path,
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0", # the old output can be silent
                    "TUNE_GLOBAL_CHECKPOINT_S": "86400", "TUNE_MAX_PENDING_TRIALS_PG": "4"}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    search, longest = searcher.search, _longest(searcher.search, job)
-    given = _Given(spec, search, [ray.put(job)], [ray.put((rows.contract, rows.parts.train))], folder.resolve(), backend, _milestones(search, longest))
+    search, longest = searcher.search, searcher.search.longest(job.train.epochs or 1)
+    given = _Given(spec, search, [ray.put(job)], [ray.put((rows.contract, rows.parts.train))], folder.resolve(), backend, search.milestones(longest))
     resources: dict[str, float] = {"cpu": 0, "memory": 2**20} if backend else {"cpu": spec.train.threads, "gpu": int(searcher.gpu)}
-    scratch = folder / "tune"
-    for old in (scratch, folder / "workers"): shutil.rmtree(old, ignore_errors=True)
+    for old in (scratch := folder / "tune", folder / "workers"): shutil.rmtree(old, ignore_errors=True)
     (folder / "states").mkdir(exist_ok=True)
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(ray_tune.with_parameters(_trial, given=given), resources),
@@ -254,8 +239,9 @@ def search_trials(
     "Run every trial that is not known yet; needs a connection (`mlray.cluster_on_ray.cluster`). Raises `SpecError`, `TrainingError`, `Unavailable`."
     search, backend = _checked(spec, each)
     folder, job = settings.home / "runs" / search_name(spec), make_job(spec, rows)
-    search = search.paced(_longest(search, job))
-    plan: Plan = Population(search, rows.fingerprints, _longest(search, job)) if search.scheduler == "pbt" else Proposing(search, rows.fingerprints)
+    longest = search.longest(job.train.epochs or 1)
+    search = search.paced(longest)
+    plan: Plan = Population(search, rows.fingerprints, longest) if search.scheduler == "pbt" else Proposing(search, rows.fingerprints)
     with results_of(folder) as file:
         known = read_trials(file)
         if known: say(f"{len(known)} trials are known already")
@@ -299,9 +285,8 @@ class Tuned:
 
     def tables(self) -> tuple[Table, ...]:
         "Every trial, and the Pareto fronts."
-        metric = self.search.metric
-        fronts = (trials_table(self.front(by), metric, f"{metric} against " + " and ".join(UNITS[p] for p in by)) for by in self.fronts)
-        return trials_table(self.trials, metric, f"{self.search.found} is best"), *fronts
+        fronts = (trials_table(self.front(by), self.search.metric, f"{self.search.metric} against " + " and ".join(UNITS[p] for p in by)) for by in self.fronts)
+        return trials_table(self.trials, self.search.metric, f"{self.search.found} is best"), *fronts
 
     def charts(self) -> tuple[Chart, ...]:
         "All trials over each price, and the front among them."
