@@ -139,7 +139,7 @@ class _Searcher(Searcher):
     def __init__(self, search: Search, plan: Plan, gpu: bool, folder: Path, known: dict[str, Trial], done: Callable[[Trial], None]):
         super().__init__()
         self.search, self.plan, self.gpu, self.folder, self.known, self.done = search, plan, gpu, folder, known, done
-        self.running, self.trained, self.closed = dict[str, Step](), dict[str, int](), False
+        self.running, self.trained, self.broken = dict[str, Step](), dict[str, int](), False
 
     def __deepcopy__(self, memo: Any) -> "_Searcher": return self # Tune copies its searcher; the file of results is one
     def __getstate__(self) -> dict[str, Any]: return {}           # Tune takes snapshots; none is ever read
@@ -152,14 +152,13 @@ class _Searcher(Searcher):
         return sum(self.known[key].epochs for key in set(self.plan.order) & set(self.known)) + sum(self.trained.values()) >= self.search.epochs
 
     def suggest(self, trial_id: str) -> Any:
-        while not self.closed:
+        while not self.broken:
             if (step := self.plan.next(self.known)) is None: return Searcher.FINISHED if self.plan.ended else None
             if step.key in self.known: continue
             if self.spent(): break
             if isinstance(self.plan, Population): self._forget(self.plan.generation())
             self.running[trial_id] = step
             return {"step": json.dumps(asdict(step)), "gpu": self.gpu}
-        self.closed = True
         return Searcher.FINISHED
 
     def _forget(self, needed: Sequence[str]) -> None:
@@ -172,7 +171,7 @@ class _Searcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         step = self.running.pop(trial_id)
         self.trained.pop(trial_id, None)
-        if error or not result: self.closed = True
+        if error or not result: self.broken = True
         else: self.done(_made(step, result, 1 if self.search.direction == "minimize" else -1))
 
 
