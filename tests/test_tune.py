@@ -224,11 +224,11 @@ class TestOnRay:
 
     def test_a_budget_ends_a_search_and_what_costs_too_much_is_not_chosen(self, ray_cluster, tmp_path):
         from mlray.tune_on_ray import search_trials, tune
-        spec, settings = spec_of("search.trials=500", "search.epochs=60", "search.prices=[latency, parameters]", "search.at_most={parameters: 5000}"), in_a_home(tmp_path)
+        spec, settings = spec_of("search.trials=500", "search.epochs=60", "search.prices=[latency, parameters]", "search.at_most={parameters: 16000}"), in_a_home(tmp_path)
         done = tune(spec, settings)
         spent = sum(t.epochs for t in done.trials)
         assert 60 <= spent <= 60 + 4 * 12 and len(done.trials) < 60
-        affordable = [t for t in done.trials if t.parameters <= 5000]
+        affordable = [t for t in done.trials if t.parameters <= 16000]
         assert done.best == best_of(affordable) and len(affordable) < len(done.trials) and all(t.latency > 0 for t in done.trials)
         assert done.as_dict()["pareto"].keys() == {"latency parameters"} and "<svg" in done._repr_html_()
         assert search_trials(spec, read_rows(spec, settings), settings) == done.trials # it is spent: nothing more is run
