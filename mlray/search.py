@@ -22,9 +22,9 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 import optuna
 
-from .chart import Chart, Series
 from .display import Table, table
 from .errors import TrainingError, Unavailable
+from .scatter import Chart, Series
 from .search_space import Dimension, Price, Search
 
 # %% ../nbs/37a_search.ipynb #0bbe94ca

@@ -26,7 +26,6 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 
 from .bundle import latency
-from .chart import Chart
 from .display import Table
 from .errors import MlrayError, SpecError, TrainingError
 from .features import learn
@@ -36,6 +35,7 @@ from .population import Population, lived
 from .registry import Registry
 from .rows import Rows, read_rows
 from .run import Backend, Run, make_job, train
+from .scatter import Chart
 from mlray.search import (
     UNITS,
     Plan,
