@@ -237,7 +237,7 @@ class TestOnRay:
     def test_a_trial_of_two_workers_finds_what_a_run_of_two_finds(self, ray_cluster, tmp_path):
         from mlray.train_on_ray import RayBackend
         from mlray.tune_on_ray import search_trials
-        spec, settings = spec_of("search.workers=2", "search.trials=3"), in_a_home(tmp_path)
+        spec, settings = spec_of("search.workers=2", "search.trials=3", "search.scheduler=none"), in_a_home(tmp_path)
         with pytest.raises(SpecError, match="RayBackend"): search_trials(spec, read_rows(spec, settings), settings)
         with pytest.raises(TrainingError, match="the cluster has"): search_trials(changed(spec, {"search.workers": 999}), read_rows(spec, settings), settings, each=RayBackend(999))
         trials = search_trials(spec, read_rows(spec, settings), settings, each=RayBackend(2))
