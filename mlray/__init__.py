@@ -40,6 +40,7 @@ Modules:
 - `mlray.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
+- `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
 - `mlray.ranking`: Ranking and calibration from score bins, each with the bound of what the bins hide

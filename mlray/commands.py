@@ -125,7 +125,11 @@ def tune_run(spec: "RunSpec", settings: "Settings", on: str, quiet: bool = False
     from mlray.cluster_on_ray import cluster
     with cluster(settings), backend_on(on, settings) as backend:
         from mlray.tune_on_ray import tune
-        return tune(spec, settings, backend, tracker_of(settings, quiet), say=lambda text: stderr().print(f"  {text}"))
+        each = None
+        if spec.search.workers > 1:
+            from mlray.train_on_ray import RayBackend
+            each = RayBackend(spec.search.workers, settings.gpu, settings.failures, settings.collective_timeout_s)
+        return tune(spec, settings, backend, tracker_of(settings, quiet), say=lambda text: stderr().print(f"  {text}"), each=each)
 
 
 def reproduce_version(reference: str, settings: "Settings") -> "Reproduction":

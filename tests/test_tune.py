@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mlray.errors import SpecError
+from mlray.errors import SpecError, TrainingError
+from mlray.population import lived
 from mlray.registry import bundle_of, open_registry
 from mlray.reproduce import reproduce
 from mlray.rows import read_rows
 from mlray.run import LocalBackend, make_job, train
-from mlray.search import Proposals
+from mlray.search import Proposals, Proposing, Trial, best_of
 from mlray.settings import Settings, shipped
 from mlray.spec import RunSpec, changed, parse_spec
 
@@ -71,6 +72,8 @@ def test_a_spec_without_a_search(project):
 @pytest.mark.parametrize(("old", "new", "said"), [
     ("{low: 0, high: 0.5}", "{low: 0, high: 1.5}", "model.dropout cannot be 1.5"), ("integer: true", "log: true", "model.bins cannot be"), ("[64, 64]]", "[64, 0]]", "model.hidden cannot be"),
     ("{low: 0, high: 0.5}", "{low: 0}", "below high"), ("{low: 0, high: 0.5}", "{low: 0, high: 0.5, log: true}", "above 0"), ("{low: 0, high: 0.5}", "{low: 0, hihg: 0.5}", "Did you mean 'high'?"),
+    ("grace: 2", "sampler: nsga2", "give prices"), ("grace: 2", "prices: [latensy]", "'latency', 'parameters' or 'seconds'"),
+    ("grace: 2", "scheduler: pbt\n  epochs: 9", "epochs does not go with pbt"), ("trials: 8", "trials: 1\n  scheduler: pbt", "two trials or more"), ("grace: 2", "at_most: {parameters: 0}", "greater than 0"),
     ("grace: 2", "grase: 2", "Did you mean 'grace'?"), ("model.dropout", "data.split.seed", "no 'data.split.seed' to search"), ("{low: 0, high: 0.5}", "{}", "either low and high, or choices")])
 def test_a_space_that_cannot_be(old, new, said):
     with pytest.raises(SpecError) as letter: parse_spec(DIABETES + SEARCH.replace(old, new))
@@ -105,6 +108,36 @@ def test_tpe_learns_and_random_does_not():
     last = lambda sampler: sum(values["model.dropout"] for values in proposed(f"search.sampler={sampler}")[-10:]) / 10
     assert last("tpe") < 0.15 < last("random")
     assert proposed("search.sampler=random") == proposed("search.sampler=random", tell=lambda values: -values["model.dropout"])
+
+
+def planned(*overrides: str, value=lambda values: values["model.dropout"], parameters=lambda values: 1) -> list[dict]:
+    "What a search tries whose results arrive in the order of proposal."
+    search, known = spec_of("search.scheduler=none", *overrides).search, {}
+    plan = Proposing(search, {"train": "1", "valid": "2"})
+    while step := plan.next(known): known[step.key] = Trial(step.number, step.key, step.values, 1, value(step.values), None, .1, parameters(step.values))
+    assert plan.ended
+    return [known[key].values for key in plan.order]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_two_goals_are_weighed(sampler):
+    "Dropout near 0.2 is as good as it gets in one goal, and near 0.4 in the other: what lies between is on the front, and that is where a search of both ends up."
+    share = lambda found: sum(0.19 <= values["model.dropout"] <= 0.41 for values in found[-20:]) / 20
+    both = planned(f"search.sampler={sampler}", "search.prices=[parameters]", "search.trials=120", "search.parallel=4",
+                   value=lambda v: (v["model.dropout"] - 0.2)**2, parameters=lambda v: (v["model.dropout"] - 0.4)**2)
+    assert share(both) > 0.65 > share(planned("search.sampler=random", "search.trials=120"))
+
+
+def test_patience_ends_a_search_at_the_same_trial_whoever_comes_first():
+    tried = planned("search.trials=60", "search.patience=4", "search.parallel=3")
+    known = [values["model.dropout"] for values in tried[:len(tried) - 2]] # what the decision knew
+    assert len(tried) < 60 and len(known) - 1 - known.index(min(known)) == 4
+    search, results = spec_of("search.scheduler=none", "search.trials=60", "search.patience=4", "search.parallel=3").search, {}
+    plan, waiting = Proposing(search, {"train": "1", "valid": "2"}), []
+    while not plan.ended or waiting: # three at a time, the newest of them always first to end
+        while len(waiting) < 3 and (step := plan.next(results)): waiting.append(step)
+        if waiting: results |= {(s := waiting.pop()).key: Trial(s.number, s.key, s.values, 1, s.values["model.dropout"], None, .1, 1)}
+    assert [results[key].values for key in plan.order] == tried
 
 
 # --- on Ray
@@ -170,6 +203,48 @@ class TestOnRay:
         trials = search_trials(spec, read_rows(spec, in_a_home(tmp_path)), in_a_home(tmp_path))
         assert len(trials) == 2 and {bool(t.failed) for t in trials} == {True, False}
         assert next(t for t in trials if t.failed).value is None and "Lower train.learning_rate" in next(t for t in trials if t.failed).failed
+
+    def test_a_population_learns_and_its_winner_is_reproduced(self, ray_cluster, tmp_path):
+        "The winner's state went from trial to trial through files; trained in one go, its schedule comes to the same losses, to the bit."
+        from mlray.tune_on_ray import tune
+        spec, settings = spec_of("search.scheduler=pbt", "search.trials=4", "search.grace=3"), in_a_home(tmp_path)
+        done = tune(spec, settings)
+        assert [len([t for t in done.trials if t.behind == at]) for at in (0, 3, 6, 9)] == [4, 4, 4, 4] and len({t.key for t in done.trials}) == 16
+        keys = {t.key: t for t in done.trials}
+        followed = [t for t in done.trials if t.parent and t.values != keys[t.parent].values]
+        assert followed and all(t.values["model.hidden"] == keys[t.parent].values["model.hidden"] for t in followed)
+        assert not list((settings.home / "runs").glob("*-search/states"))
+        late = max(followed, key=lambda t: t.behind)
+        for trial in (late, done.best):
+            lives = changed(spec, lived(keys, trial))
+            losses = [e.metrics["valid_loss"] for e in LocalBackend().train(make_job(lives, read_rows(lives, settings)), "d", tmp_path)]
+            assert losses[trial.behind + trial.epochs - 1] == trial.last and min(losses[:trial.behind + trial.epochs]) == trial.value
+        assert lived(keys, late)["train.changes"]
+        assert reproduce(bundle_of(open_registry(settings), done.run.version), "diabetes/1", settings, LocalBackend()).identical
+
+    def test_a_budget_ends_a_search_and_what_costs_too_much_is_not_chosen(self, ray_cluster, tmp_path):
+        from mlray.tune_on_ray import search_trials, tune
+        spec, settings = spec_of("search.trials=500", "search.epochs=60", "search.prices=[latency, parameters]", "search.at_most={parameters: 16000}"), in_a_home(tmp_path)
+        done = tune(spec, settings)
+        spent = sum(t.epochs for t in done.trials)
+        assert 60 <= spent <= 60 + 4 * 12 and len(done.trials) < 60
+        affordable = [t for t in done.trials if t.parameters <= 16000]
+        assert done.best == best_of(affordable) and len(affordable) < len(done.trials) and all(t.latency > 0 for t in done.trials)
+        assert done.as_dict()["pareto"].keys() == {"latency parameters"} and "<svg" in done._repr_html_()
+        assert search_trials(spec, read_rows(spec, settings), settings) == done.trials # it is spent: nothing more is run
+
+    @pytest.mark.chaos
+    def test_a_trial_of_two_workers_finds_what_a_run_of_two_finds(self, ray_cluster, tmp_path):
+        from mlray.train_on_ray import RayBackend
+        from mlray.tune_on_ray import search_trials
+        spec, settings = spec_of("search.workers=2", "search.trials=3", "search.scheduler=none"), in_a_home(tmp_path)
+        with pytest.raises(SpecError, match="RayBackend"): search_trials(spec, read_rows(spec, settings), settings)
+        with pytest.raises(TrainingError, match="the cluster has"): search_trials(changed(spec, {"search.workers": 999}), read_rows(spec, settings), settings, each=RayBackend(999))
+        trials = search_trials(spec, read_rows(spec, settings), settings, each=RayBackend(2))
+        assert len(trials) == 3 and not any(t.failed for t in trials)
+        one = changed(spec, trials[0].values)
+        losses = [e.metrics["valid_loss"] for e in RayBackend(2).train(make_job(one, read_rows(one, settings)), "d", tmp_path)]
+        assert trials[0].value == min(losses[:trials[0].epochs])
 
     def test_two_workers_are_reproduced(self, ray_cluster, tmp_path, diabetes):
         from mlray.train_on_ray import RayBackend
