@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import ExplanationError, suggest
 from .explain import Background, Score, checked_row, keeping, scored
 
 # %% ../nbs/22c_counterfactual.ipynb #b9276298
 @dataclass(frozen=True)
-class Counterfactual:
+class Counterfactual(Displayed):
     "A row that gets another answer."
     score: float                        # of the row
     flipped: float | None               # of the changed row; None: no change of so few features flips the answer
@@ -45,8 +45,6 @@ class Counterfactual:
     def table(self) -> Table:
         "One line a changed feature."
         return table(["feature", "is", "would be"], [(n, *(str(v).lower() if isinstance(v, bool) else v for v in c)) for n, c in self.changes.items()], f"Score {self.score:.4g}" + (f" → {self.flipped:.4g}" if self.flipped is not None else f": {self.sentence}"))
-
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
 # %% ../nbs/22c_counterfactual.ipynb #354fecbb
 @dataclass(frozen=True)

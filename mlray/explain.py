@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from .chart import bar
 from .contract import Contract, check, crossing, schema
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import ContractError, ExplanationError
 from .local_line import MOST, draws, kernel, line, rounded, words_of
 from .profile import Histogram, Profile
@@ -39,7 +40,7 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Displayed):
     "Why one answer is as it is."
     method: str                 # `lime`, `shap`, …
     score: float                # of the row
@@ -64,22 +65,12 @@ class Explanation:
         "One line a feature."
         return table(["because", "weight", "95 % from", "to"], [(r.said, r.weight, r.weight - 1.96 * r.error, r.weight + 1.96 * r.error) for r in self.reasons], self.title)
 
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
-
     def _repr_html_(self) -> str:
         widest = max((abs(r.weight) + 1.96 * r.error for r in self.reasons), default=0.0) or 1.0
-        rows = "".join(f"<tr><td style='text-align:left'>{escape(r.said)}</td><td>{r.weight:+.4f}</td><td>{_bar(r.weight / widest, 1.96 * r.error / widest)}</td></tr>" for r in self.reasons)
+        rows = "".join(f"<tr><td style='text-align:left'>{escape(r.said)}</td><td>{r.weight:+.4f}</td><td>{bar(r.weight / widest, 1.96 * r.error / widest).svg}</td></tr>" for r in self.reasons)
         return f"<table><caption style='text-align:left'><b>{escape(self.title)}</b></caption>{rows}</table>"
 
 # %% ../nbs/22a_explain.ipynb #a6c21bfe
-def _bar(share: float, half: float) -> str:
-    "A bar from the middle, with its interval; shares of half the width."
-    at = lambda x: 100 + 95 * max(-1.0, min(1.0, x))
-    left, colour = min(at(0), at(share)), "#c4622d" if share < 0 else "#2d6fc4"
-    return (f"<svg width='200' height='14' role='img' aria-label='{share:+.2f} of the largest'><rect x='{left:.1f}' y='2' width='{abs(at(share) - at(0)):.1f}' height='10' fill='{colour}'/>"
-            f"<line x1='{at(share - half):.1f}' x2='{at(share + half):.1f}' y1='7' y2='7' stroke='#222'/><line x1='100' x2='100' y1='0' y2='14' stroke='#999'/></svg>")
-
-
 def reliability(
     weights: np.ndarray,
     errors: np.ndarray, # their standard errors

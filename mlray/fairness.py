@@ -17,12 +17,12 @@ import numpy as np
 
 from .chart import Chart, interval_chart
 from .counts import Counts, binned, confusion, count as count, groups_of
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import DataError, suggest
-from .intervals import MOST_GROUPS, bootstrap, effective, in_pairs, largest, wilson_intervals
+from .intervals import MOST_GROUPS, bootstrap, effective, in_pairs, largest
 from .ranking import roc_auc
 from .rates import PROPORTIONS, RATES, proportion
-from .score import Measure
+from .score import Measure, wilson_intervals
 
 # %% ../nbs/21_fairness.ipynb #d49f8c04
 SCORED = ("roc_auc", "log_loss", "brier_score_loss") # of groups, where scores were counted
@@ -127,7 +127,7 @@ def _worst(values: Sequence[np.ndarray], overall: Sequence[float], drawn: Sequen
 
 # %% ../nbs/21_fairness.ipynb #c8c8bc70
 @dataclass(frozen=True)
-class FairnessReport:
+class FairnessReport(Displayed):
     "What each group gets, and how far groups are apart."
     divisions: Mapping[str, Division]       # `sex`, `age,sex`, `sex|region=north` → groups
     measures: Mapping[str, Measure]         # `demographic_parity_difference[sex]` → number with its interval
@@ -160,7 +160,7 @@ class FairnessReport:
         if not shown: raise DataError(f"The report has no rate {rate!r}. {suggest(rate, {n for d in self.divisions.values() for n in d.rates})}")
         return interval_chart([(g, m.value, m.low, m.high) for g, m in shown], f"{rate} by group")
 
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_() + "\n\n" + self.groups_table()._repr_markdown_()
+    def tables(self) -> tuple[Table, ...]: return self.table(), self.groups_table()
 
 # %% ../nbs/21_fairness.ipynb #2a49164b
 def rates_named(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import ExplanationError
 from .explain import Explanation, Score, scored
 from .local_line import words_of
@@ -33,7 +33,7 @@ class Importance:
 
 
 @dataclass(frozen=True)
-class Importances:
+class Importances(Displayed):
     "Features, most important first."
     of: str                         # in words: what was measured
     features: tuple[Importance, ...]
@@ -42,7 +42,6 @@ class Importances:
     def table(self) -> Table:
         "One line a feature."
         return table(["feature", self.of, "standard error"], [(i.feature, i.value, i.error) for i in self.features])
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
 
 def ranked(of: str, found: Iterable[Importance]) -> Importances:
@@ -81,7 +80,7 @@ class _Sums:
 
 # %% ../nbs/22f_importance.ipynb #17cdbba9
 @dataclass(frozen=True)
-class Summary:
+class Summary(Displayed):
     "Explanations of many rows, added up."
     method: str = ""
     rows: int = 0
@@ -115,8 +114,6 @@ class Summary:
         rows = [(i.feature, i.value, i.error, float(self.features[i.feature].weight / self.rows)) for i in self.importances.features]
         v = self.values
         return table(["feature", "mean size", "standard error", "mean weight"], rows, f"{self.rows} rows by {self.method or 'nothing'}: fidelity {v['fidelity']:.2f} (lowest {v['fidelity_lowest']:.2f}), stability {v['stability']:.2f}")
-
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
     def as_dict(self) -> dict[str, Any]:
         "JSON values; fractions as text."

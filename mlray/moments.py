@@ -17,13 +17,13 @@ from operator import add
 import numpy as np
 import polars as pl
 
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import DataError, suggest
 from .score import Measure, Scorecard, Z
 
 # %% ../nbs/20f_moments.ipynb #207f5f75
 @dataclass(frozen=True)
-class Moments:
+class Moments(Displayed):
     "Rows, mean and squared deviation of some numbers, by slice."
     columns: tuple[str, ...]    # what slices are formed by
     names: tuple[str, ...]      # of the numbers
@@ -45,8 +45,6 @@ class Moments:
     def table(self) -> Table:
         "One line a slice: rows and means."
         return table([*self.columns, "rows", *self.names], [(*g, n, *(str(m[x]) for x in self.names)) for g, (n, m) in means(self).items()], f"Means of {self.rows} rows")
-
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
 
 def _keys(columns: Sequence[str]) -> list[str]: return [f"slice:{c}" for c in columns]

@@ -15,10 +15,10 @@ import numpy as np
 
 from .chart import Chart, line_chart
 from .counts import Counts, binned, confusion, groups_of, largest_slices
-from .intervals import bootstrap, delong_error, effective, mean_error, spread_of, wilson_intervals
+from .intervals import bootstrap, delong_error, effective, mean_error, spread_of
 from .ranking import average_precision, calibration, expected_calibration_error, lift, roc_auc
 from .rates import OTHERS, PROPORTIONS, RATES, class_rates, one_against_all, proportion
-from .score import Measure, Scorecard, Z
+from .score import Measure, Scorecard, Z, wilson_intervals
 
 # %% ../nbs/20e_score_of_counts.ipynb #e786068a
 def _of_decisions(matrix: np.ndarray, squares: np.ndarray, draws: np.ndarray) -> dict[str, Measure]:

@@ -10,6 +10,7 @@ __all__ = ['r2', 'number_measures', 'numbers_scorecard', 'quantile_measures', 'q
 # %% ../nbs/20i_score_of_numbers.ipynb #bebafb4e
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -77,7 +78,7 @@ def quantiles_scorecard(
     groups: pl.DataFrame | None = None, # one text column a sensitive column
 ) -> Scorecard:
     "Measure all rows, and each group of each column."
-    return scorecard_by(len(labels), groups, lambda at: quantile_measures(labels[at], values[at], quantiles))
+    return replace(scorecard_by(len(labels), groups, lambda at: quantile_measures(labels[at], values[at], quantiles)), part="quantile")
 
 # %% ../nbs/20i_score_of_numbers.ipynb #6c6c01d8
 def weighted_mean(

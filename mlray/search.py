@@ -7,7 +7,7 @@ known here, and neither are populations: those are `mlray.population`'s."""
 
 # %% auto #0
 __all__ = ['Direction', 'UNITS', 'Proposals', 'Trial', 'trial_key', 'results_of', 'read_trials', 'keep', 'best_of', 'pareto',
-           'trials_table', 'front_chart', 'Step', 'Plan', 'Proposing']
+           'trials_table', 'pareto_chart', 'Step', 'Plan', 'Proposing']
 
 # %% ../nbs/37c_search.ipynb #06c198c4
 import fcntl
@@ -22,9 +22,9 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 import optuna
 
+from .chart import Chart, front_chart
 from .display import Table, table
 from .errors import TrainingError, Unavailable
-from .scatter import Chart, Series
 from .search_space import Dimension, Price, Search
 
 # %% ../nbs/37c_search.ipynb #0bbe94ca
@@ -169,16 +169,16 @@ def trials_table(trials: Sequence[Trial], metric: str = "valid_loss", title: str
     return table(["trial", *paths, *more], [(t.number, *(t.values.get(p) for p in paths), *(of(t) for of in more.values())) for t in trials], title)
 
 
-def front_chart(
+def pareto_chart(
     trials: Sequence[Trial],
     price: Price = "parameters",        # across
     metric: str = "valid_loss",
     direction: Direction = "minimize",
 ) -> Chart:
     "All trials, and the front among them, drawn."
-    at = lambda those: tuple((float(getattr(t, price)), t.value) for t in those)
-    front, every = pareto(trials, (price,), direction), [t for t in trials if t.value is not None and getattr(t, price) is not None]
-    return Chart((Series("", at(every)), Series("front", at(front), tuple(str(t.number) for t in front))), UNITS[price], metric, f"{metric} against {price}", log=True)
+    every = [(float(getattr(t, price)), t.value) for t in trials if t.value is not None and getattr(t, price) is not None]
+    front = [(float(getattr(t, price)), t.value or 0.0, str(t.number)) for t in pareto(trials, (price,), direction)]
+    return front_chart(every, front, f"{metric} against {price}", UNITS[price], metric, log=True)
 
 # %% ../nbs/37c_search.ipynb #db897543
 @dataclass(frozen=True)
