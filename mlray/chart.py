@@ -57,7 +57,7 @@ def ticks(
     step = next(base * m for m in (1, 2, 5, 10) if base * m >= rough * 0.999)
     return tuple(i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1))
 
-
+# %% ../nbs/03a_chart.ipynb #84a6cbf6
 @dataclass(frozen=True)
 class _Axis:
     low: float
@@ -86,7 +86,7 @@ def _axis(values: Iterable[float], start: float, end: float, log: bool = False) 
     room = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
     return _Axis(low - room, high + room, start, end)
 
-
+# %% ../nbs/03a_chart.ipynb #f8774257
 def _plane(across: _Axis, up: _Axis, title: str, x: str, y: str) -> list[str]:
     "Title, grid and what stands along the axes."
     made = [_text(0, 14, title, extra='font-weight="bold"'), _text((across.start + across.end) / 2, up.start + 34, x, "middle"),

@@ -40,7 +40,7 @@ _NUMBERS, _TIMES = ("integer", "number"), ("date", "datetime")
 _BELONG = {("min", "max"): (*_NUMBERS, *_TIMES, "duration", "array"), ("bands", "positive_above"): _NUMBERS, ("values", "aliases"): ("category",), ("pattern",): ("text",),
            ("length",): ("array",), ("time_zone",): ("datetime",), ("fresh",): _TIMES}
 
-
+# %% ../nbs/00a_column.ipynb #796b1b44
 class Column(Part):
     "What one column may hold and what it is for."
     type: Literal["integer", "number", "category", "boolean", "text", "date", "datetime", "duration", "array"]

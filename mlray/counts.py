@@ -72,7 +72,7 @@ class Counts(Displayed):
         hidden = f"; {self.suppressed[0]} slices with {self.suppressed[1]} rows suppressed" if self.suppressed[0] else ""
         return table([*self.columns, "label", *(f"decided {self.classes[int(d)]}" for d in decided)], lines, f"{self.rows} rows{hidden}" + (f", {most} of {rows.height} lines" if rows.height > most else ""))
 
-
+# %% ../nbs/20a_counts.ipynb #d84a8881
 def _keys(columns: Sequence[str]) -> list[str]: return [f"slice:{c}" for c in columns] # so that a slice column may be called `weight`
 
 

@@ -32,7 +32,7 @@ class Kafka(Part):
     brokers_env: str = Field(pattern=r"^[A-Z][A-Z0-9_]*$")  # an environment variable: `host:9092,host:9092`, or librdkafka's settings as a JSON object
     batch: int = Field(1_000_000, ge=1) # messages that one look at a growing source takes at most; the others come with the next
 
-
+# %% ../nbs/00b_data.ipynb #cb6aa489
 _URI, _SECRET = re.compile(r"^[a-z][a-z0-9+]*://"), re.compile(r"^[a-z][a-z0-9+]*://[^/@]*:[^/@]*@")
 
 

@@ -68,7 +68,7 @@ def _difference(rates: np.ndarray) -> float: # [groups, terms]
     known = [r[~np.isnan(r)] for r in rates.T]
     return max((float(r.max() - r.min()) for r in known if len(r) > 1), default=math.nan)
 
-
+# %% ../nbs/21a_gaps.ipynb #fb9ecfbb
 @dataclass(frozen=True)
 class GapReport(Displayed):
     "What each group gets, and how far groups are apart."

@@ -66,6 +66,14 @@ def lived(
     return {**line[0].values, "train.changes": [c for c in changes if len(c) > 1]}
 
 # %% ../nbs/37d_population.ipynb #658aa821
+def _evolved(search: Search, rows: Mapping[str, str], parent: Trial, taken: Sequence[str], draw: random.Random) -> dict[str, Any]:
+    "Values near the parent's; no two alike, unless there is nothing else."
+    for _ in range(100):
+        values = explored(parent.values, search.space, draw)
+        if trial_key(values, rows, parent.key) not in taken: break
+    return values
+
+# %% ../nbs/37d_population.ipynb #09ab28a2
 class Population:
     "The plan of population based training."
 
@@ -86,8 +94,10 @@ class Population:
         if self._before:
             member = len(self._now)
             parent = self._before[self._from[member]]
-            return self._step(self._evolved(parent, member), known, parent.key, parent.behind + self._grace)
-        if (values := self._proposals.ask()) is not None: return self._step(values, known)
+            draw = random.Random(f"{self._search.seed}/{len(self.order)}/{member}")
+            values = dict(parent.values) if self._from[member] == member else _evolved(self._search, self._rows, parent, self._now, draw)
+            return self._step(values, known, parent.key, parent.behind + self._grace)
+        if (proposed := self._proposals.ask()) is not None: return self._step(proposed, known)
         self._size = len(self._now) # a small space is a small population
         return self.next(known)
 
@@ -105,14 +115,6 @@ class Population:
         self.ended = behind >= self._epochs or all(t.value is None for t in self._before)
         if not self.ended: self._from = selected(self._before, self._search.reduction, self._search.direction, draw)
         return not self.ended
-
-    def _evolved(self, parent: Trial, member: int) -> dict[str, Any]:
-        if self._from[member] == member: return dict(parent.values)
-        draw = random.Random(f"{self._search.seed}/{len(self.order)}/{member}")
-        for _ in range(100): # no two alike, unless there is nothing else
-            values = explored(parent.values, self._search.space, draw)
-            if trial_key(values, self._rows, parent.key) not in self._now: break
-        return values
 
     def _step(self, values: dict[str, Any], known: Mapping[str, Trial], parent: str = "", behind: int = 0) -> Step:
         key = trial_key(values, self._rows, parent)

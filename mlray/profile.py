@@ -104,7 +104,7 @@ class Profile(Displayed):
         span = lambda h: f"{h.low:.6g} to {h.high:.6g}" if h.low is not None else ", ".join(map(str, h.bins[:5])) + " …" * (len(h.bins) > 5)
         return table(["column", "known", "missing", "values"], [(n, h.known, h.missing, span(h)) for n, h in self.columns.items()], f"Profile, {self.rows} rows")
 
-
+# %% ../nbs/15_profile.ipynb #8a2d1c14
 def counted(
     column: Column,
     values: pl.Series,

@@ -36,7 +36,7 @@ class Measure:
 
     def __str__(self) -> str: return "–" if math.isnan(self.value) else f"{self.value:.4f}" + ("" if math.isnan(self.low) else f" [{self.low:.4f}, {self.high:.4f}]")
 
-
+# %% ../nbs/20_score.ipynb #c30aec98
 def wilson_intervals(
     share: np.ndarray,  # proportions in [0, 1]
     rows: np.ndarray,   # (effective) rows each was taken over

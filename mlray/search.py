@@ -100,7 +100,7 @@ def trial_key(
     what = [values, {p: rows[p] for p in ("train", "valid")}, *([parent] if parent else [])]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
-
+# %% ../nbs/37c_search.ipynb #e6f29301
 @contextmanager
 def results_of(folder: Path) -> Iterator[BinaryIO]:
     "The results of a search, for us alone. Raises `Unavailable` while another search has them."
@@ -159,7 +159,7 @@ def pareto(
     beaten = lambda n: any(all(a <= b for a, b in zip(goals[m], goals[n], strict=True)) and (goals[m] != goals[n] or m < n) for m in goals if m != n)
     return tuple(sorted((t for t in trials if t.number in goals and not beaten(t.number)), key=lambda t: goals[t.number]))
 
-
+# %% ../nbs/37c_search.ipynb #6911cfae
 def trials_table(trials: Sequence[Trial], metric: str = "valid_loss", title: str = "") -> Table:
     "Trials as a table, in the order given."
     paths = list(dict.fromkeys(path for t in trials for path in t.values))
@@ -200,7 +200,7 @@ class Plan(Protocol):
     total: int                  # trials at most
     def next(self, known: Mapping[str, Trial]) -> Step | None: "The next trial."
 
-
+# %% ../nbs/37c_search.ipynb #95a67fe9
 class Proposing:
     "The plan of a search whose trials stand alone."
 

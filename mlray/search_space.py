@@ -46,7 +46,7 @@ Price = Literal["latency", "parameters", "seconds"] # microseconds to score one 
 Positive = Annotated[float, Field(gt=0)]
 CHANGEABLE = ("train.learning_rate", "train.weight_decay", "model.dropout") # what training can change on its way
 
-
+# %% ../nbs/00h_search_space.ipynb #0280f3d4
 class Search(Part):
     "Where to look for better values, and how."
     trials: Annotated[int, Field(ge=1)]             # configurations, no two the same; pbt: how many there are at a time
