@@ -95,7 +95,7 @@ class Split(Part):
         if self.by and self.key: raise ValueError("give either key (by hash) or by (in time)")
         return self
 
-
+# %% ../nbs/00b_data.ipynb #7d2fbdb3
 class Federation(Part):
     "How rows are learned from that stay with their holders (`data.train.holders`)."
     rounds: Annotated[int, Field(ge=1)] | None = None # at most; None: as many as there would be epochs
