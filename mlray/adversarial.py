@@ -100,8 +100,8 @@ def adversarial(
     features: Features,         # that it was built with
     contract: Contract,
     frame: pl.DataFrame,        # checked rows
-    threshold: float = 0.5,
-    shares: tuple[float, ...] = (0.02, 0.05, 0.1),
+    threshold: float = 0.5, # in (0, 1); a score at or above it is a positive decision
+    shares: tuple[float, ...] = (0.02, 0.05, 0.1), # of each feature's spread, rising
 ) -> AdversarialReport:
     "Attack all rows by both methods."
     def decided(rows: pl.DataFrame) -> np.ndarray:

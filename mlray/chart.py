@@ -44,7 +44,7 @@ def _dot(x: float, y: float, colour: str, size: float = 4, opacity: float = 1) -
 # %% ../nbs/03a_chart.ipynb #2100f637
 def ticks(
     low: float,         # below `high`; above 0 with `log`
-    high: float,
+    high: float, # above `low`
     log: bool = False,
 ) -> tuple[float, ...]: # within low and high, ascending
     "Round numbers along an axis."

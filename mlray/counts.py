@@ -146,7 +146,7 @@ def count(
     scores: np.ndarray | None = None,       # probabilities in [0, 1]
     weights: np.ndarray | None = None,      # finite and not negative
     classes: Sequence[str] = ("0", "1"),
-    bins: int = 1000,
+    bins: int = 1000, # of equal width, over scores in [0, 1]
 ) -> Counts:
     "Count rows that are in memory."
     given: dict[str, Any] = {"the label": labels, "the decision": decisions, "the score": scores, "the weight": weights}

@@ -24,7 +24,7 @@ def two_sample_auc(
     contract: Contract,
     reference: pl.DataFrame,    # checked rows
     live: pl.DataFrame,         # checked rows
-    folds: int = 5,
+    folds: int = 5, # at least 2
     most: int = 20_000,         # rows of each side, at most; drawn by the seed
     seed: int = 0,
 ) -> Measure: # in [0, 1]; 0.5: they cannot be told apart; NaN with fewer rows than folds on a side

@@ -42,7 +42,7 @@ def make_estimator(
     name: str,                      # module:Class
     parameters: Mapping[str, Any],  # of its constructor
     seed: int,                      # where it takes one and the parameters do not
-    threads: int = 1,
+    threads: int = 1, # CPU threads, at least 1
     classes: tuple[str, ...] = ("false", "true"), # to tell apart; empty: a number is to be predicted
 ) -> Any: # unfitted
     "An estimator by its name. Raises `SpecError` when there is none, or none with such parameters."
@@ -135,7 +135,9 @@ def score_of(estimator: Any, wide: np.ndarray) -> np.ndarray:
     return probabilities[:, 1] if probabilities.shape[1] == 2 else probabilities
 
 # %% ../nbs/12h_estimator.ipynb #419a0391
-def takes_weights(estimator: Any) -> bool: return "sample_weight" in inspect.signature(estimator.fit).parameters
+def takes_weights(estimator: Any) -> bool:
+    "Whether rows can weigh differently for it."
+    return "sample_weight" in inspect.signature(estimator.fit).parameters
 
 
 def _extra(estimator: Any, categories: int, valid: tuple[np.ndarray, np.ndarray], weights: np.ndarray | None, patience: int | None) -> dict[str, Any]:
@@ -163,10 +165,10 @@ def fit(
     rows: Matrix,               # to learn from
     labels: np.ndarray,         # one a row
     valid_rows: Matrix,
-    valid_labels: np.ndarray,
+    valid_labels: np.ndarray, # [rows]
     weights: np.ndarray | None = None,  # of the training rows
     patience: int | None = None,        # rounds of boosting without a better validation loss
-    threads: int = 1,
+    threads: int = 1, # CPU threads, at least 1
     mitigation: Mitigation | None = None, # exponentiated_gradient: a mixture is fitted
     groups: np.ndarray | None = None,   # then: name of each training row's group
 ) -> Fitted:

@@ -30,8 +30,8 @@ _IR = 9
 def model_of(
     nodes: list[onnx.NodeProto],
     inputs: Mapping[str, tuple[int, list]],     # name → type and shape
-    outputs: Mapping[str, tuple[int, list]],
-    constants: Mapping[str, np.ndarray],
+    outputs: Mapping[str, tuple[int, list]], # name → ONNX type and shape
+    constants: Mapping[str, np.ndarray], # name → value
     name: str,
 ) -> onnx.ModelProto:
     "A checked ONNX model."

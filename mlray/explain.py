@@ -72,7 +72,7 @@ class Explanation(Displayed):
 
 # %% ../nbs/22a_explain.ipynb #a6c21bfe
 def reliability(
-    weights: np.ndarray,
+    weights: np.ndarray, # [features]
     errors: np.ndarray, # their standard errors
 ) -> float: # in [0, 1]
     "The share of the squared weights that is not chance."
@@ -82,14 +82,14 @@ def reliability(
 
 def explanation(
     method: str,
-    score: float,
-    base: float,
+    score: float, # of the row
+    base: float, # where nothing is known of the row
     said: Mapping[str, str],    # feature → what is the case
-    weights: np.ndarray,
-    errors: np.ndarray,
-    fidelity: float,
+    weights: np.ndarray, # [features], in the order of `said`
+    errors: np.ndarray, # their standard errors
+    fidelity: float, # R² on the scores nearby, at most 1
     unit: float,                # of the scores' grid
-    perturbations: int,
+    perturbations: int, # rows that were scored
 ) -> Explanation:
     "Figures, rounded and in order."
     reasons = [Reason(name, text, rounded(w, unit), rounded(e, unit)) for (name, text), w, e in zip(said.items(), weights, errors, strict=True)]

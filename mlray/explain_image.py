@@ -18,8 +18,8 @@ from .local_line import line, words_of
 
 # %% ../nbs/22e_explain_image.ipynb #c126faae
 def squares(
-    height: int,
-    width: int,
+    height: int, # pixels
+    width: int, # pixels
     side: int, # in pixels
 ) -> np.ndarray: # int [height, width], the number of each pixel's patch
     "An image in squares; smaller ones at the right and lower edge."

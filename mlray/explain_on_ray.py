@@ -31,7 +31,7 @@ def explain_on_ray(
     method: str = "lime",               # or `shap`
     known: Background | None = None,    # None: from the bundle's profile
     output: int | None = None,          # which of several scores
-    perturbations: int = 5000,
+    perturbations: int = 5000, # rows scored for each row
     batch: int = 32,                    # rows in one task, at most
 ) -> Summary:
     "Explain many rows on the cluster that this process has joined, and add up."

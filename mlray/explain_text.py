@@ -45,8 +45,8 @@ def without(
 # %% ../nbs/22d_explain_text.ipynb #ea68632d
 def absent(
     words: np.random.Philox,
-    rows: int,
-    size: int,
+    rows: int, # perturbations
+    size: int, # words
 ) -> np.ndarray: # bool [rows, size]: what is kept; all of it in the first row
     "Leave out one to all, each number as likely as any other; the only one in half of the rows."
     order = np.argsort(words.random_raw(rows * size).reshape(rows, size), axis=1, kind="stable").argsort(axis=1, kind="stable")

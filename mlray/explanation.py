@@ -89,7 +89,7 @@ def what_if(
     row: Mapping[str, Any],
     fixed: Sequence[str] | None = None, # features that must stay; None: the sensitive ones
     known: Background | None = None,
-    output: int | None = None,
+    output: int | None = None, # place of a class or label; None: the only output
 ) -> Counterfactual:
     "The smallest change of a row that flips the decision."
     if bundle.task.kind != "binary": raise ExplanationError(f"A counterfactual flips a decision between two; {bundle.name} predicts {bundle.task.kind}.")
@@ -103,8 +103,8 @@ def explain_rows(
     frame: pl.DataFrame,                # checked rows; more columns than the features do no harm
     method: str = "lime",
     known: Background | None = None,
-    output: int | None = None,
-    perturbations: int = 5000,
+    output: int | None = None, # place of a class or label; None: the only output
+    perturbations: int = 5000, # rows scored for each row
 ) -> Summary: # summaries of parts add up
     "Explain many rows, and add up."
     known = known or known_rows(bundle)
@@ -117,7 +117,9 @@ SHAKEN = ("flip_rate", "refused_rate", "flip_rate_difference")
 ATTACKED = ("flip_rate[fgsm]", "flip_rate[pgd]")
 
 
-def some_rows(frame: pl.DataFrame, most: int) -> pl.DataFrame: return frame.gather_every(max(1, -(-frame.height // most)))
+def some_rows(frame: pl.DataFrame, most: int) -> pl.DataFrame:
+    "At most so many rows, evenly from the whole frame."
+    return frame.gather_every(max(1, -(-frame.height // most)))
 
 
 def shaken(bundle: Bundle, frame: pl.DataFrame) -> RobustnessReport:

@@ -192,7 +192,7 @@ def _plan(spec: RunSpec, holders: Holders, sizes: Mapping[str, Size]) -> Plan:
 def rounds(
     plan: Plan,
     holders: Holders,
-    local_epochs: int,
+    local_epochs: int, # of each holder in a round
     start: State | None = None, # go on from here
 ) -> Iterator[Epoch]: # a round is an epoch to those who listen
     "Federated averaging, round by round."

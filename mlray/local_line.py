@@ -135,7 +135,7 @@ def line(
 # %% ../nbs/22_local_line.ipynb #7957e0b7
 def kernel(
     distances: np.ndarray, # distinct distances, few
-    width: float,
+    width: float, # in the unit of the distances, above 0
 ) -> np.ndarray: # in (0, 1]
     "lime's exponential kernel."
     return np.array([math.sqrt(math.exp(-(d * d) / (width * width))) for d in distances.tolist()])

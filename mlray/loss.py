@@ -29,7 +29,7 @@ from .task import BINARY, Task
 def pinball(
     labels: Tensor,     # [rows]
     answers: Tensor,    # [rows, quantiles]
-    quantiles: tuple[float, ...],
+    quantiles: tuple[float, ...], # rising, in (0, 1)
 ) -> Tensor: # [rows, quantiles]
     "What quantiles cost: a row above one costs its share, a row below it the rest."
     error, share = labels.unsqueeze(1) - answers, torch.tensor(quantiles, dtype=answers.dtype, device=answers.device)

@@ -84,7 +84,9 @@ class Reproduction(Displayed):
         return {"version": self.version, "identical": self.identical, "weights": {"then": self.then, "now": self.now}, "differences": [asdict(d) for d in self.differences]}
 
 
-def weights_of(bundle: Bundle) -> str: return json.loads((bundle.path / "manifest.json").read_bytes())["files"]["weights.safetensors"]["sha256"]
+def weights_of(bundle: Bundle) -> str:
+    "The sha256 of a bundle's weights."
+    return json.loads((bundle.path / "manifest.json").read_bytes())["files"]["weights.safetensors"]["sha256"]
 
 # %% ../nbs/38a_reproduce.ipynb #62d1d6fb
 def reproduce(

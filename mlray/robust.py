@@ -149,7 +149,7 @@ def robustness(
     output: int | None = None,                  # which of several outputs
     digest: str = "",                           # of the model; part of the seed
     kinds: Sequence[str] = tuple(DISTURBANCES),
-    min_group: int = 30,
+    min_group: int = 30, # rows that a group's rate must be taken over
 ) -> RobustnessReport:
     "Disturb every row in every way. Raises `ExplanationError` where there is no row."
     if frame.is_empty(): raise ExplanationError("There is no row to disturb.")

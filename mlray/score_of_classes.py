@@ -19,7 +19,7 @@ from .score import Measure, Scorecard, Z, mean, roc_auc, wilson
 
 # %% ../nbs/20h_score_of_classes.ipynb #026b0fb3
 def scorecard_by(
-    rows: int,
+    rows: int, # how many there are
     groups: pl.DataFrame | None,                                # one text column a sensitive column
     measure: Callable[[np.ndarray], Mapping[str, Measure]],     # of the rows at these places
 ) -> Scorecard:

@@ -93,7 +93,7 @@ def _nothing(counts: Counts, rng: np.random.Generator) -> dict[str, Measure]:
 # %% ../nbs/20e_score_of_counts.ipynb #02301de5
 def calibration_chart(
     counts: Counts,         # with scores
-    bands: int = 10,
+    bands: int = 10, # 1 to the number of bins
     least: int = 20,        # rows of a band that is drawn
 ) -> Chart:
     "What the model says against what is, one line a slice; bands of few rows are left out."

@@ -75,7 +75,7 @@ def quantile_measures(
 def quantiles_scorecard(
     labels: np.ndarray,                 # numbers
     values: np.ndarray,                 # [rows, quantiles]
-    quantiles: Sequence[float],
+    quantiles: Sequence[float], # rising, in (0, 1)
     groups: pl.DataFrame | None = None, # one text column a sensitive column
 ) -> Scorecard:
     "Measure all rows, and each group of each column."
