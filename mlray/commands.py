@@ -143,7 +143,7 @@ def reproduce_version(reference: str, settings: "Settings") -> "Reproduction":
     with backend_on("ray" if bundle.provenance["backend"] == "RayBackend" else "local", as_it_was) as backend:
         return reproduce(bundle, str(found), as_it_was, backend, ProgressTracker(stderr()))
 
-
+# %% ../nbs/58_commands.ipynb #d9815d3b
 def find_version(reference: str, settings: "Settings") -> tuple["Registry", "Version"]:
     "A version, and the registry it stands in."
     from mlray.registry import open_registry, version

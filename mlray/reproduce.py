@@ -18,7 +18,7 @@ from typing import Any
 
 from .bundle import Bundle
 from .checkpoints import Checkpoints
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import TrainingError
 from .registry import bundle_of, open_registry, version as find_version
 from .rows import read_rows
@@ -55,7 +55,7 @@ def differences(
 
 # %% ../nbs/38a_reproduce.ipynb #859d97d6
 @dataclass(frozen=True)
-class Reproduction:
+class Reproduction(Displayed):
     "What came of training a version again."
     version: str
     then: str           # sha256 of the weights that were shipped
@@ -83,10 +83,10 @@ class Reproduction:
         "JSON values, as `mlray reproduce --json` prints them."
         return {"version": self.version, "identical": self.identical, "weights": {"then": self.then, "now": self.now}, "differences": [asdict(d) for d in self.differences]}
 
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
-
-def weights_of(bundle: Bundle) -> str: return json.loads((bundle.path / "manifest.json").read_bytes())["files"]["weights.safetensors"]["sha256"]
+def weights_of(bundle: Bundle) -> str:
+    "The sha256 of a bundle's weights."
+    return json.loads((bundle.path / "manifest.json").read_bytes())["files"]["weights.safetensors"]["sha256"]
 
 # %% ../nbs/38a_reproduce.ipynb #62d1d6fb
 def reproduce(

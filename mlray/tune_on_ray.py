@@ -26,6 +26,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 
 from .bundle import latency
+from .chart import Chart
 from .display import Table
 from .errors import MlrayError, SpecError, TrainingError
 from .features import learn
@@ -35,7 +36,6 @@ from .population import Population, lived
 from .registry import Registry
 from .rows import Rows, read_rows
 from .run import Backend, Run, make_job, train
-from .scatter import Chart
 from mlray.search import (
     UNITS,
     Plan,
@@ -43,9 +43,9 @@ from mlray.search import (
     Step,
     Trial,
     best_of,
-    front_chart,
     keep,
     pareto,
+    pareto_chart,
     read_trials,
     results_of,
     trials_table,
@@ -292,7 +292,7 @@ class Tuned:
 
     def charts(self) -> tuple[Chart, ...]:
         "All trials over each price, and the front among them."
-        return tuple(front_chart(self.trials, price, self.search.metric, self.search.direction) for by in self.fronts for price in by)
+        return tuple(pareto_chart(self.trials, price, self.search.metric, self.search.direction) for by in self.fronts for price in by)
 
     def _repr_markdown_(self) -> str: return "\n\n".join([*(t._repr_markdown_() for t in self.tables()), self.run._repr_markdown_()])
     def _repr_html_(self) -> str: return "".join([*(t._repr_html_() for t in (*self.tables(), self.run.verdict.table())), *(c._repr_html_() for c in self.charts())])
