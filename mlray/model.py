@@ -66,6 +66,7 @@ class State:
     average: Mapping[str, Tensor] # their moving average
     optimizer: Mapping[str, Tensor] # `index.name` → moment
     history: tuple[Mapping[str, float], ...] = () # the metrics of each epoch so far
+    workers: tuple[int, ...] = () # how many there were in each
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def estimated(job: Job) -> Epoch:
     loss = lambda answers, labels, weights: valid_loss(job.task, torch.tensor(answers), torch.tensor(labels), None if weights is None else torch.tensor(weights))
     metrics = {"train_loss": loss(made.learned, job.labels, job.weights), "valid_loss": loss(made.answers, job.valid_labels, job.valid_weights), "best_epoch": 1}
     best = {"graph": torch.frombuffer(bytearray(made.graph), dtype=torch.uint8), "answers": torch.from_numpy(made.answers)}
-    return Epoch(1, metrics, State(1, 1, metrics["valid_loss"], best, {}, {}, {}, (metrics,)))
+    return Epoch(1, metrics, State(1, 1, metrics["valid_loss"], best, {}, {}, {}, (metrics,), (1,)))
 
 
 def epochs(
@@ -116,6 +117,8 @@ def epochs(
     if start: network.load_state_dict(dict(start.now))
     elif job.initial is not None: adopt(network, job.initial)
     wrapped = network if job.budget else compiled(parallel(network), job.train) # under privacy gradients meet after they are clipped
+    if world > 1 and job.train.parallel == "fsdp": averaged = parallel(averaged)
+    first = rank == 0 # keeps what is whole
     optimizer = make_optimizer(wrapped.parameters(), job.train)
     if start: restore(optimizer, start.optimizer)
     average = Average(network, job.train.average or 0.0, start.average if start else {})
@@ -127,11 +130,11 @@ def epochs(
         else: train_loss = one_pass(wrapped, optimizer, average, train, job.train, number, world, loss_, weights)
         averaged.load_state_dict({**network.state_dict(), **average.values})
         loss = valid_loss(job.task, scores(averaged, *valid[:-1], task=job.task).clone(), valid[-1], valid_weights)
-        if loss < state.best_loss or job.budget: state = replace(state, best_epoch=number, best_loss=loss, best=copied(averaged.state_dict()))
+        if loss < state.best_loss or job.budget: state = replace(state, best_epoch=number, best_loss=loss, best=copied(averaged.state_dict(), first))
         learned = {"epsilon": job.budget.spent(number)} if job.budget else {"train_loss": train_loss}
         metrics = {**learned, "valid_loss": loss, "best_epoch": state.best_epoch}
-        state = replace(state, epoch=number, now=copied(network.state_dict()), average=average.state(), optimizer=moments(optimizer), history=(*state.history, metrics))
-        yield Epoch(number, metrics, state)
+        state = replace(state, epoch=number, now=copied(network.state_dict(), first), average=average.state(first), optimizer=moments(optimizer, first), history=(*state.history, metrics), workers=(*state.workers, world))
+        yield Epoch(number, metrics, state if first else None)
 
 
 def replayed(state: State | None) -> Iterator[Epoch]:
@@ -143,7 +146,8 @@ def replayed(state: State | None) -> Iterator[Epoch]:
 def dump_state(state: State) -> bytes:
     "A state as safetensors."
     parts = {"best": state.best, "now": state.now, "average": state.average, "optimizer": state.optimizer}
-    about = {"epoch": str(state.epoch), "best_epoch": str(state.best_epoch), "best_loss": state.best_loss.hex(), "history": json.dumps([dict(m) for m in state.history])}
+    about = {"epoch": str(state.epoch), "best_epoch": str(state.best_epoch), "best_loss": state.best_loss.hex(), "history": json.dumps([dict(m) for m in state.history]),
+             "workers": json.dumps(state.workers)}
     return save_tensors({f"{part}/{k}": v.clone() for part, tensors in parts.items() for k, v in tensors.items()}, about)
 
 
@@ -152,4 +156,4 @@ def load_state(data: bytes) -> State:
     about = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     parts: dict[str, dict[str, Tensor]] = {"best": {}, "now": {}, "average": {}, "optimizer": {}}
     for key, tensor in load_tensors(data).items(): parts[key.split("/", 1)[0]][key.split("/", 1)[1]] = tensor
-    return State(int(about["epoch"]), int(about["best_epoch"]), float.fromhex(about["best_loss"]), **parts, history=tuple(json.loads(about["history"])))
+    return State(int(about["epoch"]), int(about["best_epoch"]), float.fromhex(about["best_loss"]), **parts, history=tuple(json.loads(about["history"])), workers=tuple(json.loads(about["workers"])))

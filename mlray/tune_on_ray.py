@@ -15,7 +15,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _measured(job: Job, search: Search) -> dict[str, Any]:
 def _state_file(folder: Path, key: str) -> Path: return folder / "states" / f"{key}.safetensors"
 
 
-def _epochs(given: _Given, job: Job, step: Step, start: State | None, device: str) -> Iterator[Epoch]:
+def _epochs(given: _Given, job: Job, step: Step, start: State | None, device: str) -> Generator[Epoch, None, None]:
     "The epochs of a trial; where others may go on from it, its state is on the disk when they end."
     if given.backend:
         yield from given.backend.train(job, step.key, given.folder / "workers")
@@ -108,8 +109,8 @@ def _epochs(given: _Given, job: Job, step: Step, start: State | None, device: st
         part.replace(_state_file(given.folder, step.key))
 
 # %% ../nbs/44_tune_on_ray.ipynb #5dd569d0
-def _trial(config: dict[str, Any], given: _Given) -> None:
-    "What a trial's process does."
+def _reports(config: dict[str, Any], given: _Given) -> Generator[dict[str, Any], None, None]:
+    "What a trial says while it trains."
     search, step, device = given.search, Step(**json.loads(config["step"])), "cuda" if config["gpu"] else "cpu"
     start = load_state(_state_file(given.folder, step.parent).read_bytes()) if step.parent else None
     mine = _own(changed(given.spec, step.overrides), ray.get(given.job[0]), given.learnt)
@@ -118,20 +119,33 @@ def _trial(config: dict[str, Any], given: _Given) -> None:
     best, last = min(before, default=math.inf), before[-1] if before else math.inf
     early, spent, count = best, 0.0, 0
     said = _measured(mine, search)
-    told = lambda: ray_tune.report({**said, "epochs": count, "objective": best, "early": early, "last": last, "seconds": spent / count if count else None})
+    told = lambda **more: {**said, "epochs": count, "objective": best, "early": early, "last": last, "seconds": spent / count if count else None, **more}
     try:
         heard = started = time.perf_counter()
-        for epoch in _epochs(given, mine, step, start, device):
-            spent, count, last = spent + time.perf_counter() - started, epoch.number - step.behind, sign * epoch.metrics[search.metric]
-            best = min(best, last)
-            early = best if count <= (search.grace or 1) else early
-            if epoch.number in given.milestones or time.perf_counter() - heard > _SILENCE:
-                told()
-                heard = time.perf_counter()
-            started = time.perf_counter()
-        told()
-    except MlrayError as error:
-        ray_tune.report({**said, "failed": str(error), "epochs": count, "objective": math.inf, "early": math.inf, "last": math.inf, "seconds": None})
+        with closing(_epochs(given, mine, step, start, device)) as training:
+            for epoch in training:
+                spent, count, last = spent + time.perf_counter() - started, epoch.number - step.behind, sign * epoch.metrics[search.metric]
+                best = min(best, last)
+                early = best if count <= (search.grace or 1) else early
+                if epoch.number in given.milestones or time.perf_counter() - heard > _SILENCE:
+                    yield told()
+                    heard = time.perf_counter()
+                started = time.perf_counter()
+        yield told(done=True)
+    except MlrayError as error: yield told(failed=str(error), objective=math.inf, early=math.inf, last=math.inf, seconds=None, done=True)
+
+
+class _Trial(ray_tune.Trainable):
+    "A trial's process. One that is stopped closes what it listens to, so the workers of a backend end before their trial does."
+
+    def setup(self, config: dict[str, Any], given: _Given) -> None: self.given, self.reports = given, _reports(config, given)
+    def step(self) -> dict[str, Any]: return next(self.reports)
+    def cleanup(self) -> None: self.reports.close()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.cleanup()
+        self.setup(new_config, self.given)
+        return True
 
 # %% ../nbs/44_tune_on_ray.ipynb #f13885f5
 class _Searcher(Searcher):
@@ -208,10 +222,11 @@ def _run(spec: RunSpec, rows: Rows, job: Job, searcher: _Searcher, folder: Path,
     for old in (scratch := folder / "tune", folder / "workers"): shutil.rmtree(old, ignore_errors=True)
     (folder / "states").mkdir(exist_ok=True)
     tuner = ray_tune.Tuner(
-        ray_tune.with_resources(ray_tune.with_parameters(_trial, given=given), resources),
+        ray_tune.with_resources(ray_tune.with_parameters(_Trial, given=given), resources),
         tune_config=ray_tune.TuneConfig(search_alg=searcher, scheduler=_scheduler(search, longest), num_samples=searcher.plan.total, reuse_actors=not backend,
                                         max_concurrent_trials=_at_once(backend.workers, searcher.gpu) if backend else None, trial_dirname_creator=lambda trial: trial.trial_id),
         run_config=ray_tune.RunConfig(name=scratch.name, storage_path=str(folder.resolve()), verbose=0, failure_config=ray_tune.FailureConfig(max_failures=2),
+                                      checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),
                                       stop=lambda trial_id, result: searcher.spent()))
     try: errors = tuner.fit().errors
     finally:
