@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from .errors import SpecError, TrainingError, suggest
 from .imported import imported
 from .loss import Loss, loss_of
 from .recipe import Train
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # %% ../nbs/13_fitting.ipynb #35663ec7
 def learning_rate(
@@ -39,9 +42,12 @@ def learning_rate(
     return height * (end + (1 - end) * (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2)
 
 # %% ../nbs/13_fitting.ipynb #a0068ba9
+def _in_shards(tensor: Tensor) -> TypeGuard["DTensor"]: return hasattr(tensor, "full_tensor")
+
+
 def local(tensor: Tensor) -> Tensor:
     "What is here of a tensor in shards; any other as it is."
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if _in_shards(tensor) else tensor
 
 
 def alike(
@@ -50,9 +56,10 @@ def alike(
 ) -> Tensor:
     "A tensor of one's own, where `model` is, and in the same shards."
     tensor = tensor.to(model.device, copy=True)
-    if not hasattr(model, "to_local") or tensor.shape != model.shape: return tensor
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+    if tensor.shape == model.shape and _in_shards(model):
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+    return tensor
 
 
 def copied(
@@ -60,7 +67,7 @@ def copied(
     keep: bool = True, # False: only help the others to put shards together
 ) -> dict[str, Tensor]:
     "Tensors of one's own, whole, on the CPU, by name: all workers put them together in the same order."
-    whole = ((k, v.detach().full_tensor() if hasattr(v, "to_local") else v.detach()) for k, v in sorted(tensors.items())) # type: ignore[operator]
+    whole = ((k, (v.full_tensor() if _in_shards(v) else v).detach()) for k, v in sorted(tensors.items()))
     return {k: v.to("cpu", copy=True) for k, v in whole if keep}
 
 # %% ../nbs/13_fitting.ipynb #d2db800c

@@ -60,7 +60,8 @@ def _sharded(network: nn.Module) -> nn.Module:
     for container in reversed([m for m in network.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]):
         for layer in container:
             if any(True for _ in layer.parameters()): fully_shard(layer, reshard_after_forward=True)
-    return fully_shard(network, reshard_after_forward=True)
+    fully_shard(network, reshard_after_forward=True)
+    return network
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -137,19 +138,19 @@ class RayBackend:
     gpu: bool = False               # one GPU a worker
     failures: int = 3               # how often workers may be lost
     collective_timeout_s: int = 120 # workers wait for each other for so long
-    least: int | None = None        # workers to go on with where there is no room for all; None: only with all
+    workers_min: int | None = None  # so many will do where there is no room for all; None: all or none
 
     def _trainer(self, job: list[Any], news: Queue, kept: Checkpoints) -> TorchTrainer:
         config = {"job": job, "news": news, "folder": str(kept.folder), "workers": self.workers}
-        elastic = {"num_workers": (self.least, self.workers), "elastic_resize_monitor_interval_s": 60.0} if self.least and self.least < self.workers else {"num_workers": self.workers}
+        team: Any = (self.workers_min, self.workers) if self.workers_min and self.workers_min < self.workers else self.workers
         return TorchTrainer(
             _work, train_loop_config=config, torch_config=TorchConfig(timeout_s=self.collective_timeout_s),
-            scaling_config=ScalingConfig(**elastic, use_gpu=self.gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if self.gpu else {})),
-            run_config=RunConfig(name=uuid4().hex[:8], storage_path=str(kept.folder / "ray"), failure_config=FailureConfig(max_failures=0), callbacks=[_Announced(news)]))
+            scaling_config=ScalingConfig(num_workers=team, use_gpu=self.gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if self.gpu else {})),
+            run_config=RunConfig(name=uuid4().hex[:8], storage_path=str(kept.folder / "ray"), failure_config=FailureConfig(max_failures=0), callbacks=[_Announced(news)])) # type: ignore[list-item]
 
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
         if job.model.estimator and (self.workers > 1 or self.gpu): # fitted as a whole, on one worker
-            yield from replace(self, workers=1, least=None, gpu=False).train(job, name, home, resume, note)
+            yield from replace(self, workers=1, workers_min=None, gpu=False).train(job, name, home, resume, note)
             return
         kept = Checkpoints((home / name).resolve())
         if not resume: kept.forget()
