@@ -125,13 +125,15 @@ class _Trial(ray_tune.Trainable):
     "A trial's process. One that is stopped closes what it listens to, so the workers of a backend end before their trial does."
 
     def setup(self, config: dict[str, Any], given: _Given) -> None: # type: ignore[override]
-        self.given, self.reports = given, _reports(config, given)
+        self.given = given
+        self.reports = _reports(config, given)
+
     def step(self) -> dict[str, Any]: return next(self.reports)
     def cleanup(self) -> None: self.reports.close()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.cleanup()
-        self.setup(new_config, self.given)
+        self.reports = _reports(new_config, self.given)
         return True
 
 # %% ../nbs/44_tune_on_ray.ipynb #f13885f5

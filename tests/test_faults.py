@@ -308,14 +308,15 @@ def test_a_node_lost_for_good_leaves_fewer_workers(nodes, diabetes, tmp_path):
 
     def kill_node() -> None:
         while reached(settings.home) < 5: time.sleep(0.005)
-        os.kill(victims[0].all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        raylet = psutil.Process(victims[0].all_processes["raylet"][0].process.pid)
+        for process in (raylet, *raylet.children(recursive=True)): process.kill() # the machine has lost its power
     killer, began = threading.Thread(target=kill_node, daemon=True), time.monotonic()
     killer.start()
     run = train(spec, settings, RayBackend(2, workers_min=1), memory)
     assert not killer.is_alive() and any("a worker was lost" in n for n in memory.notes) and any("room for 1 of 2" in n for n in memory.notes), memory.notes
     assert len(memory.logged) == LONG and all(np.isfinite(m["valid_loss"]) for m in memory.logged)
     bundle = bundle_of(open_registry(settings), run.version)
-    team = bundle.provenance["workers_by_epoch"]
+    team = bundle.provenance.get("workers_by_epoch", [])
     assert bundle.provenance["workers"] == 2 and len(team) == LONG and team[:5] == [2] * 5 and team[-1] == 1 and team == sorted(team, reverse=True)
     assert run.evaluation.scorecard.overall["roc_auc"].value > alone - 0.03
     print(f"\n{team.count(2)} epochs of two workers, then {team.count(1)} of one; {time.monotonic() - began:.1f} s in all")
