@@ -66,7 +66,7 @@ Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, such as 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Changes to the spec, such as train.epochs=5.")]
 Reference = Annotated[str, typer.Argument(metavar="VERSION", help="name/3, name@alias, or name for the newest.")]
 Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="HTTP port (default: that of the settings).")]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Training processes on Ray (default: that of the settings).")]
+Workers = Annotated[str | None, typer.Option("--workers", metavar="N or N..M", help="Training processes on Ray; 1..4: four, and down to one where there is no room (default: that of the settings).")]
 
 # %% ../nbs/59_cli.ipynb #a7d6b760
 def _show(as_json: bool, value: Any, *faces: Any) -> None:

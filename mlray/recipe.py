@@ -102,6 +102,7 @@ class Train(Part):
     average: Annotated[float, Field(ge=0, lt=1)] | None = None # decay of the moving average of the weights; 0: none
     clip: Annotated[float, Field(gt=0)] | None = None # largest norm of a step's gradient
     precision: Literal["float32", "bf16"] = "float32" # of the forward pass while training; weights stay float32
+    parallel: Literal["ddp", "fsdp"] = "ddp"        # several workers: each has all weights, or, for networks too large for that, a shard of them and of what the optimiser remembers
     compile: bool = False                           # torch.compile; needs a C++ compiler on the workers
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] = 1        # CPU threads a worker; more can change the last bits
@@ -109,9 +110,15 @@ class Train(Part):
     changes: tuple[Change, ...] = ()                # of values on the way; later ones win
 
     @model_validator(mode="after")
+    def _in_shards(self) -> Self:
+        if self.parallel == "fsdp" and self.compile: raise ValueError("fsdp and compile do not go together yet: leave out one of them")
+        return self
+
+    @model_validator(mode="after")
     def _private(self) -> Self:
         if self.privacy is None: return self
         if self.clip is not None: raise ValueError("with privacy the gradient of each row is clipped: set privacy.clip instead of clip")
         if self.patience is not None: raise ValueError("with privacy nothing stops early, as the noise is made for all epochs: set epochs and leave out patience")
+        if self.parallel == "fsdp": raise ValueError("with privacy each worker needs all weights: leave out parallel")
         if self.compile or self.precision != "float32": raise ValueError("with privacy each row has a gradient of its own: leave out compile and precision")
         return self

@@ -27,7 +27,8 @@ from .settings import Settings
 from .tracking import NullTracker, Tracker
 
 # %% ../nbs/38a_reproduce.ipynb #01d02644
-_NAMES = {"train_rows": "training rows", "valid_rows": "validation rows", "test_rows": "test rows"}
+_TEAM = "workers by epoch"
+_NAMES = {"workers_by_epoch": _TEAM, "train_rows": "training rows", "valid_rows": "validation rows", "test_rows": "test rows"}
 _NO_CAUSE = frozenset({"epochs", "best_epoch", "search", "calibration", "sources"})
 
 
@@ -71,6 +72,8 @@ class Reproduction(Displayed):
     def finding(self) -> str:
         "One sentence."
         said = ", ".join(d.what for d in self.differences)
+        team = next((d.then or d.now for d in self.differences if d.what == _TEAM), None)
+        if team and not self.identical: return f"{self.version}: the weights differ, as they must: the number of workers changed on the way ({team}), and other shards add up in another order. Changed since: {said}."
         if self.identical: return f"{self.version}: identical, to the bit" + (f", although this has changed: {said}." if said else ".")
         return f"{self.version}: the weights differ. Changed since: {said}." if said else (
             f"{self.version}: the weights differ, and nothing that is recorded has changed. Look at the processor, and at mlray's code if it is not a release.")

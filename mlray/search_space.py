@@ -69,7 +69,6 @@ class Search(Part):
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
         if self.sampler == "nsga2" and not self.prices: raise ValueError("nsga2 weighs one goal against another: give prices, or choose tpe")
-        if self.workers > 1 and (self.scheduler == "asha" or self.epochs): raise ValueError("trials of several workers are not stopped on their way yet: with workers give scheduler: none, and no epochs")
         if self.scheduler != "pbt": return self
         if not set(self.space) & set(CHANGEABLE): raise ValueError(f"pbt changes values while it trains, so the space needs one of {', '.join(CHANGEABLE)}")
         if "train.epochs" in self.space: raise ValueError("pbt compares trials of equal length, so train.epochs cannot be searched")
