@@ -188,13 +188,14 @@ def largest_moved(
     "The largest of ours less the largest of theirs."
     if not len(ours) or np.isnan(ours).any() or np.isnan(theirs).any(): return Measure(math.nan)
     value = float(ours.max() - theirs.max())
-    moved, drawn = ours - theirs, our_draws - their_draws
+    rows, drawn = np.stack([ours - theirs, ours, theirs]), np.stack([our_draws - their_draws, our_draws, their_draws], axis=1)  # [3, places], [draws, 3, places]
     if not np.isfinite(drawn).all(): return Measure(value)
-    near = [x + 2 * (e := d.std(0)) >= (x - 2 * e).max() for x, d in ((ours, our_draws), (theirs, their_draws))]
-    either, errors = near[0] | near[1], drawn.std(0)
-    scaled = np.divide(np.abs(drawn - moved), errors, out=np.zeros(drawn.shape), where=errors > 0)[:, either]
-    half = float(np.quantile(scaled.max(1), 0.95)) * errors
-    return Measure(value, float((moved - half)[near[1]].min()), float((moved + half)[near[0]].max()))
+    errors = drawn.std(0)
+    near = [x + 2 * e >= (x - 2 * e).max() for x, e in zip(rows[1:], errors[1:], strict=True)]
+    scaled = np.divide(np.abs(drawn - rows), errors, out=np.zeros(drawn.shape), where=errors > 0)
+    half = float(np.quantile(np.concatenate([scaled[:, 0, near[0] | near[1]], scaled[:, 1, near[0]], scaled[:, 2, near[1]]], axis=1).max(1), 0.95)) * errors
+    low, high = rows - half, rows + half
+    return Measure(value, max(float(low[0, near[1]].min()), float(low[1].max() - high[2, near[1]].max())), min(float(high[0, near[0]].max()), float(high[1, near[0]].max() - low[2].max())))
 
 # %% ../nbs/21d_paired.ipynb #69925031
 def _parsed(metric: str) -> tuple[tuple[str, ...], str]:
