@@ -17,12 +17,12 @@ from typing import Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 
-from .counts import Counts, confusion
+from .counts import Counts, confusion, groups_of
 from .display import Table, table
 from .errors import DataError, SpecError, suggest
 from .fairness import spread
 from .gate import less_is_better
-from .rates import RATES, proportion
+from .rates import PROPORTIONS, RATES, proportion
 from .rollout_policy import Check, Demand, Fair, Rollout, Slower
 from .spec import Rule
 
@@ -265,8 +265,42 @@ def _gap(metric: str, matrices: np.ndarray, groups: int, alpha: float) -> tuple[
             ends.append((max(0.0, 1 - high.min() / max(low.max(), 1e-300)), 1 - low.min() / high.max()))
     return float(max(e[0] for e in ends)), float(max(e[1] for e in ends))
 
+# %% ../nbs/26_rollout.ipynb #8cadc6ed
+def _by_group(arms: Sequence[Counts | None]) -> tuple[list[tuple[str, ...]], np.ndarray]: # groups, [arms, groups, label, decision]
+    names = sorted({g for k in arms if k for g in groups_of(k)})
+    cells = np.zeros((len(arms), len(names), 2, 2))
+    for side, k in zip(cells, arms, strict=True):
+        if k: side[[names.index(g) for g in groups_of(k)]] = confusion(k, "rows")
+    return names, cells
 
+
+def _each_group(rule: Rule, fair: Fair, evidence: Evidence, alpha: float) -> list[Finding]:
+    "A promise about a rate in every group."
+    names, cells = _by_group([arm.counts.by(sorted(rule.by)) if arm.counts and set(rule.by) <= set(arm.counts.columns) else None for arm in (evidence.canary, evidence.champion)])
+    (hits, of), (hits_h, of_h) = (proportion(side, rule.metric) for side in cells)
+    each = alpha / sum(b is not None for b in (rule.at_least, rule.at_most, rule.within)) / fair.groups
+    low, high = interval(hits, of, each)
+    sides = [(f"at least {rule.at_least:g}", 0.0, of, (rule.at_least - high, rule.at_least - low))] if rule.at_least is not None else []
+    if rule.at_most is not None: sides.append((f"at most {rule.at_most:g}", 0.0, of, (low - rule.at_most, high - rule.at_most)))
+    if rule.within is not None:
+        ours, theirs = (hits, of), (hits_h, of_h)
+        sides.append(("against the champion", rule.within, np.minimum(of, of_h), difference(*ours, *theirs, each) if less_is_better(rule.metric) else difference(*theirs, *ours, each)))
+    return [_worst_group(rule, fair, names, *side, (hits, of), (hits_h, of_h)) for side in sides]
+
+
+def _worst_group(rule: Rule, fair: Fair, names: Sequence[tuple[str, ...]], said: str, margin: float, rows: np.ndarray, ends: tuple[np.ndarray, np.ndarray], ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]) -> Finding:
+    enough = rows >= fair.minimum
+    few = f"no group has {fair.minimum} labelled rows that {rule.metric} is taken over" if not enough.any() else f"{len(names)} groups; alpha was shared among {fair.groups}. Set rollout.fairness.groups before the rollout" if len(names) > fair.groups else ""
+    if few: return Finding("fairness", rule.measure, None, None, -1.0, 1.0, margin, "too little", fair.demand, few)
+    low, high = (np.where(enough, e, -np.inf) for e in ends)
+    at = int(low.argmax() if low.max() > margin else high.argmax())
+    verdict, why = _judged(float(low.max()), float(high.max()), margin)
+    shares = [_known(h[at] / n[at]) if n[at] else None for h, n in (ours, theirs)]
+    return Finding("fairness", rule.measure, *shares, float(low.max()), float(high.max()), margin, verdict, fair.demand, f"{said}, {', '.join(names[at])}: {why}")
+
+# %% ../nbs/26_rollout.ipynb #206a30c8
 def _group(rule: Rule, fair: Fair, evidence: Evidence, alpha: float) -> list[Finding]:
+    if rule.metric in PROPORTIONS: return _each_group(rule, fair, evidence, alpha)
     less, bound = less_is_better(rule.metric), rule.at_most if less_is_better(rule.metric) else rule.at_least
     if rule.metric not in _GAPS: raise SpecError(f"Rule {rule.measure}: no gap between groups has this name. {suggest(rule.metric, _GAPS)}")
     if (rule.at_least if less else rule.at_most) is not None: raise SpecError(f"Rule {rule.measure}: a difference is promised `at_most`, a ratio `at_least`; turn it round.")

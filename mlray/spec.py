@@ -37,7 +37,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]   # a token
 class Rule(Part):
     "A promise that a candidate must keep."
     metric: str                         # the name that scikit-learn or fairlearn gives it
-    by: tuple[str, ...] = ()            # the sensitive columns that form the groups
+    by: tuple[str, ...] = ()            # the sensitive columns that form the groups; a rate such as recall must then hold in every group
     at_least: float | None = None
     at_most: float | None = None
     within: float | None = Field(None, ge=0) # may be this much worse than the incumbent
