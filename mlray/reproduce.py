@@ -28,7 +28,7 @@ from .tracking import NullTracker, Tracker
 
 # %% ../nbs/38a_reproduce.ipynb #01d02644
 _NAMES = {"train_rows": "training rows", "valid_rows": "validation rows", "test_rows": "test rows"}
-_NO_CAUSE = frozenset({"epochs", "best_epoch", "search", "calibration"})
+_NO_CAUSE = frozenset({"epochs", "best_epoch", "search", "calibration", "sources"})
 
 
 @dataclass(frozen=True)
