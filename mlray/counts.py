@@ -75,7 +75,7 @@ class Counts:
 
     def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
-
+# %% ../nbs/20a_counts.ipynb #a3272707
 def _keys(columns: Sequence[str]) -> list[str]: return [f"slice:{c}" for c in columns] # so that a slice column may be called `weight`
 
 

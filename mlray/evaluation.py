@@ -183,8 +183,8 @@ def evaluate_beside(
     beside = Beside(evaluation, measured(theirs, bundle.spec))
     same = (bundle.task.kind, bundle.task.targets, bundle.task.names, bundle.task.quantiles) == (incumbent.task.kind, incumbent.task.targets, incumbent.task.names, incumbent.task.quantiles)
     if not same or not np.array_equal(ours.truth, theirs.truth): return beside
-    terms = None
-    if ours.weights is not None and bundle.contract.weight == incumbent.contract.weight: terms = (*(_row_terms(s.bundle, s.truth, s.answers, s.decisions) for s in (ours, theirs)), ours.weights)
+    one, other = (_row_terms(s.bundle, s.truth, s.answers, s.decisions) if ours.weights is not None else {} for s in (ours, theirs))
+    terms = (one, other, ours.weights) if ours.weights is not None and bundle.contract.weight == incumbent.contract.weight else None
     comparison = compare_answers(bundle.task, ours.truth, (ours.answers, ours.decisions), (theirs.answers, theirs.decisions), ours.groups, terms)
     return replace(beside, comparison=comparison, groups=_differences_of_groups(ours, theirs, evaluation))
 

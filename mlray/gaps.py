@@ -86,7 +86,7 @@ def _difference(means: np.ndarray, drawn: np.ndarray) -> Measure: # [terms, grou
     apart, again = in_pairs(means).ravel(), in_pairs(drawn).reshape(len(drawn), -1)
     return largest(apart, again if means.shape[-1] <= MOST_GROUPS else again[:0])
 
-
+# %% ../nbs/21a_gaps.ipynb #a06c8f87
 @dataclass(frozen=True)
 class GapReport:
     "What each group gets, and how far groups are apart."
