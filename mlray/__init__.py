@@ -55,11 +55,13 @@ Modules:
 - `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
 - `mlray.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates
 - `mlray.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
+- `mlray.mixture`: Two means from their sums, compared at every look
 - `mlray.model`: Fitting a network: training as a generator of epochs
 - `mlray.moments`: Means of anything a column can hold, from sums that add: errors of a regression, cost, latency
 - `mlray.network`: Numbers to scores: TabM and its simpler relatives, and the graph they become
 - `mlray.network_inputs`: What was learned about the rows, as the first layers of a network
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
+- `mlray.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
@@ -102,6 +104,7 @@ Modules:
 - `mlray.tracking`: Who listens to a run
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
 - `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
+- `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
 - `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances"""
 

@@ -116,7 +116,7 @@ def train(spec: Spec, overrides: Overrides = None, on: Annotated[str, typer.Opti
     "Train, measure and register a version; print it with its verdict."
     from mlray.spec import read_spec
     run = train_run(read_spec(spec, overrides or ()), settings_of(env, workers=workers), on, resume, quiet=as_json)
-    _show(as_json, run.as_dict(), *run.evaluation.scorecard.overall_tables(), run.verdict.table(), str(run.version))
+    _show(as_json, run.as_dict(), *run.evaluation.scorecard.overall_tables(), *([run.comparison.table()] if run.comparison else []), run.verdict.table(), str(run.version))
     if not run.verdict.passed: raise typer.Exit(1)
 
 # %% ../nbs/59_cli.ipynb #e40dc5d3

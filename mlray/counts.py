@@ -43,7 +43,8 @@ class Counts(Displayed):
         for what, ours, theirs in (("slices", self.columns, other.columns), ("classes", self.classes, other.classes), ("score bins", self.bins, other.bins)):
             if ours != theirs: raise DataError(f"Counts add up when they count the same way; these differ in their {what}: {ours} and {theirs}. Count both with the same arguments.")
         hidden = (self.suppressed[0] + other.suppressed[0], self.suppressed[1] + other.suppressed[1])
-        return replace(self, cells=_added(pl.concat([self.cells, other.cells]), self.columns), suppressed=hidden)
+        cells = _added_to(self.cells, other.cells, _keys(self.columns)) if other.cells.height <= self.cells.height else _added_to(other.cells, self.cells, _keys(self.columns))
+        return replace(self, cells=_added(pl.concat([self.cells, other.cells]), self.columns) if cells is None else cells, suppressed=hidden)
 
     def by(self, columns: Sequence[str]) -> "Counts":
         "The same rows by fewer columns; by none: all rows in one slice."
@@ -74,6 +75,22 @@ class Counts(Displayed):
 
 # %% ../nbs/20a_counts.ipynb #d84a8881
 def _keys(columns: Sequence[str]) -> list[str]: return [f"slice:{c}" for c in columns] # so that a slice column may be called `weight`
+
+
+def _added_to(cells: pl.DataFrame, few: pl.DataFrame, keys: Sequence[str], most: int = 4096) -> pl.DataFrame | None: # None: by a query, because cells are many or new
+    "A few cells, such as those of one request, added to cells that are there already; several times as fast as a query."
+    if few.height * 16 > most or cells.height > most or cells.columns != few.columns: return None
+    named = [*keys, "label", "decision", "bin"]
+    rows = lambda frame: zip(*(frame[n].to_list() for n in named), strict=True)
+    places = {row: i for i, row in enumerate(rows(cells))}
+    at = [places.get(row, -1) for row in rows(few)]
+    if -1 in at: return None
+    def column(name: str) -> pl.Series:
+        if name in named: return cells[name]
+        values = cells[name].to_numpy().copy()
+        values[at] += few[name].to_numpy()
+        return pl.Series(name, values)
+    return pl.DataFrame([column(n) for n in cells.columns])
 
 
 def _added(cells: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from .behaviour import Behaviour
 from .bundle import Bundle, decide, load_bundle, predict
 from .contract import groups
 from .counterfactual import Counterfactual, counterfactual
@@ -28,7 +29,7 @@ from .importance import Summary, summary
 from .robust import BehaviourReport, RobustnessReport, behave, robustness
 from .score import Measure
 from .shapley import shapley
-from .spec import Rule
+from .spec import Rule, RunSpec
 
 # %% ../nbs/35c_explanation.ipynb #73cd24cb
 def scoring(bundle: Bundle) -> Score:
@@ -122,15 +123,15 @@ def some_rows(frame: pl.DataFrame, most: int) -> pl.DataFrame:
     return frame.gather_every(max(1, -(-frame.height // most)))
 
 
-def shaken(bundle: Bundle, frame: pl.DataFrame) -> RobustnessReport:
+def shaken(bundle: Bundle, frame: pl.DataFrame, min_group: int | None = None) -> RobustnessReport:
     "Test rows of a bundle, disturbed."
     by = groups(bundle.contract, frame) if bundle.contract.sensitive else None
-    return robustness(deciding(bundle), bundle.contract, frame, by, None, None, bundle.digest, min_group=bundle.spec.min_group)
+    return robustness(deciding(bundle), bundle.contract, frame, by, None, None, bundle.digest, min_group=bundle.spec.min_group if min_group is None else min_group)
 
 
-def behaved(bundle: Bundle, frame: pl.DataFrame, output: int | None = None) -> BehaviourReport:
-    "The spec's checks of behaviour, tried on test rows."
-    return behave(scoring(bundle), bundle.contract, frame, bundle.spec.behaviour, output)
+def behaved(bundle: Bundle, frame: pl.DataFrame, output: int | None = None, checks: Sequence[Behaviour] | None = None) -> BehaviourReport:
+    "Checks of behaviour, tried on test rows: the given ones, or the spec's."
+    return behave(scoring(bundle), bundle.contract, frame, bundle.spec.behaviour if checks is None else checks, output)
 
 
 def asked_for(
@@ -138,11 +139,12 @@ def asked_for(
     frame: pl.DataFrame,    # checked test rows
     rules: Sequence[Rule],
     most: int = 50,         # rows to explain
+    asks: RunSpec | None = None, # whose rules and checks these are; None: the bundle's own
 ) -> dict[str, float | Measure]: # by measure, as `mlray.gate.judge` takes them
     "What rules ask of explanations, robustness and behaviour, and no more."
-    names = {rule.metric.partition("[")[0] for rule in rules}
+    names, spec = {rule.metric.partition("[")[0] for rule in rules}, asks or bundle.spec
     found: dict[str, float | Measure] = {}
     if names & set(EXPLAINED): found |= explain_rows(bundle, some_rows(frame, most), perturbations=2000).values
-    if names & set(SHAKEN) and any(rule.measure not in ATTACKED for rule in rules if rule.metric.partition("[")[0] in SHAKEN): found |= shaken(bundle, frame).measures
-    if "behaviour" in names: found |= behaved(bundle, frame).measures
+    if names & set(SHAKEN) and any(rule.measure not in ATTACKED for rule in rules if rule.metric.partition("[")[0] in SHAKEN): found |= shaken(bundle, frame, spec.min_group).measures
+    if "behaviour" in names: found |= behaved(bundle, frame, checks=spec.behaviour).measures
     return found

@@ -27,17 +27,18 @@ from torch import nn
 from .bundle import PARITY, Bundle, pack
 from .calibration import calibrate, calibrated, expected_calibration_error
 from .checkpoints import Checkpoints, claimed
+from .comparison import Comparison
 from .contract import labels
 from .decision import Mitigation, Threshold
 from .declared import declared
 from .drift import DriftReport, drift_report
 from .errors import BundleError, TrainingError
 from .estimator_graph import answer
-from .evaluation import Evaluation, asks_of_rows, evaluate, incumbent_of, rules_of, verdict_of
+from .evaluation import Evaluation, asks_of_rows, comparing, evaluate_beside, incumbent_of, rules_of, verdict_of
 from .explanation import asked_for
 from .features import Matrix, apply, learn
 from .fitting_privately import budget_of
-from .gate import Verdict
+from .gate import Found, Verdict
 from .imported import source_digest
 from .loss import row_weights, scaled
 from .mitigation import reweighing
@@ -46,7 +47,6 @@ from .network import fitted, rehearse, scores, sensible, to_onnx
 from .profile import Profile, profile
 from .registry import Registry, Version, bundle_of, open_registry, register, version, versions
 from .rows import Rows, inspect_rows, read_rows
-from .score import Measure
 from .settings import Settings, read_settings
 from .spec import RunSpec
 from .task import Task, task_of
@@ -225,16 +225,20 @@ class Run:
     evaluation: Evaluation
     verdict: Verdict
     drift: DriftReport | None = None # of the training rows, from those of the last version; None: it is the first
+    comparison: Comparison | None = None # with the version in production, on the same rows; None: there is none
 
     def as_dict(self) -> dict[str, Any]:
         "JSON values, as `mlray train --json` prints them."
         finite = lambda x: x if x == x else None
-        measures = {n: {"value": finite(m.value), "low": finite(m.low), "high": finite(m.high)} for n, m in self.evaluation.scorecard.overall.items()}
-        measures |= {n: {"value": finite(v)} for n, v in self.evaluation.fairness.values.items()}
+        said = lambda m: {"value": finite(m.value), "low": finite(m.low), "high": finite(m.high)}
+        measures = {n: said(m) for n, m in {**self.evaluation.scorecard.overall, **self.evaluation.fairness.measures}.items()}
+        against = {n: {"production": finite(d.theirs), "difference": said(d.difference), "p_value": finite(d.p_value)} for n, d in self.comparison.overall.items()} if self.comparison else None
         return {"version": str(self.version), "digest": self.version.digest, "measures": measures, "verdict": self.verdict.as_dict(),
-                "drift": self.drift.as_dict() if self.drift else None}
+                "drift": self.drift.as_dict() if self.drift else None, "comparison": against}
 
-    def _repr_markdown_(self) -> str: return f"**{self.version}**\n\n{self.verdict.table()._repr_markdown_()}\n\n{self.evaluation._repr_markdown_()}"
+    def _repr_markdown_(self) -> str:
+        parts = (f"**{self.version}**", self.verdict.table()._repr_markdown_(), self.comparison._repr_markdown_() if self.comparison else "", self.evaluation._repr_markdown_())
+        return "\n\n".join(filter(None, parts))
 
 # %% ../nbs/38_run.ipynb #42e6d51c
 def train(
@@ -260,12 +264,13 @@ def train(
             bundle = make_bundle(spec, job, rows, backend, tracker, kept, Path(scratch) / "bundle", parent, resume)
             tracker.note(f"measuring on {rows.parts.test.height} test rows")
             before = incumbent_of(registry, spec.name)
-            evaluation = evaluate(bundle, rows.parts.test)
-            asked = rules_of(spec)
-            data: dict[str, float | Measure] = {**(inspect_rows(rows, before.profile if before else None).values if asks_of_rows(asked, evaluation) else {}),
-                                                **asked_for(bundle, rows.parts.test, asked), **asked_of_network(bundle, rows.parts.test, asked)}
-            verdict = verdict_of(spec, evaluation, evaluate(before, rows.parts.test) if before else None, data=data)
-            run = Run(register(registry, bundle, {"values": evaluation.scorecard.values, "verdict": verdict.as_dict()}), rows, evaluation, verdict, drift)
+            beside = evaluate_beside(bundle, before, rows.parts.test)
+            evaluation, asked = beside.evaluation, rules_of(spec)
+            data: dict[str, Found] = {**(inspect_rows(rows, before.profile if before else None).values if asks_of_rows(asked, evaluation) else {}),
+                                      **asked_for(bundle, rows.parts.test, asked), **asked_of_network(bundle, rows.parts.test, asked)}
+            theirs = {**asked_for(before, rows.parts.test, comparing(asked), asks=spec), **asked_of_network(before, rows.parts.test, comparing(asked))} if before else {}
+            verdict = verdict_of(spec, beside, data=data, before=theirs)
+            run = Run(register(registry, bundle, {"values": evaluation.scorecard.values, "verdict": verdict.as_dict()}), rows, evaluation, verdict, drift, beside.comparison)
             kept.clear() # finished: the same command would do it all again, and come to the same version
     except BaseException as error:
         tracker.finish({"error": f"{type(error).__name__}: {error}"})

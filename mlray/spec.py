@@ -37,7 +37,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]   # a token
 class Rule(Part):
     "A promise that a candidate must keep."
     metric: str                         # the name that scikit-learn or fairlearn gives it
-    by: tuple[str, ...] = ()            # the sensitive columns that form the groups
+    by: tuple[str, ...] = ()            # the sensitive columns that form the groups; a rate such as recall must then hold in every group
     at_least: float | None = None
     at_most: float | None = None
     within: float | None = Field(None, ge=0) # may be this much worse than the incumbent
@@ -79,11 +79,17 @@ def _check_learning(spec: "RunSpec") -> None:
     for path, dimension in (spec.search.space if spec.search else {}).items(): check_searchable({"model": spec.model, "train": spec.train}, path, dimension)
 
 
+_OF_ROWS = ("invalid_share", "duplicate_share", "single_feature_roc_auc", "moved_share", "unmatched_columns", "population_stability_index", "jensen_shannon_distance", "cramers_v", "kolmogorov_smirnov", "wasserstein_distance",
+            "outside_difference", "missing_difference", "drift_p_value")
+
+
 def _check_promises(spec: "RunSpec") -> None:
     sensitive, features = ({n for n, c in spec.contract.items() if having(c)} for having in (lambda c: c.sensitive, lambda c: c.role == "feature"))
     rules = [r for rules in spec.gates.values() for r in rules]
     for rule, column in ((r, c) for r in rules for c in r.by):
         if column not in sensitive: raise ValueError(f"rule {rule.measure}: {column!r} is not a sensitive column. {suggest(column, sensitive)}")
+    for rule in rules:
+        if rule.within is not None and rule.metric.partition("[")[0] in _OF_ROWS: raise ValueError(f"rule {rule.measure}: it is measured of rows and not of models, so there is none of production's to be within. Promise at_most or at_least")
     for check, column in ((b, c) for b in spec.behaviour for c in b.columns):
         if column not in features: raise ValueError(f"behaviour {check.name!r}: {column!r} is no feature. {suggest(column, features)}")
     promised = {r.measure for r in rules}

@@ -443,3 +443,17 @@ def test_counts_made_elsewhere_are_counts():
     rows = [("a", 1, 1)] * 3 + [("a", 0, 1)] + [("a", 1, 0)] * 2 + [("a", 0, 0)] * 4 + [("b", 0, 0)] * 5
     frame = pl.DataFrame(rows, schema=["g", "label", "decision"], orient="row")
     assert isinstance(ours, Counts) and ours.cells.equals(count_rows(frame, ["g"]).cells)
+
+
+def test_a_few_cells_are_added_as_a_query_would_add_them():
+    "The short way for one request's counts, and the query, give the same cells whatever is new."
+    from mlray.counts import _added, _added_to
+    rng = np.random.default_rng(0)
+    def some(rows, groups): return count(pl.DataFrame({"g": rng.choice(groups, rows)}), rng.integers(0, 2, rows), rng.integers(0, 2, rows), rng.integers(0, 8, rows) / 8, bins=8)
+    so_far, ways = some(500, ["a", "b"]), set()
+    for rows, groups in ((1, ["a"]), (1, ["new"]), (3, ["a", "b"]), (40, ["b"]), (5000, ["a", "b"])):
+        for one in (some(rows, groups) for _ in range(5)):
+            both = pl.concat([so_far.cells, one.cells])
+            assert (so_far + one).cells.equals(_added(both, ("g",))) and (one + so_far).cells.equals(_added(both, ("g",)))
+            ways.add(_added_to(so_far.cells, one.cells, ["slice:g"]) is None)
+    assert ways == {True, False}

@@ -445,3 +445,16 @@ def test_the_section_reads_and_changes_the_run():
                                                   ("error_rate, margin: 0.01", "error_rate", "either margin or at_most"), ("metric: accuracy", "metric: error_rate", "checked once")])
 def test_a_wrong_section_is_a_letter(old, new, says):
     with pytest.raises(SpecError, match=says): parse_spec(SPEC.replace(old, new))
+
+
+def test_a_rate_promised_to_every_group_is_kept_up_by_the_worst_of_them():
+    "The group that falls below leaves in the finding; groups with few rows say nothing."
+    def arm(f, m): return Arm(4000, {}, (), tabulated(("sex",), {("f",): (f, 0, 1000 - f, 1000), ("m",): (m, 0, 1000 - m, 1000), ("x",): (0, 0, 3, 0)}))
+    policy, kept = Rollout(steps=(0.5, 1.0), checks=(), latency=None), Rule(metric="recall", by=("sex",), at_least=0.6, within=0.1)
+    good, bad = decide(Evidence(0.5, arm(800, 850), arm(800, 850)), policy, [kept]), decide(Evidence(0.5, arm(400, 850), arm(800, 850)), policy, [kept])
+    assert isinstance(good, Promote) and {f.verdict for f in good.findings} <= {"better", "within"}
+    assert isinstance(bad, RollBack) and all(", f: " in f.why and f.canary == 0.4 for f in bad.findings if f.verdict == "worse")
+    few = decide(Evidence(0.5, arm(40, 85)), policy, [Rule(metric="false_positive_rate", by=("sex",), at_most=0.5)])
+    assert all(f.verdict == "better" for f in few.findings), few.findings
+    none = decide(Evidence(0.5, Arm(5), Arm(5)), policy, [kept])
+    assert {f.verdict for f in none.findings} == {"too little"} and "100 labelled rows" in none.findings[0].why
