@@ -13,7 +13,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # %% ../nbs/31a_audit.ipynb #bacc28eb
@@ -57,7 +57,7 @@ def seal(
 ) -> Entry:
     "The next entry of a chain."
     bare = Entry(last.seq + 1 if last else 1, created, actor, action, object, details, (last.mac if last else None) or GENESIS, None)
-    return Entry(*(getattr(bare, n) for n in ("seq", "created", "actor", "action", "object", "details", "prev")), code_of(key, bare))
+    return replace(bare, mac=code_of(key, bare))
 
 # %% ../nbs/31a_audit.ipynb #be8373b3
 @dataclass(frozen=True)

@@ -275,10 +275,8 @@ def retire(
     mine, when = (VERSIONS.c.name == found.name, VERSIONS.c.number == found.number), registry._now().isoformat()
     with registry.database.change() as c:
         used = [r.alias for r in c.execute(ALIASES.select().where(ALIASES.c.name == found.name, ALIASES.c.number == found.number))]
-        row = c.execute(VERSIONS.select().where(*mine)).one()
         if used: registry._log(c, "refuse", str(found), retire=why, why=f"in use: {', '.join(used)}")
-        elif row.retired is None:
-            c.execute(VERSIONS.update().where(*mine).values(retired=when))
+        elif c.execute(VERSIONS.update().where(*mine, VERSIONS.c.retired.is_(None)).values(retired=when)).rowcount:
             registry._log(c, "retire", str(found), why=why, successor=successor)
         row = c.execute(VERSIONS.select().where(*mine)).one()
     if used: raise RegistryError(f"{found} is in use: {', '.join(f'{found.name}@{a}' for a in used)}. Promote another version there, or `mlray rollback {found.name} {used[0]}`, then retire it.")
