@@ -10,13 +10,17 @@ Modules:
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
 - `mlray.calibration`: Scores that can be taken at their word: fitted on validation rows, shipped in the graph
+- `mlray.chart`: Plots as plain SVG: values with their intervals, lines, points, bars
 - `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line
 - `mlray.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
+- `mlray.column`: What one column of a table may hold, and what it is for
 - `mlray.commands`: What each command does, with its vendors chosen
+- `mlray.comparison`: Two models on the same rows: how far apart, and whether that can be chance
 - `mlray.contract`: What a row must look like, said once and held everywhere
 - `mlray.counterfactual`: What would have to be different for another answer: the smallest change that flips it
 - `mlray.counts`: One small table that stands for all rows: slices × label × decision × score bin; tables add
+- `mlray.data`: Which rows: their sources, and how they are divided
 - `mlray.decision`: From a score to a decision: calibration, threshold and fairness, as intent
 - `mlray.declared`: Rows to numbers without having seen a row: encoders that follow from the contract alone
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
@@ -24,8 +28,15 @@ Modules:
 - `mlray.errors`: One family of errors, each a short letter to a tired person
 - `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
 - `mlray.estimator`: Models of scikit-learn, LightGBM and XGBoost: the same rows, the same graph
+- `mlray.estimator_graph`: Fitted estimators of scikit-learn, LightGBM and XGBoost as ONNX graphs that keep the laws
 - `mlray.evaluation`: What a bundle does with rows it has not learned from
 - `mlray.explain`: Why this answer: a straight line through the model's answers nearby, the same to the byte for the same row
+- `mlray.explain_image`: Which parts of an image an answer hangs on
+- `mlray.explain_on_ray`: Many rows explained at once, on Ray Data
+- `mlray.explain_text`: Which words an answer hangs on
+- `mlray.explanation`: A bundle's answers, explained and shaken
+- `mlray.fairness`: How good for whom: every group metric from one table of counts
+- `mlray.feature`: How a column becomes numbers, and columns made from others
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
 - `mlray.federate_on_ray`: Learning from rows that stay with their holders
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
@@ -34,26 +45,45 @@ Modules:
 - `mlray.gaps`: How far groups are apart, where answers are classes, labels or numbers
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
+- `mlray.gradient`: What the network itself says: what each feature adds to the logit
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.importance`: What a model hangs on, over many rows: permutation importance, and explanations that add up
+- `mlray.imported`: What a spec names by where it is imported from
+- `mlray.infer`: A first contract, from rows, for a person to correct
+- `mlray.intervals`: How far a number from counts can be trusted: effective rows, DeLong, and a bootstrap that never sees a row
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
+- `mlray.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
 - `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
+- `mlray.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates
 - `mlray.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
+- `mlray.model`: Fitting a network: training as a generator of epochs
+- `mlray.moments`: Means of anything a column can hold, from sums that add: errors of a regression, cost, latency
+- `mlray.network`: Numbers to scores: TabM and its simpler relatives, and the graph they become
+- `mlray.network_inputs`: What was learned about the rows, as the first layers of a network
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
 - `mlray.ranking`: Ranking and calibration from score bins, each with the bound of what the bins hide
+- `mlray.rates`: What a confusion matrix says: every rate, for one matrix or a million
+- `mlray.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.reproduce`: The same run again, compared to the bit
+- `mlray.request`: One row as it comes in a request, held to the same rules
 - `mlray.robust`: How fragile: which answers flip when rows are slightly wrong, for whom, and what the contract catches first
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
+- `mlray.rollout_policy`: How a new version takes over, as intent
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
+- `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
 - `mlray.samples`: Real rows that are there without a download
 - `mlray.score`: How good: every measure with its interval, over all rows and by group
+- `mlray.score_of_classes`: How good, where one of several classes is right, or any of several labels
+- `mlray.score_of_counts`: A scorecard from counts alone: no row is seen again
+- `mlray.score_of_numbers`: How good, where a number is predicted, or quantiles of it
 - `mlray.search`: What to try next, and what was found
+- `mlray.search_space`: Where to look for better values, as intent
 - `mlray.serve_on_ray`: HTTP in front of the service, on Ray Serve
 - `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
@@ -61,16 +91,20 @@ Modules:
 - `mlray.slices`: Where a model does worst: a search through slices of up to three conditions, corrected for having searched
 - `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a topic, from a function
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
+- `mlray.store`: Bytes under their digest, on the disk when it says so
 - `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all
 - `mlray.survey`: All rows of a source held against the contract, piece by piece: more than fit into memory
 - `mlray.table`: Rows: named by a fingerprint, and divided the same way every time
 - `mlray.task`: What is to be predicted: one of two, one of several, any of several, a number, or quantiles of a number
+- `mlray.text`: A text as the runs of words and characters in it, hashed
+- `mlray.threshold`: Where the line is drawn: one line that does best by what was asked, or one for each group
 - `mlray.topic`: A Kafka topic as rows: from an offset to the end that it had when it was opened
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
 - `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
-- `mlray.watermark`: A source that grows, read from where it was left: each row once"""
+- `mlray.watermark`: A source that grows, read from where it was left: each row once
+- `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances"""
 
 __version__ = "0.1.0"
 

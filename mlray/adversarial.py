@@ -20,7 +20,7 @@ from torch import nn
 
 from .column import bounds
 from .contract import Contract, schema
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import ExplanationError
 from .explain import keeping
 from .features import Features, apply
@@ -80,7 +80,7 @@ def _written(contract: Contract, before: pl.Series, values: np.ndarray, low: np.
 
 # %% ../nbs/23a_adversarial.ipynb #03dd638d
 @dataclass(frozen=True)
-class AdversarialReport:
+class AdversarialReport(Displayed):
     "How many answers flip, by method and share of the spread."
     cells: Mapping[tuple[str, float], Tried]
 
@@ -94,16 +94,14 @@ class AdversarialReport:
         "One line a method and share."
         return table(["attack", "share of the spread", "rows", "flipped", "95 % from", "to"], [(m, s, t.rows, t.flip_rate.value, t.flip_rate.low, t.flip_rate.high) for (m, s), t in self.cells.items()], "Attacked rows")
 
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
-
 
 def adversarial(
     network: nn.Module,         # fitted, of two classes
     features: Features,         # that it was built with
     contract: Contract,
     frame: pl.DataFrame,        # checked rows
-    threshold: float = 0.5,
-    shares: tuple[float, ...] = (0.02, 0.05, 0.1),
+    threshold: float = 0.5, # in (0, 1); a score at or above it is a positive decision
+    shares: tuple[float, ...] = (0.02, 0.05, 0.1), # of each feature's spread, rising
 ) -> AdversarialReport:
     "Attack all rows by both methods."
     def decided(rows: pl.DataFrame) -> np.ndarray:

@@ -51,7 +51,9 @@ class QuantilePrediction(msgspec.Struct, gc=False):
 _SHAPES: dict[Kind, Any] = {"binary": Prediction, "multiclass": ClassPrediction, "multilabel": LabelsPrediction, "regression": NumberPrediction, "quantile": QuantilePrediction}
 
 
-def prediction_type(task: Task) -> Any: return _SHAPES[task.kind]
+def prediction_type(task: Task) -> Any:
+    "The msgspec struct of an answer for such a target."
+    return _SHAPES[task.kind]
 
 # %% ../nbs/30a_answer.ipynb #ec70adff
 def predictions(

@@ -171,7 +171,7 @@ def predict(
 
 def decide(
     bundle: Bundle,
-    scores: np.ndarray,
+    scores: np.ndarray, # as `predict` gives them
     columns: Mapping[str, Any] | pl.DataFrame | None = None, # what was scored; needed where groups have thresholds of their own
 ) -> np.ndarray: # [rows]: bool, the class counted from 0, or the number; of labels bool [rows, labels]
     "What follows from scores: by the bundle's own threshold, the most probable class, or of quantiles the one nearest to the median."

@@ -65,7 +65,7 @@ Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, such as 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Changes to the spec, such as train.epochs=5.")]
 Reference = Annotated[str, typer.Argument(metavar="VERSION", help="name/3, name@alias, or name for the newest.")]
 Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="HTTP port (default: that of the settings).")]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Training processes on Ray (default: that of the settings).")]
+Workers = Annotated[str | None, typer.Option("--workers", metavar="N or N..M", help="Training processes on Ray; 1..4: four, and down to one where there is no room (default: that of the settings).")]
 
 # %% ../nbs/59_cli.ipynb #a7d6b760
 def _show(as_json: bool, value: Any, *faces: Any) -> None:
@@ -115,7 +115,7 @@ def train(spec: Spec, overrides: Overrides = None, on: Annotated[str, typer.Opti
     "Train, measure and register a version; print it with its verdict."
     from mlray.spec import read_spec
     run = train_run(read_spec(spec, overrides or ()), settings_of(env, workers=workers), on, resume, quiet=as_json)
-    _show(as_json, run.as_dict(), run.evaluation.scorecard.table(), run.verdict.table(), str(run.version))
+    _show(as_json, run.as_dict(), *run.evaluation.scorecard.overall_tables(), run.verdict.table(), str(run.version))
     if not run.verdict.passed: raise typer.Exit(1)
 
 # %% ../nbs/59_cli.ipynb #e40dc5d3
@@ -219,9 +219,8 @@ def ask(name: Annotated[str, typer.Argument(help="A model.")], row: Annotated[st
 def _predictions_table(said: dict[str, Any]) -> Any:
     "One line a row, whatever kind of answer it is."
     from mlray.display import table
-    shown = lambda v: ", ".join(f"{k} {x:.4g}" for k, x in v.items()) if isinstance(v, dict) else ", ".join(v) if isinstance(v, list) else v
     names = list(said["predictions"][0])
-    return table(names, [tuple(shown(p[n]) for n in names) for p in said["predictions"]], f"{said['model']}/{said['version']}")
+    return table(names, [tuple(p[n] for n in names) for p in said["predictions"]], f"{said['model']}/{said['version']}")
 
 # %% ../nbs/59_cli.ipynb #751712c8
 @app.command()
@@ -246,7 +245,8 @@ def show(version: Reference, env: Env = None, as_json: Json = False) -> None:
     read = [(f"{part} source", f"{s['rows']} rows, {s['version'] or s['digest']}") for part, s in bundle.provenance.get("sources", {}).items()]
     spent = bundle.provenance.get("privacy")
     private = [("privacy", f"ε {spent['epsilon']:.2f} at δ {spent['delta']:g} of each training row, in {spent['steps']} steps with noise of {spent['noise_multiplier']:.2f} clips")] if spent else []
-    lines = table(["", str(found)], [*((k, json.dumps(v) if isinstance(v, dict) else v) for k, v in about.items() if k != "version"), *private, *read])
+    made = [(k.replace("_", " "), v) for k, v in bundle.provenance.items() if k not in ("sources", "privacy")]
+    lines = table(["", str(found)], [("aliases", found.aliases), ("digest", found.digest), ("created", f"{found.created[:19]} by {found.actor}"), ("spec", found.spec_id), ("bytes", f"{bundle.size:,}"), *made, *private, *read])
     _show(as_json, about | {"evidence": {g: {**e.verdict.as_dict(), "page": e.page, "created": e.created} for g, e in proved.items()}},
           lines, *(face for g, e in proved.items() for face in (g, e.verdict.table())))
 

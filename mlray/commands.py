@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mlray.settings import Settings
     from mlray.spec import RunSpec
     from mlray.tracking import Tracker
-    from mlray.tune_on_ray import Tuned
+    from mlray.tuned import Tuned
     from mlray.watermark import Admission
 
 # %% ../nbs/58_commands.ipynb #7e09ae6c
@@ -43,9 +43,8 @@ def stderr() -> "Console":
 # %% ../nbs/58_commands.ipynb #6c741136
 def settings_of(env: str | None, **changes: Any) -> "Settings":
     "The settings of an environment, with what the command line changes."
-    from mlray.settings import read_settings
-    given = {k: v for k, v in changes.items() if v is not None}
-    return read_settings(env).model_copy(update=given)
+    from mlray.settings import amended, read_settings
+    return amended(read_settings(env), **{k: v for k, v in changes.items() if v is not None})
 
 
 def tracker_of(settings: "Settings", quiet: bool = False) -> "Tracker":
@@ -68,7 +67,7 @@ def backend_on(on: str, settings: "Settings") -> Iterator["Backend"]:
         from mlray.cluster_on_ray import cluster
         with cluster(settings):
             from mlray.train_on_ray import RayBackend
-            yield RayBackend(settings.workers, settings.gpu, settings.failures, settings.collective_timeout_s)
+            yield RayBackend(settings.workers, settings.gpu, settings.failures, settings.collective_timeout_s, settings.workers_min)
     else: raise SpecError(f"--on {on!r} is not understood. {suggest(on, ['local', 'ray'])}")
 
 # %% ../nbs/58_commands.ipynb #b0aad257
@@ -140,11 +139,11 @@ def reproduce_version(reference: str, settings: "Settings") -> "Reproduction":
     from mlray.reproduce import reproduce
     registry, found = find_version(reference, settings)
     bundle = bundle_of(registry, found)
-    as_it_was = settings.model_copy(update={"workers": bundle.provenance["workers"]})
+    as_it_was = settings.model_copy(update={"workers": bundle.provenance["workers"], "workers_min": None})
     with backend_on("ray" if bundle.provenance["backend"] == "RayBackend" else "local", as_it_was) as backend:
         return reproduce(bundle, str(found), as_it_was, backend, ProgressTracker(stderr()))
 
-
+# %% ../nbs/58_commands.ipynb #d9815d3b
 def find_version(reference: str, settings: "Settings") -> tuple["Registry", "Version"]:
     "A version, and the registry it stands in."
     from mlray.registry import open_registry, version

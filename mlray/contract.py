@@ -20,13 +20,13 @@ import dataframely as dy
 import polars as pl
 
 from .column import Column, age_of, bounds
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import ContractError, DataError, suggest
 from .task import task_of
 
 # %% ../nbs/10_contract.ipynb #609592e6
 @dataclass(frozen=True)
-class Contract:
+class Contract(Displayed):
     "Named columns, in the order of the source, and rules across them."
     columns: Mapping[str, Column]
     rules: Mapping[str, str] = field(default_factory=dict) # name → SQL expression; a null counts as not broken
@@ -41,8 +41,6 @@ class Contract:
     def target(self) -> str: return self.targets[0]
     @property
     def weight(self) -> str | None: return next((n for n, c in self.columns.items() if c.role == "weight"), None)
-
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
     def table(self) -> Table:
         "One line a column."
@@ -199,13 +197,11 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Checked:
+class Checked(Displayed):
     "A frame, divided by its contract."
     good: pl.DataFrame                  # typed rows that keep every rule
     bad: pl.DataFrame                   # the others as they came, with `row` and `problem`
     problems: tuple[Problem, ...] = field(default=())
-
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
     def table(self) -> Table:
         "One line a broken rule."

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import DataError, suggest
 from .score import CLIP
 
@@ -28,7 +28,7 @@ WEIGHTS, LOSSES = ("weight", "weight_squared"), ("score", "log_loss", "squared_e
 
 
 @dataclass(frozen=True)
-class Counts:
+class Counts(Displayed):
     "Rows by slice, label, decision and score bin."
     columns: tuple[str, ...]                # what slices are formed by
     cells: pl.DataFrame                     # `slice:sex`, …, `label` and `decision` (places in `classes`), `bin`, then what adds up
@@ -72,9 +72,7 @@ class Counts:
         hidden = f"; {self.suppressed[0]} slices with {self.suppressed[1]} rows suppressed" if self.suppressed[0] else ""
         return table([*self.columns, "label", *(f"decided {self.classes[int(d)]}" for d in decided)], lines, f"{self.rows} rows{hidden}" + (f", {most} of {rows.height} lines" if rows.height > most else ""))
 
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
-
-
+# %% ../nbs/20a_counts.ipynb #d84a8881
 def _keys(columns: Sequence[str]) -> list[str]: return [f"slice:{c}" for c in columns] # so that a slice column may be called `weight`
 
 
@@ -148,7 +146,7 @@ def count(
     scores: np.ndarray | None = None,       # probabilities in [0, 1]
     weights: np.ndarray | None = None,      # finite and not negative
     classes: Sequence[str] = ("0", "1"),
-    bins: int = 1000,
+    bins: int = 1000, # of equal width, over scores in [0, 1]
 ) -> Counts:
     "Count rows that are in memory."
     given: dict[str, Any] = {"the label": labels, "the decision": decisions, "the score": scores, "the weight": weights}

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .display import Table, table
+from .display import Displayed, Table, table
 from .profile import Histogram, Profile
 from .score import Measure
 
@@ -219,7 +219,7 @@ def _shift(name: str, reference: Histogram, live: Histogram, corrected: Mapping[
 
 # %% ../nbs/24_drift.ipynb #bb8f4295
 @dataclass(frozen=True)
-class DriftReport:
+class DriftReport(Displayed):
     "How far each column is from its reference."
     rows: tuple[int, int]           # of the reference and live
     columns: tuple[Shift, ...]      # moved ones first, then by distance
@@ -254,8 +254,6 @@ class DriftReport:
     def as_dict(self) -> dict[str, Any]:
         "JSON values; NaN becomes None."
         return {"rows": list(self.rows), "moved": {s.column: s.what for s in self.moved}, "unmatched": list(self.unmatched), "values": {n: v if v == v else None for n, v in self.values.items()}}
-
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
 # %% ../nbs/24_drift.ipynb #32c58785
 def drift_report(

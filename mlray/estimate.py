@@ -17,14 +17,14 @@ import polars as pl
 from .contract import Contract
 from .errors import DataError
 from .features import apply, learn
-from .score import Measure, Scorecard, roc_auc
+from .score import Measure, Scorecard, midranks, roc_auc
 
 # %% ../nbs/24a_estimate.ipynb #295f638a
 def two_sample_auc(
     contract: Contract,
     reference: pl.DataFrame,    # checked rows
     live: pl.DataFrame,         # checked rows
-    folds: int = 5,
+    folds: int = 5, # at least 2
     most: int = 20_000,         # rows of each side, at most; drawn by the seed
     seed: int = 0,
 ) -> Measure: # in [0, 1]; 0.5: they cannot be told apart; NaN with fewer rows than folds on a side
@@ -82,7 +82,7 @@ def estimate(
     names = ("estimated_accuracy", "estimated_f1", "estimated_roc_auc")
     if not len(p): return Scorecard(0, {n: Measure(math.nan) for n in names}, {})
     expected = {n: float(v) for n, v in _rates(p, d).items()} | {"estimated_roc_auc": _expected_auc(p)}
-    rng, ranks, drawn = np.random.default_rng(seed), pl.Series(p).rank("average").to_numpy(), []
+    rng, ranks, drawn = np.random.default_rng(seed), midranks(p), []
     for _ in range(draws):
         label = (rng.random(len(p)) < p).astype(np.float64)
         drawn.append([*_rates(label, d).values(), _drawn_auc(label[None], ranks)[0]])

@@ -19,7 +19,7 @@ import polars as pl
 
 from .column import Column
 from .contract import Contract
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import ContractError
 from .feature import Setting, check_setting
 from .made_columns import Derived, Kept, Moments, computed, derive, moments, needed, parts_of, same_alone
@@ -56,7 +56,7 @@ _KINDS: dict[str, Any] = {"numbers": Number, "categories": Category, "arrays": A
 
 
 @dataclass(frozen=True)
-class Features:
+class Features(Displayed):
     "Fitted encoders, as plain data."
     numbers: tuple[Number, ...]
     categories: tuple[Category, ...]
@@ -77,8 +77,6 @@ class Features:
     def from_dict(data: Mapping[str, Any]) -> "Features":
         lists = lambda one: {k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}
         return Features(**{name: tuple(kind(**lists(one)) for one in data[name]) for name, kind in _KINDS.items()})
-
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
     def table(self) -> Table:
         "One line a feature."

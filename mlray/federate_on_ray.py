@@ -130,7 +130,7 @@ class Holder:
         rows = self._rows(plan)[1]
         return Loss(len(rows[-1]), valid_loss(plan.task, scores(_network(plan, weights), *rows[:-1], task=plan.task).clone(), rows[-1]))
 
-
+# %% ../nbs/45_federate_on_ray.ipynb #777c8697
 def _network(plan: Plan, weights: Mapping[str, np.ndarray]) -> Any:
     network = build(plan.features, plan.model, plan.train.seed, plan.task.outputs)
     network.load_state_dict({n: torch.from_numpy(np.array(w)) for n, w in weights.items()})
@@ -192,7 +192,7 @@ def _plan(spec: RunSpec, holders: Holders, sizes: Mapping[str, Size]) -> Plan:
 def rounds(
     plan: Plan,
     holders: Holders,
-    local_epochs: int,
+    local_epochs: int, # of each holder in a round
     start: State | None = None, # go on from here
 ) -> Iterator[Epoch]: # a round is an epoch to those who listen
     "Federated averaging, round by round."

@@ -17,7 +17,7 @@ from itertools import combinations
 import numpy as np
 import polars as pl
 
-from .display import Table, table
+from .display import Displayed, Table, table
 
 # %% ../nbs/21a_gaps.ipynb #ae6e354f
 Terms = Mapping[str, np.ndarray] # [rows], or [rows, classes]; NaN where it says nothing of a row
@@ -68,9 +68,9 @@ def _difference(rates: np.ndarray) -> float: # [groups, terms]
     known = [r[~np.isnan(r)] for r in rates.T]
     return max((float(r.max() - r.min()) for r in known if len(r) > 1), default=math.nan)
 
-
+# %% ../nbs/21a_gaps.ipynb #fb9ecfbb
 @dataclass(frozen=True)
-class GapReport:
+class GapReport(Displayed):
     "What each group gets, and how far groups are apart."
     groups: Mapping[tuple[str, ...], Mapping[tuple[str, ...], Mapping[str, float]]] # columns → group → its rows, and its rates
     values: Mapping[str, float]             # `bias_difference[sex]` → number
@@ -88,7 +88,7 @@ class GapReport:
         names = list(dict.fromkeys(n for _, rates in lines for n in rates if n != "rows"))
         return table(["group", "rows", *names], [(", ".join(g), int(r["rows"]), *(r[n] for n in names)) for g, r in lines], f"What each group gets (–: over fewer than {self.min_group} rows, not judged)")
 
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_() + "\n\n" + self.groups_table()._repr_markdown_()
+    def tables(self) -> tuple[Table, ...]: return self.table(), self.groups_table()
 
 
 def gap_report(

@@ -140,7 +140,7 @@ def run_gates(
     found: Version,
     gates: Sequence[str],
     settings: Settings,
-    timeout: int = 600,
+    timeout: int = 600, # seconds for one notebook
 ) -> Iterator[GateRun]: # as they end
     "Run gates on a version and keep what they prove. Raises `GateError` for a gate that does not exist."
     paths = [gate_path(gate, settings) for gate in gates]

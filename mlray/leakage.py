@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from .contract import Contract, labels
-from .display import Table, table
+from .display import Displayed, Table, table
 from .profile import counted
 from .score import Measure, roc_auc, wilson
 from .task import task_of
@@ -77,7 +77,7 @@ def _alone(contract: Contract, name: str, train: pl.Series, test: pl.Series, kno
 
 # %% ../nbs/24b_leakage.ipynb #6b647fc4
 @dataclass(frozen=True)
-class LeakageReport:
+class LeakageReport(Displayed):
     "What of the test rows was known before."
     duplicates: Measure
     single_features: Mapping[str, Measure] # best first
@@ -91,8 +91,6 @@ class LeakageReport:
     def table(self) -> Table:
         "One line a feature."
         return table(["feature", "roc_auc alone", "95 % from", "to"], [(n, m.value, m.low, m.high) for n, m in self.single_features.items()], f"Test rows that stand in training too: {self.duplicates}")
-
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
 
 def leakage_report(

@@ -18,7 +18,7 @@ import polars as pl
 
 from .column import Column
 from .contract import Contract
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import DataError
 
 # %% ../nbs/15_profile.ipynb #17a36750
@@ -85,7 +85,7 @@ def count_values(
 
 # %% ../nbs/15_profile.ipynb #d50b1a2a
 @dataclass(frozen=True)
-class Profile:
+class Profile(Displayed):
     "A table, counted."
     rows: int
     columns: Mapping[str, Histogram]
@@ -104,9 +104,7 @@ class Profile:
         span = lambda h: f"{h.low:.6g} to {h.high:.6g}" if h.low is not None else ", ".join(map(str, h.bins[:5])) + " …" * (len(h.bins) > 5)
         return table(["column", "known", "missing", "values"], [(n, h.known, h.missing, span(h)) for n, h in self.columns.items()], f"Profile, {self.rows} rows")
 
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
-
-
+# %% ../nbs/15_profile.ipynb #8a2d1c14
 def counted(
     column: Column,
     values: pl.Series,

@@ -256,7 +256,8 @@ def rollback(
         past = {r.generation: r for r in c.execute(MOVES.select().where(MOVES.c.name == name, MOVES.c.alias == alias))}
         if not past: raise RegistryError(f"There is no {name}@{alias}, so nothing to go back from. `mlray models` lists what there is.")
         rows = {r.number: r for r in c.execute(VERSIONS.select().where(VERSIONS.c.name == name))}
-        here = to = past[max(past)]
+        here: Any = past[max(past)]
+        to = here
         while to is not None and (to.number == here.number or rows[to.number].retired): to = past.get(to.under)
         if to is None: raise RegistryError(f"{name}@{alias} is {name}/{here.number}, and there is nothing before it to go back to. Promote another version.")
         load_bundle(registry.store.path(rows[to.number].digest), rows[to.number].digest)

@@ -18,7 +18,7 @@ from typing import Any
 
 from .bundle import Bundle
 from .checkpoints import Checkpoints
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import TrainingError
 from .registry import bundle_of, open_registry, version as find_version
 from .rows import read_rows
@@ -27,7 +27,8 @@ from .settings import Settings
 from .tracking import NullTracker, Tracker
 
 # %% ../nbs/38a_reproduce.ipynb #01d02644
-_NAMES = {"train_rows": "training rows", "valid_rows": "validation rows", "test_rows": "test rows"}
+_TEAM = "workers by epoch"
+_NAMES = {"workers_by_epoch": _TEAM, "train_rows": "training rows", "valid_rows": "validation rows", "test_rows": "test rows"}
 _NO_CAUSE = frozenset({"epochs", "best_epoch", "search", "calibration", "sources"})
 
 
@@ -55,7 +56,7 @@ def differences(
 
 # %% ../nbs/38a_reproduce.ipynb #859d97d6
 @dataclass(frozen=True)
-class Reproduction:
+class Reproduction(Displayed):
     "What came of training a version again."
     version: str
     then: str           # sha256 of the weights that were shipped
@@ -71,6 +72,8 @@ class Reproduction:
     def finding(self) -> str:
         "One sentence."
         said = ", ".join(d.what for d in self.differences)
+        team = next((d.then or d.now for d in self.differences if d.what == _TEAM), None)
+        if team and not self.identical: return f"{self.version}: the weights differ, as they must: the number of workers changed on the way ({team}), and other shards add up in another order. Changed since: {said}."
         if self.identical: return f"{self.version}: identical, to the bit" + (f", although this has changed: {said}." if said else ".")
         return f"{self.version}: the weights differ. Changed since: {said}." if said else (
             f"{self.version}: the weights differ, and nothing that is recorded has changed. Look at the processor, and at mlray's code if it is not a release.")
@@ -83,10 +86,10 @@ class Reproduction:
         "JSON values, as `mlray reproduce --json` prints them."
         return {"version": self.version, "identical": self.identical, "weights": {"then": self.then, "now": self.now}, "differences": [asdict(d) for d in self.differences]}
 
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
-
-def weights_of(bundle: Bundle) -> str: return json.loads((bundle.path / "manifest.json").read_bytes())["files"]["weights.safetensors"]["sha256"]
+def weights_of(bundle: Bundle) -> str:
+    "The sha256 of a bundle's weights."
+    return json.loads((bundle.path / "manifest.json").read_bytes())["files"]["weights.safetensors"]["sha256"]
 
 # %% ../nbs/38a_reproduce.ipynb #62d1d6fb
 def reproduce(

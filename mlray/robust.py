@@ -20,7 +20,7 @@ import polars as pl
 
 from .behaviour import Behaviour
 from .contract import Contract, schema
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import ExplanationError, suggest
 from .explain import Score, checked_row, keeping, scored
 from .local_line import draws, words_of
@@ -104,7 +104,7 @@ class Tried:
 
 # %% ../nbs/23_robust.ipynb #149a5b01
 @dataclass(frozen=True)
-class RobustnessReport:
+class RobustnessReport(Displayed):
     "How many answers flip, by kind and feature, and by group."
     cells: Mapping[tuple[str, str], Tried]              # (kind, feature)
     groups: Mapping[str, Mapping[str, Tried]]           # column → group, all kinds together
@@ -137,7 +137,7 @@ class RobustnessReport:
         "One line a group."
         return table(["group", "rows", "flipped", "95 % from", "to"], [(f"{c}={g}", t.rows, t.flip_rate.value, t.flip_rate.low, t.flip_rate.high) for c, groups in self.groups.items() for g, t in groups.items()], "By group")
 
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_() + ("\n\n" + self.groups_table()._repr_markdown_() if self.groups else "")
+    def tables(self) -> tuple[Table, ...]: return self.table(), *([self.groups_table()] if self.groups else [])
 
 # %% ../nbs/23_robust.ipynb #fd3ca522
 def robustness(
@@ -149,7 +149,7 @@ def robustness(
     output: int | None = None,                  # which of several outputs
     digest: str = "",                           # of the model; part of the seed
     kinds: Sequence[str] = tuple(DISTURBANCES),
-    min_group: int = 30,
+    min_group: int = 30, # rows that a group's rate must be taken over
 ) -> RobustnessReport:
     "Disturb every row in every way. Raises `ExplanationError` where there is no row."
     if frame.is_empty(): raise ExplanationError("There is no row to disturb.")
@@ -177,7 +177,7 @@ def _counted(frame: pl.DataFrame, *by: str) -> dict[Any, Tried]:
 
 # %% ../nbs/23_robust.ipynb #5dd3f49b
 @dataclass(frozen=True)
-class BehaviourReport:
+class BehaviourReport(Displayed):
     "Each check, and how many rows keep to it."
     checks: tuple[tuple[Behaviour, Measure, int, str], ...] # check, share of rows that keep to it, changed rows that broke the contract, the first row that does not keep to it
 
@@ -194,8 +194,6 @@ class BehaviourReport:
     def table(self) -> Table:
         "One line a check."
         return table(["check", "kind", "kept by", "asked for", "result", "refused", "first that does not"], [(b.name, b.kind, m.value, b.at_least, m.value >= b.at_least, refused, first) for b, m, refused, first in self.checks], "Behaviour")
-
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
 
 def _changed(contract: Contract, check: Behaviour, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -11,7 +11,8 @@ __all__ = ['Note', 'Backend', 'LocalBackend', 'run_name', 'make_job', 'make_bund
 # %% ../nbs/38_run.ipynb #5293e1b9
 import hashlib
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib.metadata import packages_distributions, version as installed
 from pathlib import Path
@@ -61,8 +62,8 @@ class Backend(Protocol):
     "Where training happens."
     @property
     def workers(self) -> int: "How many processes train."
-    def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = ...) -> Iterator[Epoch]:
-        "The epochs of a job, kept in `home/name`; the last one has the state."
+    def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = ...) -> Generator[Epoch, None, None]:
+        "The epochs of a job, kept in `home/name`; the last one has the state. Closed before its end, it leaves nothing running."
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class LocalBackend:
     "Training in this process."
     workers: int = 1
 
-    def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Iterator[Epoch]:
+    def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
         kept = Checkpoints(home / name)
         if not resume: kept.forget()
         start = kept.newest(note)
@@ -140,8 +141,9 @@ def _provenance(spec: RunSpec, job: Job, rows: Rows, backend: Backend, last: Epo
     state = {"epochs": last.number, "best_epoch": int(last.metrics["best_epoch"])} | ({"privacy": job.budget.as_dict(last.number)} if job.budget else {})
     name, _, trial = (spec.search.found or "" if spec.search else "").rpartition("/")
     found = {"search": {"name": name, "trial": int(trial), "seed": spec.search.seed}} if spec.search and name else {}
+    team = {"workers_by_epoch": list(last.state.workers)} if last.state and len(set(last.state.workers)) > 1 else {}
     sources = {part: {"rows": f.rows, "digest": f.digest, "version": f.source_version} for part, f in rows.sources.items()}
-    return {**{f"{part}_rows": digest for part, digest in rows.fingerprints.items()}, "sources": sources, **state, **found, "workers": backend.workers,
+    return {**{f"{part}_rows": digest for part, digest in rows.fingerprints.items()}, "sources": sources, **state, **found, "workers": backend.workers, **team,
             "backend": type(backend).__name__, "python": platform.python_version(), "packages": packages} | ({"parent": parent.digest} if parent else {}) | _own_code(spec)
 
 
@@ -152,7 +154,8 @@ def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: 
     "Train and pack."
     last: Epoch | None = None
     tracker.expect(job.train.epochs or 1)
-    for last in backend.train(job, kept.folder.name, kept.folder.parent, resume, tracker.note): tracker.log(last.metrics, last.number)
+    with closing(backend.train(job, kept.folder.name, kept.folder.parent, resume, tracker.note)) as training:
+        for last in training: tracker.log(last.metrics, last.number)
     if last is None or last.state is None: raise TrainingError("training ended without an epoch. Raise train.epochs.")
     tracker.note("exporting to ONNX")
     graph, expected = _graph(job, last.state)

@@ -92,7 +92,7 @@ _MOST_PROBLEMS = 20
 
 
 def refuse(
-    status: int,
+    status: int, # of HTTP
     error: str,
     message: str,
     request_id: str,

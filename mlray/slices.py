@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from .chart import Chart, interval_chart
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import DataError
 from .score import Measure, Z
 
@@ -57,7 +57,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Slices:
+class Slices(Displayed):
     "The worst slices found, and how many were looked at."
     found: tuple[Slice, ...]    # those that are surely worse, worst first
     tested: int
@@ -72,8 +72,6 @@ class Slices:
     def chart(self) -> Chart:
         "How much more is lost, slice by slice."
         return interval_chart([(str(s), s.difference.value, s.difference.low, s.difference.high) for s in self.found], "loss, slice minus elsewhere", 0.0, width=760)
-
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
 # %% ../nbs/21b_slices.ipynb #710ed876
 def _tested(frame: pl.DataFrame, columns: Sequence[str], depth: int, least: int) -> pl.DataFrame:

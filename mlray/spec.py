@@ -99,7 +99,7 @@ def _check_division(spec: "RunSpec") -> None:
     if time.type not in ("date", "datetime", "integer"): raise ValueError(f"split.by: {how.by!r} is of type {time.type!r}; time has type date, datetime or integer")
     if time.nullable: raise ValueError(f"split.by: {how.by!r} is nullable, and a row without a time has no place in it")
 
-
+# %% ../nbs/01_spec.ipynb #d020e742
 def _check_decision(spec: "RunSpec") -> None:
     task, model = spec.task, spec.model
     if model.estimator and task.kind in ("multilabel", "quantile"): raise ValueError(f"model.estimator: the target is {task.kind}, which networks alone predict here. Leave estimator out")

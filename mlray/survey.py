@@ -18,7 +18,7 @@ import polars as pl
 
 from .accepted import accepted_rows
 from .contract import UNREAD, Contract, Problem, check, read_columns, stale
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import DataError
 from .rows import flat
 from .settings import Settings
@@ -49,7 +49,7 @@ def repeated_values(
 
 # %% ../nbs/35b_survey.ipynb #6aa484a4
 @dataclass(frozen=True)
-class Survey:
+class Survey(Displayed):
     "A source, looked at."
     good: int                       # rows that keep the contract
     bad: int                        # and that do not
@@ -66,8 +66,6 @@ class Survey:
         "JSON values."
         named = {"fingerprint": self.fingerprint.digest, "source_version": self.fingerprint.source_version} if self.fingerprint else {}
         return {"good": self.good, "bad": self.bad, "problems": [vars(p) for p in self.problems], **named}
-
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
 # %% ../nbs/35b_survey.ipynb #7f4605d7
 class _Aside:

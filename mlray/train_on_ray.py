@@ -10,7 +10,9 @@ __all__ = ['RayBackend']
 
 # %% ../nbs/41_train_on_ray.ipynb #f7a4d46a
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,14 @@ from uuid import uuid4
 
 import ray
 import torch
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import nn
 
 from .checkpoints import Checkpoints
 from .errors import MlrayError, TrainingError
@@ -42,42 +48,89 @@ def _agreed(state: State | None, world: int) -> State | None:
     return load_state(bytes(data.cpu().numpy()))
 
 
-def _averaged(network: Any) -> Any:
+def _averaged(network: nn.Module) -> nn.Module:
+    "Every worker has all weights; gradients are averaged."
     from torch.nn.parallel import DistributedDataParallel
     return DistributedDataParallel(network)
+
+
+def _sharded(network: nn.Module) -> nn.Module:
+    "Every worker has a shard of all weights, gradients and moments, and the whole of a layer only while that works (FSDP2)."
+    from torch.distributed.fsdp import fully_shard
+    for container in reversed([m for m in network.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]):
+        for layer in container:
+            if any(True for _ in layer.parameters()): fully_shard(layer, reshard_after_forward=True)
+    fully_shard(network, reshard_after_forward=True)
+    return network
 
 
 def _work(config: dict[str, Any]) -> None:
     "What each worker does."
     context, job, kept, news = ray.train.get_context(), ray.get(config["job"][0]), Checkpoints(Path(config["folder"])), config["news"]
     rank, world = context.get_world_rank(), context.get_world_size()
-    start = _agreed(kept.newest(lambda text: news.put(text)) if rank == 0 and config["resume"] else None, world)
+    start = _agreed(kept.newest(lambda text: news.put(text)) if rank == 0 else None, world)
     if rank == 0:
+        if world < config["workers"]: news.put(f"there is room for {world} of {config['workers']} workers")
         for epoch in replayed(start): news.put(replace(epoch, state=None))
-    for epoch in epochs(job.shard(rank, world), start, rank, world, _averaged if world > 1 else lambda n: n, get_device()):
+    parallel = (lambda n: n) if world == 1 else _sharded if job.train.parallel == "fsdp" else _averaged
+    for epoch in epochs(job.shard(rank, world), start, rank, world, parallel, get_device()):
         if rank == 0 and epoch.state: kept.save(epoch.state)
         ray.train.report({"epoch": epoch.number, **epoch.metrics})
         if rank == 0: news.put(replace(epoch, state=None))
 
 # %% ../nbs/41_train_on_ray.ipynb #2a85c7f7
-def _fit(trainer: TorchTrainer, news: Queue, failed: list[BaseException]) -> None:
-    "Run the trainer to its end; leave the error behind, if there is one."
-    try: trainer.fit()
-    except Exception as error: failed.append(error)
-    finally: news.put(None)
+class _Announced(ControllerCallback):
+    "Tells the driver who leads a run, so that it can be ended."
+
+    def __init__(self, news: Queue): self.news = news
+    def after_controller_start(self, train_run_context: Any) -> None: self.news.put(ray.get_runtime_context().current_actor)
 
 
-def _heard(news: Queue, thread: threading.Thread) -> Iterator[Epoch | str]:
-    "What the workers say until the trainer has ended."
-    while True:
-        try: said = news.get(timeout=5)
-        except Empty:
-            if not thread.is_alive(): return
-            continue
-        if said is None: return
-        yield said
+class _Attempt:
+    "A run of Ray Train in a thread of its own, and what its workers say."
+
+    def __init__(self, trainer: Callable[[Queue], TorchTrainer]):
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.news = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        self.leader: ActorHandle | None = None
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._fit, args=(trainer(self.news),), daemon=True)
+        self.thread.start()
+
+    def _fit(self, trainer: TorchTrainer) -> None:
+        "Run the trainer to its end; leave the error behind, if there is one."
+        try: trainer.fit()
+        except Exception as error: self.error = error
+        with suppress(RayActorError): self.news.put(None)
+
+    def _next(self, timeout: float) -> Any: # None: nothing yet
+        with suppress(Empty):
+            said = self.news.get(timeout=timeout)
+            if said is None: self.thread.join() # these were its last words
+            if not isinstance(said, ActorHandle): return said
+            self.leader = said
+        return None
+
+    def __iter__(self) -> Iterator[Epoch | str]:
+        "What the workers say until the trainer has ended."
+        while (said := self._next(5)) is not None or self.thread.is_alive():
+            if said is not None: yield said
+
+    def end(self) -> None:
+        "End what still runs, so that its cores are free when this returns."
+        until = time.monotonic() + _PATIENCE
+        while self.thread.is_alive() and not self.leader and time.monotonic() < until: self._next(1)
+        if self.thread.is_alive() and self.leader:
+            try: ray.get(self.leader.abort.remote(), timeout=_PATIENCE)
+            except GetTimeoutError: ray.kill(self.leader)
+            except RayActorError: pass # it has gone, as it should
+        self.thread.join(_PATIENCE)
+        self.news.shutdown(force=True)
 
 
+_PATIENCE = 20 # seconds for an orderly end
+
+# %% ../nbs/41_train_on_ray.ipynb #89252969
 @dataclass(frozen=True)
 class RayBackend:
     "Training on Ray workers; needs a connection (`mlray.cluster_on_ray.cluster`) and, on several nodes, a `home` that all of them see."
@@ -85,38 +138,36 @@ class RayBackend:
     gpu: bool = False               # one GPU a worker
     failures: int = 3               # how often workers may be lost
     collective_timeout_s: int = 120 # workers wait for each other for so long
+    workers_min: int | None = None  # so many will do where there is no room for all; None: all or none
 
-    def _trainer(self, job: list[Any], news: Queue, kept: Checkpoints, resume: bool) -> TorchTrainer:
-        config = {"job": job, "news": news, "folder": str(kept.folder), "resume": resume}
+    def _trainer(self, job: list[Any], news: Queue, kept: Checkpoints) -> TorchTrainer:
+        config = {"job": job, "news": news, "folder": str(kept.folder), "workers": self.workers}
+        team: Any = (self.workers_min, self.workers) if self.workers_min and self.workers_min < self.workers else self.workers
         return TorchTrainer(
             _work, train_loop_config=config, torch_config=TorchConfig(timeout_s=self.collective_timeout_s),
-            scaling_config=ScalingConfig(num_workers=self.workers, use_gpu=self.gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if self.gpu else {})),
-            run_config=RunConfig(name=uuid4().hex[:8], storage_path=str(kept.folder / "ray"), failure_config=FailureConfig(max_failures=0)))
+            scaling_config=ScalingConfig(num_workers=team, use_gpu=self.gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if self.gpu else {})),
+            run_config=RunConfig(name=uuid4().hex[:8], storage_path=str(kept.folder / "ray"), failure_config=FailureConfig(max_failures=0), callbacks=[_Announced(news)])) # type: ignore[list-item]
 
-    def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Iterator[Epoch]:
+    def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
         if job.model.estimator and (self.workers > 1 or self.gpu): # fitted as a whole, on one worker
-            yield from replace(self, workers=1, gpu=False).train(job, name, home, resume, note)
+            yield from replace(self, workers=1, workers_min=None, gpu=False).train(job, name, home, resume, note)
             return
         kept = Checkpoints((home / name).resolve())
         if not resume: kept.forget()
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         shared, newest = [ray.put(job)], None
-        for attempt in range(self.failures + 1):
-            news, failed = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}), list[BaseException]()
-            thread = threading.Thread(target=_fit, args=(self._trainer(shared, news, kept, resume or attempt > 0), news, failed), daemon=True)
-            thread.start()
+        for number in range(self.failures + 1):
+            attempt = _Attempt(lambda news: self._trainer(shared, news, kept))
             try:
-                for said in _heard(news, thread):
+                for said in attempt:
                     if isinstance(said, str): note(said)
                     elif said.number == (newest.number + 1 if newest else 1): # each once: a new attempt tells again what it finds
                         if newest: yield newest
                         newest = said
-                thread.join()
-            finally: news.shutdown(force=True)
-            if not failed: break
-            letter = _told(failed[0])
+            finally: attempt.end()
+            if attempt.error is None: break
+            letter = _told(attempt.error)
             if not isinstance(letter, _Lost): raise letter
-            if attempt < self.failures: note(f"a worker was lost ({letter}); going on from the newest checkpoint")
+            if number < self.failures: note(f"a worker was lost ({letter}); going on from the newest checkpoint")
         else: raise TrainingError(f"Workers were lost {self.failures + 1} times, the last time so: {letter}. The newest checkpoint is in {kept.folder}: go on with `mlray train … --resume`, or raise `failures` in settings.ini.")
         state = kept.newest(note)
         if state is None: raise TrainingError(f"Ray Train ended without a checkpoint in {kept.folder}. Do all nodes see this folder?")

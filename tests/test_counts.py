@@ -27,11 +27,11 @@ from mlray.counts import (
 from mlray.errors import DataError
 from mlray.fairness import JUDGED, fairness_report, gaps, rates_named
 from mlray.gate import less_is_better
-from mlray.intervals import bootstrap, in_pairs, largest, wilson_intervals
+from mlray.intervals import bootstrap, in_pairs, largest
 from mlray.moments import count_errors, count_numbers, means, quantile, regression, scorecard_of_errors
 from mlray.ranking import average_precision, expected_calibration_error, lift, roc_auc
 from mlray.rates import RATES, class_rates
-from mlray.score import scorecard
+from mlray.score import scorecard, wilson_intervals
 from mlray.score_of_counts import scorecard_of_counts
 from mlray.slices import conditions, worst_slices
 

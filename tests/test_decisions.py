@@ -47,8 +47,8 @@ def test_calibration_never_falls_and_the_graph_is_the_curve(rows, method):
     try: curve = calibrate(method, scores, labels)
     except TrainingError: assume(False)
     asked = np.sort(np.concatenate([scores, np.linspace(0, 1, 300, dtype=np.float32)]))
-    answers = through(curve, asked)
-    assert (np.diff(answers) >= 0).all() and answers.min() >= 0 and answers.max() <= 1
+    answers = through(curve, asked) # onnxruntime's Sigmoid is off by up to 3e-8, and may fall by that
+    assert (np.diff(answers) >= -1e-7).all() and answers.min() >= 0 and answers.max() <= 1
     np.testing.assert_allclose(answers, curve(asked), atol=1e-5)
 
 

@@ -294,3 +294,33 @@ def test_chaos(nodes, job, undisturbed, tmp_path, kind, request):
         nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)
     print(f"\n{kind} {seed}: ended after epoch {killer.hit[0]} of {EPOCHS}, {time.monotonic() - began:.1f} s in all, weights identical")
 
+
+@pytest.mark.chaos
+@pytest.mark.ray
+def test_a_node_lost_for_good_leaves_fewer_workers(nodes, diabetes, tmp_path):
+    "Two nodes with a worker each; one is killed and does not come back. The other goes on from the newest epoch, and the version says so."
+    from mlray.registry import bundle_of, open_registry
+    from mlray.reproduce import reproduce
+    from mlray.train_on_ray import RayBackend
+    spec = diabetes.model_copy(update={"train": diabetes.train.model_copy(update={"epochs": LONG, "patience": LONG, "batch_size": 8})})
+    settings, memory, victims = Settings(root=tmp_path, home=tmp_path / "home"), MemoryTracker(), list(nodes.worker_nodes)[:1]
+    alone = train(spec, Settings(root=tmp_path, home=tmp_path / "alone")).evaluation.scorecard.overall["roc_auc"].value
+
+    def kill_node() -> None:
+        while reached(settings.home) < 5: time.sleep(0.005)
+        raylet = psutil.Process(victims[0].all_processes["raylet"][0].process.pid)
+        for process in (raylet, *raylet.children(recursive=True)): process.kill() # the machine has lost its power
+    killer, began = threading.Thread(target=kill_node, daemon=True), time.monotonic()
+    killer.start()
+    run = train(spec, settings, RayBackend(2, workers_min=1), memory)
+    assert not killer.is_alive() and any("a worker was lost" in n for n in memory.notes) and any("room for 1 of 2" in n for n in memory.notes), memory.notes
+    assert len(memory.logged) == LONG and all(np.isfinite(m["valid_loss"]) for m in memory.logged)
+    bundle = bundle_of(open_registry(settings), run.version)
+    team = bundle.provenance.get("workers_by_epoch", [])
+    assert bundle.provenance["workers"] == 2 and len(team) == LONG and team[:5] == [2] * 5 and team[-1] == 1 and team == sorted(team, reverse=True)
+    assert run.evaluation.scorecard.overall["roc_auc"].value > alone - 0.03
+    print(f"\n{team.count(2)} epochs of two workers, then {team.count(1)} of one; {time.monotonic() - began:.1f} s in all")
+    again = reproduce(bundle, "diabetes/1", settings, LocalBackend())
+    assert not again.identical and "number of workers changed on the way" in again.finding
+    for node in victims: nodes.remove_node(node, allow_graceful=False)
+    nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,18 @@ def test_a_notebook_is_a_page(path):
     assert max(c.count("\n") + 1 for c in exported(path)) <= 65
     assert cells[0]["cell_type"] == "markdown" and "\n> " in "".join(cells[0]["source"])
     assert path.stem.split("_", 1)[1] == module(path), "file name and module differ"
+
+
+def test_the_layers_are_the_numbers():
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    listed = [name for layer in reversed(layers) for name in sorted(layer.split(" | "), key=lambda n: MODULES[n].stem)]
+    assert listed == [module(p) for p in NOTEBOOKS]
+
+
+def test_the_readme_maps_every_module():
+    page = (ROOT / "README.md").read_text().partition("## What is where")[2]
+    assert not set(MODULES) - set(re.findall(r"\w+", page))
+    assert not set(MODULES) - set(re.findall(r"`mlray\.(\w+)`", (ROOT / "nbs/llms.txt").read_text())), "a module's docstring needs two lines below its title to be listed"
 
 
 def test_every_module_has_its_notebook():

@@ -76,6 +76,32 @@ def test_a_killed_worker_changes_nothing(ray_cluster, job, tmp_path):
     assert same(history[-1].state.now, undisturbed[-1].state.now) and history[-1].number == 40
 
 
+def cores_free(within: float) -> bool:
+    import ray
+    until, all_of_them = time.monotonic() + within, ray.cluster_resources()["CPU"]
+    while (free := ray.available_resources().get("CPU", 0)) < all_of_them and time.monotonic() < until: time.sleep(0.1)
+    return free == all_of_them
+
+
+def test_who_stops_listening_ends_the_workers(ray_cluster, job, tmp_path):
+    from dataclasses import replace
+
+    from ray.util import placement_group_table
+
+    from mlray.train_on_ray import RayBackend
+    assert cores_free(10)
+    endless = replace(job, train=job.train.model_copy(update={"epochs": 100_000, "patience": 100_000}))
+    training = RayBackend(2).train(endless, "d", tmp_path)
+    next(training)
+    busy = worker_process()
+    assert busy and not cores_free(0)
+    training.close()
+    assert cores_free(5) and not [p for p in placement_group_table().values() if p["state"] != "REMOVED"]
+    until = time.monotonic() + 10
+    while busy.is_running() and busy.status() != psutil.STATUS_ZOMBIE and time.monotonic() < until: time.sleep(0.1)
+    assert not busy.is_running() or busy.status() == psutil.STATUS_ZOMBIE
+
+
 def test_an_error_on_a_worker_is_a_letter(ray_cluster, job, tmp_path):
     from dataclasses import replace
 

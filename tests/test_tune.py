@@ -246,6 +246,21 @@ class TestOnRay:
         losses = [e.metrics["valid_loss"] for e in RayBackend(2).train(make_job(one, read_rows(one, settings)), "d", tmp_path)]
         assert trials[0].value == min(losses[:trials[0].epochs])
 
+    @pytest.mark.chaos
+    def test_a_trial_of_two_workers_that_is_stopped_gives_its_cores_back(self, ray_cluster, tmp_path):
+        import ray
+
+        from mlray.train_on_ray import RayBackend
+        from mlray.tune_on_ray import search_trials
+        spec, settings = spec_of("search.workers=2", "search.trials=6", "search.sampler=random", "search.grace=1", "search.reduction=2", "train.epochs=40", "train.patience=40"), in_a_home(tmp_path)
+        trials = search_trials(spec, read_rows(spec, settings), settings, each=RayBackend(2))
+        assert len(trials) == 6 and not any(t.failed for t in trials) and min(t.epochs for t in trials) < 40 == max(t.epochs for t in trials)
+        until = time.monotonic() + 10
+        while (free := ray.available_resources().get("CPU", 0)) < ray.cluster_resources()["CPU"] and time.monotonic() < until: time.sleep(0.1)
+        assert free == ray.cluster_resources()["CPU"]
+        budget = changed(spec, {"search.epochs": 10, "search.trials": 50})
+        assert len(search_trials(budget, read_rows(budget, settings), settings, each=RayBackend(2))) < 10
+
     def test_two_workers_are_reproduced(self, ray_cluster, tmp_path, diabetes):
         from mlray.train_on_ray import RayBackend
         settings = in_a_home(tmp_path)
