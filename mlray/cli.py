@@ -160,7 +160,7 @@ def promote(version: Reference, alias: Annotated[str, typer.Argument(help="What 
     new = move(registry, found, alias, settings.gates, generation(registry, found.name, alias))
     _show(as_json, {"version": str(found), "alias": alias, "generation": new}, f"{found.name}@{alias} is {found} (generation {new})")
 
-
+# %% ../nbs/59_cli.ipynb #d08fe3a9
 @app.command()
 def rollback(name: Annotated[str, typer.Argument(help="A model.")], alias: Annotated[str, typer.Argument(help="What to take back.")] = "production", env: Env = None, as_json: Json = False) -> None:
     "Point an alias at what it pointed at before; again, and it goes one further."
@@ -261,7 +261,7 @@ def explain(version: Reference, row: Annotated[str, typer.Argument(metavar="JSON
     _show(as_json, why.as_dict(), why.table())
     if method == "counterfactual" and not why.found: raise typer.Exit(1)
 
-
+# %% ../nbs/59_cli.ipynb #e71dbd38
 audit_app = typer.Typer(invoke_without_command=True, help="Who did what: lists it; `verify` checks it.", rich_markup_mode=None)
 app.add_typer(audit_app, name="audit")
 
