@@ -8,12 +8,13 @@ not given. How results are printed is `mlray.cli`'s business."""
 # %% auto #0
 __all__ = ['stderr', 'settings_of', 'tracker_of', 'backend_on', 'propose_contract', 'take_batch', 'train_run', 'tune_run',
            'reproduce_version', 'find_version', 'explain_version', 'gate_version', 'versions_to_serve',
-           'deploy_versions', 'until_stopped', 'ask_service', 'create_key']
+           'deploy_versions', 'until_stopped', 'ask_service', 'create_key', 'demonstrate']
 
 # %% ../nbs/58_commands.ipynb #d3866d23
+import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -213,3 +214,54 @@ def create_key(role: str, settings: "Settings") -> str:
     key, text = new_key(role)
     add_key(open_registry(settings), key)
     return text
+
+# %% ../nbs/58_commands.ipynb #ae351851
+class _Steps:
+    "What is being done, with the time it took."
+    def __init__(self, of: int): self.of, self.number, self.console, self.start = of, 0, stderr(), time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        self.number += 1
+        self.console.print(f"[bold]{self.number}/{self.of}[/bold] {text}  [dim]{time.monotonic() - self.start:.0f} s[/dim]")
+
+
+def _curl(settings: "Settings", name: str, row: Mapping[str, Any], key: str) -> str:
+    body = json.dumps({"instances": [row]}, ensure_ascii=False)
+    return f"try   curl -s {settings.url}/v1/models/{name}:predict -H \"Authorization: Bearer {key}\" -d '{body}'"
+
+# %% ../nbs/58_commands.ipynb #bfda80f5
+def demonstrate(settings: "Settings", keep: bool, show: Callable[..., None]) -> bool:
+    "Check, train on Ray, gate, promote, serve, ask; False where a gate says no. With `keep` it stays up until Ctrl-C."
+    step = _Steps(6)
+    from mlray.cluster_on_ray import cluster
+    from mlray.registry import open_registry, promote as move
+    from mlray.rows import check_sources
+    from mlray.serve_on_ray import check_port
+    from mlray.settings import shipped
+    from mlray.spec import read_spec
+    check_port(settings)
+    spec = read_spec(shipped("configs") / "diabetes.yaml")
+    step(f"check: {spec.description}")
+    checked = check_sources(spec, settings)["train"]
+    stderr().print(f"  {checked.table().title}")
+    with cluster(settings):
+        step(f"train on Ray with {settings.workers} workers")
+        run, registry = train_run(spec, settings, "ray"), open_registry(settings)
+        step(f"gate {run.version}: {', '.join(settings.gates)}")
+        verdicts = gate_version(registry, run.version, settings.gates, settings)
+        show(*(v.table() for v in verdicts.values()))
+        if not all(v.passed for v in verdicts.values()): return False
+        step(f"promote {run.version} to production")
+        move(registry, run.version, "production", settings.gates)
+        step(f"serve {spec.name}@production behind HAProxy")
+        key = create_key("predictor", settings)
+        deploy_versions([run.version], settings)
+        row = {n: checked.good[n][0] for n in run.rows.contract.features}
+        step(f"ask {settings.url}")
+        said = ask_service(spec.name, [row], settings.url, key)
+        show(f"\n{json.dumps(row, ensure_ascii=False)}\n→ {json.dumps(said['predictions'][0], ensure_ascii=False)} from {said['model']}/{said['version']}\n",
+              f"URL   {settings.url}/v1/models/{spec.name}:predict", _curl(settings, spec.name, row, key if keep else "$MLRAY_API_KEY"))
+        if keep:
+            show("Up until Ctrl-C.")
+            until_stopped()
+    return True

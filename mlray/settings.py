@@ -30,6 +30,8 @@ class Settings(BaseModel):
     registry: str = ""                      # SQLAlchemy URL; empty: SQLite in `home`
     data: Path | None = None                # a folder that is looked in first for data files (MLRAY_DATA)
     gates: tuple[str, ...] = ("quality", "fairness") # whose passed verdict a promotion asks for
+    evidence_hours: Annotated[float, Field(gt=0)] | None = None # how old that verdict may be; empty: any age
+    separate_promoter: bool = False         # whether who registered a version may not promote it to production
     tracking: Literal["offline", "online", "disabled"] = "offline" # W&B
     project: str = "mlray"                  # W&B project
     ray: str = "local"                      # `local`, or the address of a cluster that runs

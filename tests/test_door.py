@@ -193,6 +193,35 @@ def test_a_verdict_that_fails_ends_with_1_and_cannot_be_promoted(mlray, project)
     letter(*mlray("promote", "diabetes/1")[::2], "no verdict of the gate fairness")
 
 
+def test_a_release_from_promotion_to_the_audit(mlray, trained, tmp_path, monkeypatch):
+    "Promote, take back, retire, look at the audit, and find what was changed past it."
+    import shutil
+    import sqlite3
+
+    from mlray.registry import add_evidence, open_registry, version
+    from mlray.settings import read_settings
+    shutil.copytree(trained[0].home, tmp_path / "copy")
+    monkeypatch.setenv("MLRAY_HOME", str(tmp_path / "copy"))
+    registry = open_registry(read_settings())
+    letter(*mlray("rollback", "diabetes")[::2], "no diabetes@production")
+    for gate in ("quality", "fairness"): add_evidence(registry, version(registry, "diabetes"), gate, trained[1].verdict, b"{}")
+    assert json.loads(mlray("promote", "diabetes/1", "--json")[1])["generation"] == 1
+    letter(*mlray("rollback", "diabetes")[::2], "nothing before it")
+    letter(*mlray("retire", "diabetes/1", "--why", "slow")[::2], "in use: diabetes@production")
+    told = json.loads(mlray("audit", "--json")[1])
+    assert [t["action"] for t in told][-2:] == ["promote", "refuse"] and told[-1]["seq"] == len(told)
+    status, out, _ = mlray("audit", "verify")
+    assert status == 0 and "The audit is whole" in out
+    with sqlite3.connect(tmp_path / "copy/registry.db") as db: db.execute("update aliases set generation=9")
+    status, out, _ = mlray("audit", "verify", "--json")
+    found = json.loads(out)
+    assert status == 1 and found["whole"] is False and found["faults"][0]["seq"] == len(told) - 1
+    monkeypatch.setenv("MLRAY_REGISTRY", "mysql://root:secret@nowhere/x")
+    status, _, err = mlray("models")
+    letter(status, err, "postgresql://")
+    assert "secret" not in err
+
+
 @pytest.mark.parametrize("delay", [1.5, 3.0, 4.5, 6.0])
 def test_a_killed_run_leaves_a_registry_that_opens(project, delay):
     from mlray.registry import bundle_of, open_registry, versions
