@@ -140,15 +140,15 @@ def reproduce(version: Reference, env: Env = None, as_json: Json = False) -> Non
 # %% ../nbs/59_cli.ipynb #98dc07ad
 @app.command()
 def gate(version: Reference, gates: Annotated[list[str] | None, typer.Option("--gate", help="A gate by name; may be given again (default: those of the settings).")] = None,
-         env: Env = None, as_json: Json = False) -> None:
+         again: Annotated[bool, typer.Option("--again", help="Run gates too whose notebook, rows, bundle and packages have not changed since.")] = False, env: Env = None, as_json: Json = False) -> None:
     "Run the gate notebooks of a version, side by side; keep what they prove."
     settings = settings_of(env)
     registry, found = find_version(version, settings)
-    verdicts = gate_version(registry, found, list(dict.fromkeys(gates or settings.gates)), settings)
+    gated = gate_version(registry, found, list(dict.fromkeys(gates or settings.gates)), settings, again)
     pages = settings.home / "gates" / found.name / str(found.number)
-    passed = all(v.passed for v in verdicts.values())
-    _show(as_json, {"version": str(found), "passed": passed, "gates": {g: v.as_dict() for g, v in verdicts.items()}, "pages": str(pages)},
-          *(face for name, v in verdicts.items() for face in (name, v.table())), f"pages: {pages}")
+    passed = all(g.verdict.passed for g in gated.values())
+    _show(as_json, {"version": str(found), "passed": passed, "gates": {name: {**g.verdict.as_dict(), "reused": g.reused, "broken": g.broken} for name, g in gated.items()}, "pages": str(pages)},
+          *(face for name, g in gated.items() for face in (f"{name}{f' (evidence of {g.reused[:16]})' if g.reused else ''}", g.verdict.table())), f"pages: {pages}")
     if not passed: raise typer.Exit(1)
 
 
@@ -286,9 +286,9 @@ def demo(keep: Annotated[bool, typer.Option("--keep", help="Stay up until Ctrl-C
         step(f"train on Ray with {settings.workers} workers")
         run, registry = train_run(spec, settings, "ray"), open_registry(settings)
         step(f"gate {run.version}: {', '.join(settings.gates)}")
-        verdicts = gate_version(registry, run.version, settings.gates, settings)
-        _show(False, None, *(v.table() for v in verdicts.values()))
-        if not all(v.passed for v in verdicts.values()): raise typer.Exit(1)
+        gated = gate_version(registry, run.version, settings.gates, settings)
+        _show(False, None, *(g.verdict.table() for g in gated.values()))
+        if not all(g.verdict.passed for g in gated.values()): raise typer.Exit(1)
         step(f"promote {run.version} to production")
         move(registry, run.version, "production", settings.gates)
         step(f"serve {spec.name}@production behind HAProxy")
