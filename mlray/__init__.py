@@ -88,5 +88,6 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "service": ["Service"],
         "score": ["scorecard"],
         "fairness": ["fairness_report"],
+        "lab": ["load_ipython_extension"],
     },
 )

@@ -183,3 +183,58 @@ def test_a_gate_that_broke_is_tried_again(gated):
     for _ in range(2):
         [run] = run_gates(registry, found, ["one"], settings)
         assert run.broken and not run.reused
+
+
+def test_reports_point_at_the_cell_and_are_read_by_others(tmp_path):
+    "JUnit as pytest's and GitHub's readers take it; an annotation leads to the very line of the notebook's file."
+    import xml.etree.ElementTree as xml
+
+    from mlray.gate_report import annotations, junit, summary, tell_github, write_reports
+    (tmp_path / "nbs/gates").mkdir(parents=True)
+    raised = run_gate(page(tmp_path / "nbs/gates/raises.ipynb", "from mlray.gate import judge\n\njudge({}, 5)"), {})
+    failed = run_gate(page(tmp_path / "nbs/gates/fails.ipynb", GOOD.replace("at_least=0", "at_least=2")), {})
+    passed = run_gate(page(tmp_path / "nbs/gates/passes.ipynb", GOOD), {})
+    runs = [raised, failed, passed]
+    for run, text in ((raised, "judge({}, 5)"), (failed, "from mlray.gate import judge")):
+        place = next(iter(annotations(run, tmp_path)))
+        assert text in (tmp_path / place.file).read_text().splitlines()[place.line - 1]
+    import mlray.gate
+    inside = list(annotations(raised, tmp_path))[1]
+    assert inside.file == "mlray/gate.py" and "for rule in rules" in Path(mlray.gate.__file__).read_text().splitlines()[inside.line - 1]
+    assert not list(annotations(passed, tmp_path))
+    suites = {s.get("name"): s for s in xml.fromstring(junit(runs, "a/1"))}
+    assert {n: (s.get("tests"), s.get("failures"), len(s.findall("testcase/failure"))) for n, s in suites.items()} == {"raises": ("1", "1", 1), "fails": ("1", "1", 1), "passes": ("1", "0", 0)}
+    assert suites["passes"].find("properties/property[@name='x']").get("value") == "1.0"
+    told = tell_github(runs, "a/1", tmp_path, {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(tmp_path / "step.md")})
+    assert len(told) == 3 and all(line.startswith("::error file=") and "\n" not in line for line in told) and (tmp_path / "step.md").read_text() == summary(runs, "a/1")
+    assert tell_github(runs, "a/1", tmp_path, {}) == []
+    files = write_reports(runs, "a/1", tmp_path)
+    shown = files["index"].read_text()
+    assert "a/1: failed" in shown and all((tmp_path / f"{n}.html").stat().st_size > 500 and f"{n}.html" in shown for n in suites)
+
+
+def test_a_report_survives_what_a_gate_may_say(tmp_path):
+    import xml.etree.ElementTree as xml
+
+    from mlray.gate import Finding, Verdict
+    from mlray.gate_on_papermill import GateRun
+    from mlray.gate_report import Place, index, junit
+    run = GateRun("g", Verdict((Finding("a<b>", "\x1b[31m\x00 & more", 1.0, False, "100 %\n::error::<script>"),)), b"{}", 1.0)
+    assert xml.fromstring(junit([run], "a/1")).find(".//failure") is not None and "<script>" not in index([run], "a/1")
+    assert Place("a,b", 1, "x:y", "100 %\n::stop").command() == "::error file=a%2Cb,line=1,title=x%3Ay::100 %25%0A::stop"
+
+
+def test_a_verdict_in_the_lab(gated, monkeypatch):
+    "`%load_ext mlray` in a shell as notebooks have it; the value of `%gate` is the verdict, and shows itself."
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from mlray.gate import MIME
+    settings, found, registry = gated
+    monkeypatch.setattr("mlray.lab.settings_of", lambda env: settings)
+    shell = InteractiveShell()
+    shell.run_line_magic("load_ext", "mlray")
+    done = shell.run_cell(f"%gate one two {found}")
+    assert done.success and len(done.result.findings) == 2 and set(evidence(registry, found)) >= {"one", "two"}
+    shown, _ = shell.display_formatter.format(done.result)
+    assert "Verdict: passed" in shown["text/html"] and shown[MIME]["passed"]
+    assert isinstance(shell.run_cell(f"%gate --agin one {found}").error_in_exec, GateError)
