@@ -78,7 +78,7 @@ def _each(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str): return change(value)
     if isinstance(value, list): return [_each(v, change) for v in value]
     if not isinstance(value, dict): return value
-    return {k: v if k == MIME or k.startswith("image/") and k != "image/svg+xml" else _each(v, change) for k, v in value.items()}
+    return {k: v if k == MIME or (k.startswith("image/") and k != "image/svg+xml") else _each(v, change) for k, v in value.items()}
 
 # %% ../nbs/46a_gate_page.ipynb #7fde447b
 def unsaid(
