@@ -38,4 +38,4 @@ def gate(
 
 def load_ipython_extension(shell: "InteractiveShell") -> None:
     "What `%load_ext mlray` does."
-    shell.register_magic_function(gate, "line", "gate")
+    shell.register_magic_function(gate, "line", "gate")  # type: ignore[arg-type]
