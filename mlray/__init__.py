@@ -21,6 +21,7 @@ Modules:
 - `mlray.counterfactual`: What would have to be different for another answer: the smallest change that flips it
 - `mlray.counts`: One small table that stands for all rows: slices × label × decision × score bin; tables add
 - `mlray.data`: Which rows: their sources, and how they are divided
+- `mlray.database`: One transaction, one line of audit, on SQLite or PostgreSQL
 - `mlray.decision`: From a score to a decision: calibration, threshold and fairness, as intent
 - `mlray.declared`: Rows to numbers without having seen a row: encoders that follow from the contract alone
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
@@ -45,13 +46,17 @@ Modules:
 - `mlray.gaps`: How far groups are apart, where answers are classes, labels or numbers
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
+- `mlray.gate_page`: An executed notebook as proof: what it says, where it broke, and what of it may be kept
+- `mlray.gate_report`: What gates found, for those who read it elsewhere: JUnit, GitHub, a summary, pages
 - `mlray.gradient`: What the network itself says: what each feature adds to the logit
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.importance`: What a model hangs on, over many rows: permutation importance, and explanations that add up
 - `mlray.imported`: What a spec names by where it is imported from
 - `mlray.infer`: A first contract, from rows, for a person to correct
 - `mlray.intervals`: How far a number from counts can be trusted: effective rows, DeLong, and a bootstrap that never sees a row
+- `mlray.lab`: `%load_ext mlray`: commands where the models are looked at
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
+- `mlray.ledger`: Whether what is known is what was done
 - `mlray.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
 - `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
 - `mlray.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates
@@ -126,5 +131,6 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "service": ["Service"],
         "score": ["scorecard"],
         "fairness": ["fairness_report"],
+        "lab": ["load_ipython_extension"],
     },
 )

@@ -14,6 +14,7 @@ __all__ = ['app', 'Env', 'Json', 'Spec', 'Overrides', 'Reference', 'Port', 'Work
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -139,15 +140,20 @@ def reproduce(version: Reference, env: Env = None, as_json: Json = False) -> Non
 # %% ../nbs/59_cli.ipynb #98dc07ad
 @app.command()
 def gate(version: Reference, gates: Annotated[list[str] | None, typer.Option("--gate", help="A gate by name; may be given again (default: those of the settings).")] = None,
-         env: Env = None, as_json: Json = False) -> None:
+         again: Annotated[bool, typer.Option("--again", help="Run gates too whose notebook, rows, bundle and packages have not changed since.")] = False,
+         junit: Annotated[Path | None, typer.Option(help="Write JUnit's XML here too.")] = None, env: Env = None, as_json: Json = False) -> None:
     "Run the gate notebooks of a version, side by side; keep what they prove."
     settings = settings_of(env)
     registry, found = find_version(version, settings)
-    verdicts = gate_version(registry, found, list(dict.fromkeys(gates or settings.gates)), settings)
-    pages = settings.home / "gates" / found.name / str(found.number)
-    passed = all(v.passed for v in verdicts.values())
-    _show(as_json, {"version": str(found), "passed": passed, "gates": {g: v.as_dict() for g, v in verdicts.items()}, "pages": str(pages)},
-          *(face for name, v in verdicts.items() for face in (name, v.table())), f"pages: {pages}")
+    gated = gate_version(registry, found, list(dict.fromkeys(gates or settings.gates)), settings, again)
+    from mlray.gate_report import tell_github, write_reports
+    runs, pages = list(gated.values()), settings.home / "gates" / found.name / str(found.number)
+    files = write_reports(runs, str(found), pages)
+    if junit: junit.write_bytes(files["junit"].read_bytes())
+    for line in tell_github(runs, str(found), settings.root): typer.echo(line, err=True)
+    passed = all(g.verdict.passed for g in gated.values())
+    _show(as_json, {"version": str(found), "passed": passed, "gates": {name: {**g.verdict.as_dict(), "reused": g.reused, "broken": g.broken} for name, g in gated.items()}, "pages": str(pages), **{what: str(path) for what, path in files.items()}},
+          *(face for name, g in gated.items() for face in (f"{name}{f' (evidence of {g.reused[:16]})' if g.reused else ''}", g.verdict.table())), f"pages: {files['index']}")
     if not passed: raise typer.Exit(1)
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from mlray.gate_on_papermill import GateRun
     from mlray.registry import Registry, Version
     from mlray.reproduce import Reproduction
     from mlray.run import Backend, Run
@@ -161,14 +162,14 @@ def explain_version(reference: str, row: Any, method: str, settings: "Settings")
     return what_if(bundle, row) if method == "counterfactual" else explain(bundle, row, method)
 
 
-def gate_version(registry: "Registry", found: "Version", gates: Sequence[str], settings: "Settings") -> dict[str, Any]:
-    "Verdicts by gate, in the order asked for."
+def gate_version(registry: "Registry", found: "Version", gates: Sequence[str], settings: "Settings", again: bool = False) -> "dict[str, GateRun]":
+    "Verdicts and pages by gate, in the order asked for."
     from mlray.gate_on_papermill import run_gates
     if not gates: raise GateError("No gate is named. Give --gate, or `gates` in settings.ini.")
     done = {}
-    for run in run_gates(registry, found, gates, settings):
-        stderr().print(f"  {run.gate}: {'✓ passed' if run.verdict.passed else '✗ failed'} in {run.seconds:.1f} s" + (f" ({run.broken})" if run.broken else ""))
-        done[run.gate] = run.verdict
+    for run in run_gates(registry, found, gates, settings, again=again):
+        stderr().print(f"  {run.gate}: {'✓ passed' if run.verdict.passed else '✗ failed'} {f'(evidence of {run.reused[:16]}; nothing has changed since)' if run.reused else f'in {run.seconds:.1f} s'}" + (f" ({run.broken})" if run.broken else ""))
+        done[run.gate] = run
     return {gate: done[gate] for gate in gates}
 
 # %% ../nbs/58_commands.ipynb #8a9524bc
@@ -248,9 +249,9 @@ def demonstrate(settings: "Settings", keep: bool, show: Callable[..., None]) -> 
         step(f"train on Ray with {settings.workers} workers")
         run, registry = train_run(spec, settings, "ray"), open_registry(settings)
         step(f"gate {run.version}: {', '.join(settings.gates)}")
-        verdicts = gate_version(registry, run.version, settings.gates, settings)
-        show(*(v.table() for v in verdicts.values()))
-        if not all(v.passed for v in verdicts.values()): return False
+        gated = gate_version(registry, run.version, settings.gates, settings)
+        show(*(g.verdict.table() for g in gated.values()))
+        if not all(g.verdict.passed for g in gated.values()): return False
         step(f"promote {run.version} to production")
         move(registry, run.version, "production", settings.gates)
         step(f"serve {spec.name}@production behind HAProxy")

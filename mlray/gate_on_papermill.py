@@ -9,26 +9,36 @@ cell must have finished, and a notebook that shows no verdict has failed. It kno
 __all__ = ['gate_path', 'check_parameters', 'GateRun', 'run_gate', 'run_gates']
 
 # %% ../nbs/47_gate_on_papermill.ipynb #aad9cf3d
+import hashlib
 import json
 import logging
 import os
+import platform
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import distributions
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import nbclient
+import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from .errors import GateError, suggest
-from .gate import MIME, Finding, Verdict
-from .registry import Registry, Version, add_evidence
+from .errors import GateError, MlrayError, suggest
+from .gate import Finding, Verdict
+from .gate_page import kept, notebook_digest, nowhere, page_bytes, places, secrets_in, unfinished, unsaid, verdicts
+from .registry import Evidence, Registry, Version, add_evidence, bundle_of, evidence, versions
+from .rows import read_rows
 from .settings import Settings, shipped
 
 # %% ../nbs/47_gate_on_papermill.ipynb #607e2313
@@ -37,6 +47,7 @@ def gate_path(
     settings: Settings,
 ) -> Path:
     "The notebook of a gate. Raises `GateError`."
+    if not re.fullmatch(r"\w[\w-]*", gate): raise GateError(f"{gate!r} is no name of a gate: letters, digits, - and _. A gate is a notebook in nbs/gates, named without folder and ending.")
     folders = [settings.root / "nbs" / "gates", shipped("gates")]
     for folder in folders:
         if (path := folder / f"{gate}.ipynb").is_file(): return path
@@ -69,38 +80,19 @@ class GateRun:
     page: bytes         # the executed notebook
     seconds: float
     broken: str = ""    # why the notebook did not run to its end; empty when it did
-
-
-def _outputs(page: Mapping[str, Any]) -> list[Verdict]:
-    "The verdicts that a page shows."
-    shown = [o["data"][MIME] for c in page["cells"] for o in c.get("outputs", ()) if MIME in o.get("data", {})]
-    return [Verdict.from_dict(v) for v in shown]
-
-
-def _unfinished(page: Mapping[str, Any]) -> str:
-    "Why a page that papermill calls executed is not, or nothing."
-    code = [c for c in page["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
-    states = [c["metadata"].get("papermill", {}).get("status") for c in code]
-    if any(s != "completed" for s in states): return "it left before its last cell (sys.exit?)"
-    if any(o["output_type"] == "error" for c in code for o in c.get("outputs", ())): return "a cell raised"
-    return "" if _outputs(page) else "it shows no verdict; end it with one: mlray.gate.judge(…)"
-
-
-def _scrubbed(page: dict[str, Any]) -> bytes:
-    "The page without the paths and the times of this machine."
-    page["metadata"].pop("papermill", None)
-    for cell in page["cells"]:
-        for key in ("execution", "papermill"): cell["metadata"].pop(key, None)
-    return (json.dumps(page, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+    reused: str = ""    # when its evidence was made, if that is what this is (ISO 8601)
+    notebook: Path | None = None # what was executed
 
 # %% ../nbs/47_gate_on_papermill.ipynb #a71d986a
 _ENCRYPTED = Config({"KernelManager": {"transport_encryption": "required"}}) # a kernel's ports are open to everyone on the machine
+_LARGEST = 64 * 2**20 # bytes of a page that are kept
 
 
 def run_gate(
     path: Path,                     # of the notebook
     parameters: Mapping[str, Any],
     timeout: int = 600,             # seconds a cell may take
+    inputs: Mapping[str, Any] | None = None, # what the verdict stands on; kept in the page
 ) -> GateRun:
     "Execute one gate. Raises `GateError` for wrong parameters, before a kernel starts."
     check_parameters(path, parameters)
@@ -114,11 +106,45 @@ def run_gate(
         except nbclient.exceptions.CellTimeoutError: broken = f"a cell ran longer than {timeout} s"
         except nbclient.exceptions.DeadKernelError: broken = "its kernel died (out of memory?)"
         except Exception as error: broken = f"{type(error).__name__}: {error}"
-        page = json.loads(out.read_text()) if out.exists() else {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
-    broken = broken or _unfinished(page)
-    shown = sum(_outputs(page), Verdict(()))
+        raw = nbformat.read(out, as_version=4) if out.exists() and out.stat().st_size <= _LARGEST else nbformat.v4.new_notebook()
+        if out.exists() and not raw["cells"]: broken = broken or f"its page is larger than {_LARGEST // 2**20} MiB"
+    page, told = kept(raw, secrets_in(os.environ), places())
+    broken = broken or unfinished(raw) or (f"it showed a secret ({', '.join(told)}), which was taken out of the page" if told else "")
+    broken = nowhere(unsaid(broken, secrets_in(os.environ)), places())
+    page["metadata"]["mlray"] = {"gate": path.stem, "inputs": dict(inputs or {}), "broken": broken}
+    try: shown = sum(verdicts(page), Verdict(()))
+    except ValueError: shown = Verdict(())
     verdict = shown + Verdict((Finding("notebook", "runs to its end and shows a verdict", None, False, broken),)) if broken else shown
-    return GateRun(path.stem, verdict, _scrubbed(page), time.monotonic() - started, broken)
+    return GateRun(path.stem, verdict, page_bytes(page), time.monotonic() - started, broken, notebook=path)
+
+# %% ../nbs/47_gate_on_papermill.ipynb #fbf5af05
+@lru_cache(maxsize=1)
+def _software() -> str:
+    "Names everything installed, and mlray's own code as it is."
+    said = hashlib.sha256(json.dumps([platform.python_version(), platform.machine(), *sorted(f"{d.name}=={d.version}" for d in distributions())]).encode())
+    for source in sorted(Path(str(files("mlray"))).rglob("*.py")): said.update(source.name.encode() + b"\0" + source.read_bytes())
+    return said.hexdigest()
+
+
+def _shared_inputs(registry: Registry, found: Version, settings: Settings) -> dict[str, Any]:
+    "What all gates of a version stand on; nothing, where its rows cannot be read."
+    spec = bundle_of(registry, found).spec
+    try: rows = read_rows(spec, settings)
+    except (MlrayError, OSError): return {}
+    production = next((v.digest for v in versions(registry, found.name) if "production" in v.aliases), "")
+    return {"bundle": found.digest, "production": production, "rows": dict(rows.fingerprints), "put_aside": {part: c.bad.height for part, c in rows.checked.items()},
+            "software": _software(), "today": datetime.now(UTC).date().isoformat() if spec.waivers else ""}
+
+
+def _proved(registry: Registry, proof: Evidence, inputs: Mapping[str, Any], path: Path) -> GateRun | None:
+    "What the newest evidence says, if it stands on the same and is whole."
+    try: page = (registry.store.path(proof.page) / f"{proof.gate}.ipynb").read_bytes()
+    except OSError: return None
+    if not inputs or hashlib.sha256(page).hexdigest() != proof.page: return None
+    read = json.loads(page)
+    about = read["metadata"].get("mlray", {})
+    if about.get("inputs") != inputs or about.get("broken") or sum(verdicts(read), Verdict(())) != proof.verdict: return None
+    return GateRun(proof.gate, proof.verdict, page, 0.0, reused=proof.created, notebook=path)
 
 # %% ../nbs/47_gate_on_papermill.ipynb #207170f3
 @contextmanager
@@ -141,13 +167,21 @@ def run_gates(
     gates: Sequence[str],
     settings: Settings,
     timeout: int = 600, # seconds for one notebook
-) -> Iterator[GateRun]: # as they end
+    again: bool = False, # run a gate too whose inputs are the same as when it last ran
+) -> Iterator[GateRun]: # those that are proved already, then the others as they end
     "Run gates on a version and keep what they prove. Raises `GateError` for a gate that does not exist."
+    parameters, shared, known = {"version": str(found)}, _shared_inputs(registry, found, settings), {} if again else evidence(registry, found)
     paths = [gate_path(gate, settings) for gate in gates]
+    inputs = {path: {**shared, "parameters": parameters, "notebook": notebook_digest(path)} if shared else {} for path in paths}
     pages = settings.home / "gates" / found.name / str(found.number)
     pages.mkdir(parents=True, exist_ok=True)
-    with _environment(settings), ThreadPoolExecutor(max(1, min(len(paths), os.cpu_count() or 1))) as pool:
-        for done in as_completed([pool.submit(run_gate, path, {"version": str(found)}, timeout) for path in paths]):
+    proved = {path: run for path in paths if path.stem in known and (run := _proved(registry, known[path.stem], inputs[path], path))}
+    for run in proved.values():
+        (pages / f"{run.gate}.ipynb").write_bytes(run.page)
+        yield run
+    open_ = [path for path in paths if path not in proved]
+    with _environment(settings), ThreadPoolExecutor(max(1, min(len(open_), os.cpu_count() or 1))) as pool:
+        for done in as_completed([pool.submit(run_gate, path, parameters, timeout, inputs[path]) for path in open_]):
             run = done.result()
             (pages / f"{run.gate}.ipynb").write_bytes(run.page)
             add_evidence(registry, found, run.gate, run.verdict, run.page)

@@ -84,3 +84,157 @@ def test_the_next_version_is_held_against_production(trained, diabetes, tmp_path
     [run] = run_gates(registry, worse.version, ["quality"], settings)
     assert run.verdict.findings[0] == finding and not run.broken
     with pytest.raises(RegistryError, match="failed the gate quality"): promote(registry, worse.version, gates=["quality"])
+
+
+RESULT = "from mlray.gate import Verdict\nVerdict(())"
+FORGED = "from IPython.display import display\ndisplay({'application/vnd.mlray.verdict+json': {'findings': [{'measure': 'x'}]}}, raw=True)"
+
+
+@pytest.mark.parametrize(("cells", "reason"), [
+    ([GOOD, RESULT], "without a finding"), ([GOOD, FORGED], "cannot be read"), ([GOOD, FORGED.replace("{'measure': 'x'}", "dict(measure='x', rule='', value=1, passed='no', why='')")], "cannot be read"),
+    ([GOOD, "def"], "SyntaxError"), ([GOOD, "import sys; sys.exit(2)"], "SystemExit"), ([GOOD, "from concurrent.futures import ThreadPoolExecutor as T\nlist(T(1).map(int, ['x']))"], "ValueError")],
+    ids=["empty result", "damaged result", "result that says no in words", "syntax", "exit 2", "error in a thread"])
+def test_a_result_alone_is_not_enough(tmp_path, cells, reason):
+    run = run_gate(page(tmp_path / "g.ipynb", *cells), {}, timeout=20)
+    assert reason in run.broken and not run.verdict.passed
+
+
+@pytest.mark.parametrize("tag", ["skip-execution", "raises-exception"])
+def test_a_tag_hides_nothing(tmp_path, tag):
+    path = page(tmp_path / "g.ipynb", GOOD, "1 / 0")
+    notebook = nbformat.read(path, as_version=4)
+    notebook["cells"][-1]["metadata"]["tags"] = [tag]
+    nbformat.write(notebook, path)
+    assert run_gate(path, {}).broken
+
+
+@pytest.mark.parametrize("value", ["'; raise SystemExit #", '"""\nimport os\nos._exit(1)\n"""', "a\\", "{x}\n%%bash\nfalse"])
+def test_a_value_stays_a_value(tmp_path, value):
+    run = run_gate(page(tmp_path / "g.ipynb", f"assert version == {value!r}", GOOD), {"version": value})
+    assert not run.broken and run.verdict.passed
+
+
+@pytest.mark.parametrize("name", ["../quality", "/etc/passwd", "quality.ipynb", "a/b", "", "quality\n", "$(id)"])
+def test_a_gate_is_a_name(settings, name):
+    with pytest.raises(GateError, match="no name of a gate"): gate_path(name, settings)
+
+
+def test_a_page_keeps_no_secret_and_no_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("WAREHOUSE_PASSWORD", "correct horse battery")
+    monkeypatch.setenv("MLRAY_HOME", str(tmp_path / "home"))
+    leak = "import os, socket, sys\nprint(os.environ['WAREHOUSE_PASSWORD'])\nprint('postgresql://ada:lovelace1815@db/rows')\nprint(os.environ['MLRAY_HOME'], socket.gethostname(), sys.prefix)\n'ghp_' + 'a1B2' * 9"
+    run = run_gate(page(tmp_path / "g.ipynb", GOOD, leak), {})
+    assert not run.verdict.passed and "WAREHOUSE_PASSWORD" in run.broken and "form of a key" in run.broken
+    import socket
+    import sys
+    text = run.page.decode()
+    for told in ("correct horse battery", "lovelace1815", "a1B2a1B2", str(tmp_path), f"<home> {socket.gethostname()}", sys.prefix): assert told not in text
+    assert "<home>" in text and "<host>" in text
+    raised = run_gate(page(tmp_path / "h.ipynb", GOOD, "raise ValueError(os.environ['WAREHOUSE_PASSWORD'] + os.environ['MLRAY_HOME'])", parameters="import os\nversion: str = ''"), {})
+    assert "battery" not in raised.page.decode() + raised.broken + str(raised.verdict) and str(tmp_path) not in raised.page.decode() + raised.broken
+
+
+def test_the_same_gate_twice_is_the_same_page(tmp_path):
+    path = page(tmp_path / "g.ipynb", GOOD)
+    assert run_gate(path, {}).page == run_gate(path, {}).page
+
+
+@pytest.fixture
+def gated(trained, tmp_path):
+    "A registry of one's own with two gates in a project, one of which reads the candidate."
+    shutil.copytree(trained[0].home, tmp_path / "home")
+    settings = trained[0].model_copy(update={"home": tmp_path / "home", "root": tmp_path})
+    (tmp_path / "nbs/gates").mkdir(parents=True)
+    for name in ("one", "two"): page(tmp_path / f"nbs/gates/{name}.ipynb", GOOD)
+    return settings, trained[1].version, open_registry(settings)
+
+
+def test_unchanged_gates_are_not_run_again(gated, monkeypatch):
+    settings, found, registry = gated
+    def runs(**more): return {g.gate: g for g in run_gates(registry, found, ["one", "two"], settings, **more)}
+    first, before = runs(), len(events(registry).rows)
+    with monkeypatch.context() as m:
+        m.setattr("papermill.execute_notebook", lambda *a, **k: pytest.fail("a kernel was started"))
+        second = runs()
+    assert all(g.reused and not first[n].reused and (g.page, g.verdict) == (first[n].page, first[n].verdict) for n, g in second.items()) and len(events(registry).rows) == before
+    assert not any(g.reused for g in runs(again=True).values())
+    page(settings.root / "nbs/gates/two.ipynb", GOOD, "2 + 2")
+    assert {n: bool(g.reused) for n, g in runs().items()} == {"one": True, "two": False}
+
+
+def test_what_a_verdict_stands_on_ends_its_use(gated, monkeypatch):
+    settings, found, registry = gated
+    def reused(): return [bool(g.reused) for g in run_gates(registry, found, ["one"], settings)]
+    assert reused() == [False] and reused() == [True]
+    promote(registry, found, gates=["one"])
+    assert reused() == [False] and reused() == [True], "another version in production is another question"
+    monkeypatch.setattr("mlray.gate_on_papermill._software", lambda: "another mlray")
+    assert reused() == [False] and reused() == [True]
+    proof = evidence(registry, found)["one"]
+    stored = registry.store.path(proof.page) / "one.ipynb"
+    stored.chmod(0o644)
+    stored.write_bytes(stored.read_bytes().replace(b"at_least", b"at_leest"))
+    assert reused() == [False], "a page that was touched proves nothing"
+
+
+def test_a_gate_that_broke_is_tried_again(gated):
+    settings, found, registry = gated
+    page(settings.root / "nbs/gates/one.ipynb", "raise SystemExit(0)")
+    for _ in range(2):
+        [run] = run_gates(registry, found, ["one"], settings)
+        assert run.broken and not run.reused
+
+
+def test_reports_point_at_the_cell_and_are_read_by_others(tmp_path):
+    "JUnit as pytest's and GitHub's readers take it; an annotation leads to the very line of the notebook's file."
+    import xml.etree.ElementTree as xml
+
+    from mlray.gate_report import annotations, junit, summary, tell_github, write_reports
+    (tmp_path / "nbs/gates").mkdir(parents=True)
+    raised = run_gate(page(tmp_path / "nbs/gates/raises.ipynb", "from mlray.gate import judge\n\njudge({}, 5)"), {})
+    failed = run_gate(page(tmp_path / "nbs/gates/fails.ipynb", GOOD.replace("at_least=0", "at_least=2")), {})
+    passed = run_gate(page(tmp_path / "nbs/gates/passes.ipynb", GOOD), {})
+    runs = [raised, failed, passed]
+    for run, text in ((raised, "judge({}, 5)"), (failed, "from mlray.gate import judge")):
+        place = next(iter(annotations(run, tmp_path)))
+        assert text in (tmp_path / place.file).read_text().splitlines()[place.line - 1]
+    import mlray.gate
+    inside = list(annotations(raised, tmp_path))[1]
+    assert inside.file == "mlray/gate.py" and "for rule in rules" in Path(mlray.gate.__file__).read_text().splitlines()[inside.line - 1]
+    assert not list(annotations(passed, tmp_path))
+    suites = {s.get("name"): s for s in xml.fromstring(junit(runs, "a/1"))}
+    assert {n: (s.get("tests"), s.get("failures"), len(s.findall("testcase/failure"))) for n, s in suites.items()} == {"raises": ("1", "1", 1), "fails": ("1", "1", 1), "passes": ("1", "0", 0)}
+    assert suites["passes"].find("properties/property[@name='x']").get("value") == "1.0"
+    told = tell_github(runs, "a/1", tmp_path, {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(tmp_path / "step.md")})
+    assert len(told) == 3 and all(line.startswith("::error file=") and "\n" not in line for line in told) and (tmp_path / "step.md").read_text() == summary(runs, "a/1")
+    assert tell_github(runs, "a/1", tmp_path, {}) == []
+    files = write_reports(runs, "a/1", tmp_path)
+    shown = files["index"].read_text()
+    assert "a/1: failed" in shown and all((tmp_path / f"{n}.html").stat().st_size > 500 and f"{n}.html" in shown for n in suites)
+
+
+def test_a_report_survives_what_a_gate_may_say(tmp_path):
+    import xml.etree.ElementTree as xml
+
+    from mlray.gate import Finding, Verdict
+    from mlray.gate_on_papermill import GateRun
+    from mlray.gate_report import Place, index, junit
+    run = GateRun("g", Verdict((Finding("a<b>", "\x1b[31m\x00 & more", 1.0, False, "100 %\n::error::<script>"),)), b"{}", 1.0)
+    assert xml.fromstring(junit([run], "a/1")).find(".//failure") is not None and "<script>" not in index([run], "a/1")
+    assert Place("a,b", 1, "x:y", "100 %\n::stop").command() == "::error file=a%2Cb,line=1,title=x%3Ay::100 %25%0A::stop"
+
+
+def test_a_verdict_in_the_lab(gated, monkeypatch):
+    "`%load_ext mlray` in a shell as notebooks have it; the value of `%gate` is the verdict, and shows itself."
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from mlray.gate import MIME
+    settings, found, registry = gated
+    monkeypatch.setattr("mlray.lab.settings_of", lambda env: settings)
+    shell = InteractiveShell()
+    shell.run_line_magic("load_ext", "mlray")
+    done = shell.run_cell(f"%gate one two {found}")
+    assert done.success and len(done.result.findings) == 2 and set(evidence(registry, found)) >= {"one", "two"}
+    shown, _ = shell.display_formatter.format(done.result)
+    assert "Verdict: passed" in shown["text/html"] and shown[MIME]["passed"]
+    assert isinstance(shell.run_cell(f"%gate --agin one {found}").error_in_exec, GateError)
