@@ -13,8 +13,8 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python tests/checks.py
-	$(BIN)/python -m pytest -q -n 2 --nb-pkg nbs
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n auto --nb-pkg nbs
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 chaos: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m chaos tests

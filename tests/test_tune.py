@@ -151,7 +151,7 @@ def tuned(ray_cluster, tmp_path_factory):
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("ray")
+@pytest.mark.xdist_group("search")
 class TestOnRay:
     def test_the_best_trial_becomes_a_version(self, tuned):
         settings, done = tuned
@@ -275,7 +275,7 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.mark.chaos
 @pytest.mark.ray
-@pytest.mark.xdist_group("ray")
+@pytest.mark.xdist_group("search")
 def test_a_driver_killed_twice_loses_nothing_and_repeats_nothing(project):
     folder, start = project
     words = ("tune", "s.yaml", "train.epochs=40", "train.patience=40", "train.batch_size=8", "search.grace=10", "--json")
