@@ -210,17 +210,20 @@ class Killer:
     at: int
     victim: object # () → bool: did it end something
     hit: list[int] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event) # the run has ended, so there is nothing left to end
 
     def __enter__(self) -> "Killer":
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
         return self
 
-    def __exit__(self, *_) -> None: self.thread.join(timeout=60)
+    def __exit__(self, *_) -> None:
+        self.over.set()
+        self.thread.join(timeout=60)
 
     def watch(self) -> None:
-        kept, until = Checkpoints(self.folder), time.monotonic() + 60
-        while time.monotonic() < until:
+        kept = Checkpoints(self.folder)
+        while not self.over.is_set():
             newest = int(kept.files()[0].name[6:14]) if kept.files() else 0
             if newest >= self.at and self.victim():
                 self.hit.append(newest)
