@@ -25,7 +25,7 @@ from mlray.paired import (
     root_values,
     term_differences,
 )
-from mlray.registry import bundle_of, open_registry, promote
+from mlray.registry import Policy, bundle_of, open_registry, promote
 from mlray.run import train
 from mlray.score import Measure, scorecard, wilson
 from mlray.score_of_classes import classes_scorecard, labels_scorecard
@@ -212,7 +212,8 @@ def beside(trained, tmp_path_factory):
     shutil.copytree(trained[0].home, home)
     settings, first = trained[0].model_copy(update={"home": home}), trained[1]
     registry = open_registry(settings)
-    promote(registry, first.version, gates=[])
+    registry.policy = Policy(gates=())
+    promote(registry, first.version)
     rules = [Rule(metric="roc_auc", within=0.5), Rule(metric="precision", within=0.5, certain=True), Rule(metric="recall", by=("sex",), at_least=0.0, within=1.0), Rule(metric="roc_auc", by=("sex",), at_least=0.0, within=1.0),
              Rule(metric="demographic_parity_difference", by=("sex",), within=1.0, certain=True), Rule(metric="accuracy_to_overall_difference", by=("age", "sex"), at_most=1.0), Rule(metric="flip_rate", within=1.0),
              Rule(metric="specificity", by=("age", "sex"), at_least=0.0, certain=True), Rule(metric="personal_columns", at_most=100, certain=True)]

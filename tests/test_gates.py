@@ -8,7 +8,7 @@ import pytest
 
 from mlray.errors import GateError, RegistryError
 from mlray.gate_on_papermill import gate_path, run_gate, run_gates
-from mlray.registry import add_evidence, events, evidence, open_registry, promote, version
+from mlray.registry import Policy, add_evidence, events, evidence, open_registry, promote, version
 
 
 def page(path: Path, *cells: str, parameters: str = "version: str = 'diabetes'") -> Path:
@@ -166,7 +166,8 @@ def test_what_a_verdict_stands_on_ends_its_use(gated, monkeypatch):
     settings, found, registry = gated
     def reused(): return [bool(g.reused) for g in run_gates(registry, found, ["one"], settings)]
     assert reused() == [False] and reused() == [True]
-    promote(registry, found, gates=["one"])
+    registry.policy = Policy(gates=("one",))
+    promote(registry, found)
     assert reused() == [False] and reused() == [True], "another version in production is another question"
     monkeypatch.setattr("mlray.gate_on_papermill._software", lambda: "another mlray")
     assert reused() == [False] and reused() == [True]
