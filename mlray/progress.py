@@ -47,7 +47,8 @@ class ProgressTracker:
 
     def _begin(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-        self.bar = Progress(TextColumn("  epoch"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(), TextColumn("{task.fields[said]}"), console=self.console)
+        self.bar = Progress(TextColumn("  epoch"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(), TextColumn("{task.fields[said]}"), console=self.console,
+                            auto_refresh=not self.console.is_jupyter) # there each `log` draws, and a thread would draw over it
         self.task = self.bar.add_task("", total=self.epochs, said="")
         self.bar.start()
 
