@@ -41,6 +41,7 @@ Modules:
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
 - `mlray.federate_on_ray`: Learning from rows that stay with their holders
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
+- `mlray.first_look`: A file with rows, looked at for the first time: how it is written, and a spec to begin with
 - `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
 - `mlray.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
 - `mlray.gaps`: How far groups are apart, where answers are classes, labels or numbers
@@ -72,6 +73,9 @@ Modules:
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
+- `mlray.project`: A project as it is to be written: its spec, its source, its gates
+- `mlray.project_folder`: A new project in its folder: all of it, or nothing
+- `mlray.project_pages`: The notebooks of a new project
 - `mlray.ranking`: Ranking and calibration from score bins, each with the bound of what the bins hide
 - `mlray.rates`: What a confusion matrix says: every rate, for one matrix or a million
 - `mlray.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
