@@ -58,7 +58,7 @@ def sample_project(
     target = {"tabular": "progression", "text": "package", "image": "digit"}[kind]
     return Project(name, spec, dedent(source), target, ("quality", "fairness", "worth") if kind == "tabular" else ("quality", "worth"))
 
-
+# %% ../nbs/50a_project.ipynb #5afa08b5
 def project_from(
     name: str,
     path: Path,                     # a file with rows

@@ -70,6 +70,7 @@ evidence_hours = 168
 separate_promoter = yes
 """
 
+# %% ../nbs/50c_project_folder.ipynb #e67248c5
 _README = """
 # {name}
 
@@ -138,6 +139,7 @@ def test_our_gate_comes_to_a_verdict(run, settings):
     assert not found.broken and found.verdict.findings
 '''
 
+# %% ../nbs/50c_project_folder.ipynb #a661e273
 _WORKFLOW = """
 name: test
 on: [push, pull_request]

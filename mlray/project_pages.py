@@ -32,7 +32,7 @@ def _notebook(
     kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     return json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, indent=1, ensure_ascii=False) + "\n"
 
-
+# %% ../nbs/50b_project_pages.ipynb #647b9a34
 def _first_run(project: Project) -> str:
     return _notebook(f'''
         --- prose
@@ -70,7 +70,7 @@ def _first_run(project: Project) -> str:
         run.verdict
         ''')
 
-
+# %% ../nbs/50b_project_pages.ipynb #993e7563
 def _source_page(project: Project) -> str:
     head = '''
         --- prose
@@ -89,7 +89,7 @@ def _source_page(project: Project) -> str:
         '''
     return _notebook(f"{dedent(head)}{project.source.strip()}\n--- code\nrows().lazy().head().collect()\n")
 
-
+# %% ../nbs/50b_project_pages.ipynb #35494b0c
 def _network_page(project: Project) -> str:
     return _notebook(f'''
         --- prose
@@ -123,7 +123,7 @@ def _network_page(project: Project) -> str:
         sum(p.numel() for p in Network({{"encoded": 32}}, 1).parameters())
         ''')
 
-
+# %% ../nbs/50b_project_pages.ipynb #9c53a82e
 def _gate_page(project: Project) -> str:
     return _notebook(f'''
         --- prose
