@@ -25,12 +25,14 @@ Modules:
 - `mlray.decision`: From a score to a decision: calibration, threshold and fairness, as intent
 - `mlray.declared`: Rows to numbers without having seen a row: encoders that follow from the contract alone
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
+- `mlray.doctor`: What is wrong with this machine or cluster, and how to mend it
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
 - `mlray.errors`: One family of errors, each a short letter to a tired person
 - `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
 - `mlray.estimator`: Models of scikit-learn, LightGBM and XGBoost: the same rows, the same graph
 - `mlray.estimator_graph`: Fitted estimators of scikit-learn, LightGBM and XGBoost as ONNX graphs that keep the laws
 - `mlray.evaluation`: What a bundle does with rows it has not learned from
+- `mlray.examination`: The facts of this machine, gathered without changing anything
 - `mlray.explain`: Why this answer: a straight line through the model's answers nearby, the same to the byte for the same row
 - `mlray.explain_image`: Which parts of an image an answer hangs on
 - `mlray.explain_on_ray`: Many rows explained at once, on Ray Data

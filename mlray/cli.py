@@ -8,7 +8,7 @@ stdout is one JSON value. Exit codes: 0 done, 1 a verdict or check failed, 2 the
 # %% auto #0
 __all__ = ['app', 'Env', 'Json', 'Spec', 'Overrides', 'Reference', 'Port', 'Workers', 'audit_app', 'key_app', 'check', 'train',
            'tune', 'reproduce', 'gate', 'promote', 'rollback', 'retire', 'row_of', 'serve', 'ask', 'models', 'show',
-           'explain', 'audit_list', 'audit_verify', 'key_create', 'new', 'demo', 'main']
+           'explain', 'audit_list', 'audit_verify', 'key_create', 'new', 'demo', 'doctor', 'main']
 
 # %% ../nbs/59_cli.ipynb #2580d77e
 import json
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-_NOT_BUILT = frozenset({"approve", "card", "cluster", "console", "doctor", "export", "lab", "monitor", "predict", "retrain", "schedule"})
+_NOT_BUILT = frozenset({"approve", "card", "cluster", "console", "export", "lab", "monitor", "predict", "retrain", "schedule"})
 
 
 class _Commands(TyperGroup):
@@ -338,6 +338,16 @@ def demo(spec: Annotated[str | None, typer.Argument(metavar="[SPEC]", help="A sp
     read = read_spec(spec or shipped("configs") / "diabetes.yaml")
     if not demonstrate(read, settings_of(env, port=port, workers=workers), keep, lambda *faces: _show(False, None, *faces)): raise typer.Exit(1)
     if not keep: typer.echo(f"Down again. Stay up with `mlray demo {spec + ' ' if spec else ''}--keep`, or `mlray key create` and `mlray serve {read.name}`.")
+
+# %% ../nbs/59_cli.ipynb #ac498c1e
+@app.command()
+def doctor(env: Env = None, as_json: Json = False) -> None:
+    "What is wrong with this machine, or the cluster of the settings, and how to mend it."
+    from mlray.doctor import diagnose
+    from mlray.examination import examine
+    found = diagnose(examine(settings_of(env)))
+    _show(as_json, found.as_dict(), found.table() if found.complaints else "Nothing to complain of.")
+    if found.grave: raise typer.Exit(1)
 
 # %% ../nbs/59_cli.ipynb #f38644f9
 def main() -> None:
