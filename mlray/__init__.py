@@ -91,6 +91,7 @@ Modules:
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
 - `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
 - `mlray.samples`: Real rows that are there without a download
+- `mlray.schema`: The JSON Schema of a spec, so that an editor completes and corrects while one writes
 - `mlray.score`: How good: every measure with its interval, over all rows and by group
 - `mlray.score_of_classes`: How good, where one of several classes is right, or any of several labels
 - `mlray.score_of_counts`: A scorecard from counts alone: no row is seen again

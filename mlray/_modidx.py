@@ -1182,6 +1182,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mlray.samples.digits': ('samples.html#digits', 'mlray/samples.py'),
                                'mlray.samples.docstrings': ('samples.html#docstrings', 'mlray/samples.py'),
                                'mlray.samples.wine': ('samples.html#wine', 'mlray/samples.py')},
+            'mlray.schema': { 'mlray.schema._models': ('schema.html#_models', 'mlray/schema.py'),
+                              'mlray.schema.spec_schema': ('schema.html#spec_schema', 'mlray/schema.py')},
             'mlray.score': { 'mlray.score.Measure': ('score.html#measure', 'mlray/score.py'),
                              'mlray.score.Measure.__str__': ('score.html#measure.__str__', 'mlray/score.py'),
                              'mlray.score.Scorecard': ('score.html#scorecard', 'mlray/score.py'),
