@@ -6,6 +6,7 @@ Modules:
 - `mlray.access`: Who may do what: keys, roles, actions
 - `mlray.adversarial`: How little it takes when somebody tries: FGSM and PGD on the numbers of a row
 - `mlray.answer`: What one prediction looks like on the wire, for each kind of target
+- `mlray.attestation`: What is signed here, by whom, and whether it is enough
 - `mlray.audit`: A chain that breaks if it is touched
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
@@ -72,6 +73,7 @@ Modules:
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
+- `mlray.proof`: A version, checked from the bytes up by somebody who trusts nobody here
 - `mlray.ranking`: Ranking and calibration from score bins, each with the bound of what the bins hide
 - `mlray.rates`: What a confusion matrix says: every rate, for one matrix or a million
 - `mlray.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
@@ -95,9 +97,11 @@ Modules:
 - `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
 - `mlray.shapley`: Why this answer: the score, shared out among the features so that the shares add up
+- `mlray.signature`: Who says so: signed statements that anybody can check, offline, with stock tools
 - `mlray.slices`: Where a model does worst: a search through slices of up to three conditions, corrected for having searched
 - `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a topic, from a function
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
+- `mlray.statement`: What is claimed, in a form that others read: in-toto statements
 - `mlray.store`: Bytes under their digest, on the disk when it says so
 - `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all
 - `mlray.survey`: All rows of a source held against the contract, piece by piece: more than fit into memory
