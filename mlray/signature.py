@@ -149,14 +149,14 @@ def opened(
     "What a trusted signer has signed. Raises `SignatureError` where nobody trusted has."
     try:
         read = json.loads(data)
-        payload, found = base64.b64decode(read["payload"], validate=True), [(s["keyid"], base64.b64decode(s["sig"], validate=True)) for s in read["signatures"]]
+        payload, found = base64.b64decode(read["payload"], validate=True), [(str(s["keyid"]), base64.b64decode(s["sig"], validate=True)) for s in read["signatures"]]
         kind = read["payloadType"]
     except (ValueError, KeyError, TypeError, RecursionError) as error: raise SignatureError("The signature is no DSSE envelope, or it is damaged. Get it again from where it was signed.") from error
     if kind != PAYLOAD: raise SignatureError(f"The envelope holds {kind!r}; {PAYLOAD} is understood.")
     known, why = {s.id: s for s in signers}, "it carries no signature"
     for id, signature in found:
         signer = known.get(id)
-        if signer is None: why = f"its signer {str(id)[:12]} is not known here"
+        if signer is None: why = f"its signer {id[:12]} is not known here"
         elif signer.revoked: why = f"its signer {signer} was revoked on {signer.revoked[:10]}: {signer.why}"
         elif not holds(signer, pae(payload), signature): why = f"the signature is not of {signer}, or its payload was changed"
         else: return Signed(payload, signer, signature)
