@@ -37,6 +37,7 @@ Modules:
 - `mlray.explain_on_ray`: Many rows explained at once, on Ray Data
 - `mlray.explain_text`: Which words an answer hangs on
 - `mlray.explanation`: A bundle's answers, explained and shaken
+- `mlray.faces`: What commands show: one value for programs, tables for people
 - `mlray.fairness`: How good for whom: every group metric from one table of counts
 - `mlray.feature`: How a column becomes numbers, and columns made from others
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
@@ -51,6 +52,7 @@ Modules:
 - `mlray.gate_report`: What gates found, for those who read it elsewhere: JUnit, GitHub, a summary, pages
 - `mlray.gradient`: What the network itself says: what each feature adds to the logit
 - `mlray.haproxy`: Close what is left open in front of a service
+- `mlray.harmless`: May a graph be run: one that only computes, of its inputs, within bounds
 - `mlray.importance`: What a model hangs on, over many rows: permutation importance, and explanations that add up
 - `mlray.imported`: What a spec names by where it is imported from
 - `mlray.infer`: A first contract, from rows, for a person to correct
@@ -115,6 +117,7 @@ Modules:
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
 - `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
+- `mlray.vouching`: What the commands `sign`, `verify` and `signer` do
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
 - `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances"""
 

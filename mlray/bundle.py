@@ -13,22 +13,19 @@ __all__ = ['FORMAT', 'PARITY', 'Decision', 'Bundle', 'pack', 'strict_json', 'dig
 # %% ../nbs/30_bundle.ipynb #6e7af2c1
 import hashlib
 import json
-import math
 import os
 import stat
 import timeit
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import polars as pl
-from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
@@ -36,6 +33,7 @@ from safetensors.numpy import save as save_tensors
 from .contract import Contract
 from .errors import BundleError, MlrayError
 from .features import Features, Matrix, apply
+from .harmless import harmless
 from .profile import Profile
 from .spec import RunSpec
 from .task import Task
@@ -190,54 +188,7 @@ def digests_of(
     "What a bundle is made of, after checking every byte. Raises `BundleError`."
     return {name: _sha256(data) for name, data in _verified(folder, digest)[0].items()}
 
-# %% ../nbs/30_bundle.ipynb #1bfe2e94
-_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
-_INPUTS = frozenset(f.name for f in fields(Matrix))
-_ELEMENTS = 2**29 # of a tensor that a graph makes from nothing
-_BYTES = {"FLOAT": 4, "DOUBLE": 8, "INT64": 8, "INT32": 4, "INT16": 2, "INT8": 1, "UINT8": 1, "UINT16": 2, "UINT32": 4, "UINT64": 8, "BOOL": 1, "FLOAT16": 2, "BFLOAT16": 2}
-
-
-def _tensor(tensor: onnx.TensorProto) -> str: # empty: nothing is wrong
-    if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data: return f"tensor {tensor.name!r:.60} lies outside of the file"
-    if any(d < 0 for d in tensor.dims): return f"tensor {tensor.name!r:.60} has a negative size"
-    size, kind = math.prod(tensor.dims), onnx.TensorProto.DataType.Name(tensor.data_type) if tensor.data_type in onnx.TensorProto.DataType.values() else "unknown"
-    if kind == "STRING": held = len(tensor.string_data)
-    elif kind not in _BYTES: return f"tensor {tensor.name!r:.60} is of the kind {kind}"
-    else: held = len(tensor.raw_data) // _BYTES[kind] if tensor.raw_data else max(len(tensor.float_data), len(tensor.int32_data), len(tensor.int64_data), len(tensor.double_data), len(tensor.uint64_data))
-    return "" if held == size else f"tensor {tensor.name!r:.60} says it has {size} elements and has {held}"
-
-
-def _graph_wrong(graph: onnx.GraphProto) -> str:
-    "What a graph has that none of mlray's has; empty where there is nothing."
-    if graph.sparse_initializer: return "it has sparse tensors"
-    known = {t.name: t for t in graph.initializer}
-    for wrong in map(_tensor, graph.initializer):
-        if wrong: return wrong
-    for node in graph.node:
-        if node.domain not in _DOMAINS: return f"operator {node.op_type!r:.60} of {node.domain!r:.60} is none of ONNX's own"
-        for a in node.attribute:
-            if a.sparse_tensors or a.HasField("sparse_tensor"): return "it has sparse tensors"
-            for wrong in (*map(_tensor, [*a.tensors, *([a.t] if a.HasField("t") else [])]), *map(_graph_wrong, [*a.graphs, *([a.g] if a.HasField("g") else [])])):
-                if wrong: return wrong
-            if a.name == "value" and node.op_type == "Constant" and a.HasField("t"): known[node.output[0]] = a.t
-        shape = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}.get(node.op_type)
-        if shape is not None and shape < len(node.input) and node.input[shape] in known and (most := math.prod(map(abs, onnx.numpy_helper.to_array(known[node.input[shape]]).ravel().tolist()))) > _ELEMENTS:
-            return f"{node.op_type} makes a tensor of {most} elements"
-    return ""
-
-
-def _harmless(graph: bytes, where: str) -> None:
-    "Raise `BundleError` for a graph that is more than a computation on its inputs."
-    try:
-        model = onnx.load_model_from_string(graph)
-        wrong = ("it has functions of its own" if model.functions else "it carries training" if model.training_info else "" if {o.domain for o in model.opset_import} <= _DOMAINS else "it asks for operators that are none of ONNX's own")
-        wrong = wrong or _graph_wrong(model.graph)
-    except (DecodeError, ValueError, RecursionError, TypeError, IndexError) as error: raise BundleError(f"{where} is no ONNX graph: {str(error)[:200]}.") from error
-    inputs, outputs = {i.name for i in model.graph.input} - {t.name for t in model.graph.initializer}, [o.name for o in model.graph.output]
-    wrong = wrong or ("" if inputs <= _INPUTS and outputs == ["score"] else f"it goes from {sorted(inputs)} to {outputs}; from some of {sorted(_INPUTS)} to ['score'] is right")
-    if wrong: raise BundleError(f"{where} is no graph that mlray runs: {wrong}. Pack it from its network again.")
-
-
+# %% ../nbs/30_bundle.ipynb #ee3d1136
 def _whole_weights(path: Path) -> None:
     "Raise `BundleError` unless the tensors are where the header says."
     try:
@@ -254,7 +205,7 @@ def load_bundle(
     data, found = _verified(folder, digest)
     where = f"Bundle {folder.name!r}"
     about, counted = strict_json(data["bundle.json"], f"{where}: bundle.json"), strict_json(data["profile.json"], f"{where}: profile.json")
-    _harmless(data["model.onnx"], f"{where}: model.onnx")
+    harmless(data["model.onnx"], f"{where}: model.onnx")
     _whole_weights(folder / "weights.safetensors")
     try:
         if set(about) != {"spec", "features", "provenance", "task", "decision"} or not set(about["decision"]) <= {"threshold", "thresholds"}: raise ValueError("bundle.json has other parts than a bundle has")

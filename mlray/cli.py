@@ -8,7 +8,7 @@ stdout is one JSON value. Exit codes: 0 done, 1 a verdict or check failed, 2 the
 # %% auto #0
 __all__ = ['app', 'Env', 'Json', 'Spec', 'Overrides', 'Reference', 'Port', 'Workers', 'audit_app', 'key_app', 'check', 'train',
            'tune', 'reproduce', 'gate', 'promote', 'rollback', 'retire', 'row_of', 'serve', 'ask', 'models', 'show',
-           'explain', 'audit_list', 'audit_verify', 'key_create', 'demo', 'main']
+           'explain', 'audit_list', 'audit_verify', 'verify', 'sign', 'signer', 'key_create', 'demo', 'main']
 
 # %% ../nbs/59_cli.ipynb #2580d77e
 import json
@@ -100,13 +100,9 @@ def check(spec: Spec, overrides: Overrides = None, infer: Annotated[bool, typer.
 
 def _check_new(spec: "RunSpec", settings: "Settings", anyway: bool, as_json: bool) -> None:
     found, kept = take_batch(spec, settings, anyway)
+    from mlray.faces import faces_of_batch
     if found is None: return _show(as_json, {"good": 0, "bad": 0, "accepted": False, "reasons": []}, "nothing new")
-    batch, checked = found.batch, found.batch.checked
-    said = f"{batch.late} rows are late" + f"; {batch.lost} messages were deleted before they were read" * bool(batch.lost)
-    verdict = f"accepted: {batch.mark.rows} rows in {batch.mark.batches} batches, read up to {batch.mark.source_version}" if kept is not None else \
-        f"not accepted: {'; '.join(found.reasons)}. The mark was not moved; `mlray check SPEC --new --accept` takes it all the same."
-    _show(as_json, found.as_dict() | {"accepted": kept is not None, "quarantine": [str(p) for p in kept or ()]}, checked.table() if checked.problems else checked.table().title, said,
-          *([found.drift.table()] if found.drift and found.drift.moved else []), verdict, *(f"bad rows: {p}" for p in kept or ()))
+    _show(as_json, found.as_dict() | {"accepted": kept is not None, "quarantine": [str(p) for p in kept or ()]}, *faces_of_batch(found, kept))
     if kept is None: raise typer.Exit(1)
 
 
@@ -219,42 +215,23 @@ def ask(name: Annotated[str, typer.Argument(help="A model.")], row: Annotated[st
     if not key: raise ServingError("Set MLRAY_API_KEY to an API key; `mlray key create` makes one.")
     rows = row_of(row)
     said = ask_service(name, rows if isinstance(rows, list) else [rows], url or settings_of(env).url, key)
-    _show(as_json, said, _predictions_table(said))
-
-
-def _predictions_table(said: dict[str, Any]) -> Any:
-    "One line a row, whatever kind of answer it is."
-    from mlray.display import table
-    names = list(said["predictions"][0])
-    return table(names, [tuple(p[n] for n in names) for p in said["predictions"]], f"{said['model']}/{said['version']}")
+    from mlray.faces import face_of_answer
+    _show(as_json, said, face_of_answer(said))
 
 # %% ../nbs/59_cli.ipynb #751712c8
 @app.command()
 def models(name: Annotated[str | None, typer.Argument(help="Of one model only.")] = None, env: Env = None, as_json: Json = False) -> None:
     "List versions, newest first."
-    from mlray.display import table
-    from mlray.registry import open_registry, versions
-    every = versions(open_registry(settings_of(env)), name)
-    value = [{"version": str(v), "aliases": list(v.aliases), "digest": v.digest, "created": v.created, "actor": v.actor, "retired": v.retired} for v in every]
-    _show(as_json, value, table(["version", "aliases", "digest", "created", "by"], [(str(v), ", ".join(v.aliases) or "retired" * bool(v.retired), v.digest[:12], v.created[:19], v.actor) for v in every]))
+    from mlray.faces import list_versions
+    _show(as_json, *list_versions(settings_of(env), name))
 
 
 @app.command()
 def show(version: Reference, env: Env = None, as_json: Json = False) -> None:
     "What a version is, where it came from, and what is proved about it."
-    from mlray.display import table
-    from mlray.registry import bundle_of, evidence
-    registry, found = find_version(version, settings_of(env))
-    bundle, proved = bundle_of(registry, found), evidence(registry, found)
-    about = {"version": str(found), "aliases": list(found.aliases), "digest": found.digest, "created": found.created, "actor": found.actor, "spec_id": found.spec_id,
-             "size": bundle.size, "provenance": dict(bundle.provenance)}
-    read = [(f"{part} source", f"{s['rows']} rows, {s['version'] or s['digest']}") for part, s in bundle.provenance.get("sources", {}).items()]
-    spent = bundle.provenance.get("privacy")
-    private = [("privacy", f"ε {spent['epsilon']:.2f} at δ {spent['delta']:g} of each training row, in {spent['steps']} steps with noise of {spent['noise_multiplier']:.2f} clips")] if spent else []
-    made = [(k.replace("_", " "), v) for k, v in bundle.provenance.items() if k not in ("sources", "privacy")]
-    lines = table(["", str(found)], [("aliases", found.aliases), ("digest", found.digest), ("created", f"{found.created[:19]} by {found.actor}"), ("spec", found.spec_id), ("bytes", f"{bundle.size:,}"), *made, *private, *read])
-    _show(as_json, about | {"evidence": {g: {**e.verdict.as_dict(), "page": e.page, "created": e.created} for g, e in proved.items()}},
-          lines, *(face for g, e in proved.items() for face in (g, e.verdict.table())))
+    from mlray.faces import describe_version
+    value, faces = describe_version(*find_version(version, settings_of(env)))
+    _show(as_json, value, *faces)
 
 
 @app.command()
@@ -291,6 +268,32 @@ def audit_verify(env: Env = None, as_json: Json = False) -> None:
     if found.faults: raise typer.Exit(1)
 
 
+@app.command()
+def verify(version: Reference, trust: Annotated[list[Path] | None, typer.Option("--trust", metavar="PEM", help="A public key, had from its owner; only those given count. May be given again (default: the folder of signers).")] = None,
+           out: Annotated[Path | None, typer.Option("--out", help="Write all that others need to check it into a new folder: for openssl, sha256sum and model_signing.")] = None, env: Env = None, as_json: Json = False) -> None:
+    "Check a version from the bytes up: digests, signatures, evidence, the audit."
+    from mlray.vouching import verify_version
+    found = verify_version(version, settings_of(env), trust or (), out)
+    _show(as_json, found.as_dict() | ({"folder": str(out)} if out else {}), found.table(), *([f"written: {out}/README.md says how to check it without mlray"] if out else []))
+    if not found.holds: raise typer.Exit(1)
+
+
+@app.command()
+def sign(version: Reference, env: Env = None, as_json: Json = False) -> None:
+    "Sign a version that is there already, and its newest evidence, with every private key that is here."
+    from mlray.vouching import sign_version
+    _show(as_json, *sign_version(version, settings_of(env)))
+
+
+@app.command()
+def signer(action: Annotated[str, typer.Argument(help="list, create, rotate or revoke.")] = "list", name: Annotated[str | None, typer.Argument(help="Whose key, or the beginning of its id.")] = None,
+           algorithm: Annotated[str, typer.Option("--algorithm", help="Of a new key: ed25519, or ecdsa-p256, which `model_signing` reads.")] = "ed25519",
+           why: Annotated[str, typer.Option("--why", help="Of a revocation: one sentence.")] = "", env: Env = None, as_json: Json = False) -> None:
+    "Who signs here: a new key, the next one of the same name, or one whose signatures count no more."
+    from mlray.vouching import change_signers
+    _show(as_json, *change_signers(action, name, algorithm, why, settings_of(env)))
+
+# %% ../nbs/59_cli.ipynb #f44eeeb7
 key_app = typer.Typer(no_args_is_help=True, help="API keys.", rich_markup_mode=None)
 app.add_typer(key_app, name="key")
 

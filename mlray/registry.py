@@ -173,7 +173,7 @@ def add_evidence(
     gate: str,
     verdict: Verdict,
     page: bytes,    # the executed notebook
-    conditions: Conditions = Conditions(), # under which it ran
+    conditions: Conditions = Conditions(), # under which it ran  # noqa: B008 (frozen)
 ) -> Evidence:
     "Keep what a gate found out, as a statement too."
     digest, created = hashlib.sha256(page).hexdigest(), registry._now().isoformat()

@@ -49,6 +49,7 @@ class Signer:
     @property
     def state(self) -> str: return f"revoked: {self.why}" if self.revoked else "retired" if self.retired else "active"
     def __str__(self) -> str: return f"{self.name} ({self.id[:12]})"
+    def as_dict(self) -> dict[str, Any]: return asdict(self) | {"state": self.state}
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def bundle_claim_differs(
     digest: str,    # of the bundle: the sha256 of its manifest, which names every other file
 ) -> str: # empty: it claims just this
     "What a bundle's statement claims otherwise. Raises `SignatureError` for what is none."
-    subject, root, predicate = _claims(data, MODEL_SIGNATURE)
+    subject, _, predicate = _claims(data, MODEL_SIGNATURE)
     try: files = {r["name"]: r["digest"] for r in predicate["resources"]}
     except (KeyError, TypeError) as error: raise SignatureError("The statement leaves out what a bundle is made of.") from error
     if subject != name: return f"it speaks of the model {subject}"

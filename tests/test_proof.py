@@ -16,11 +16,19 @@ from mlray.errors import RegistryError, SignatureError
 from mlray.gate import judge
 from mlray.ledger import audit
 from mlray.proof import sign, verify, write_proof
-from mlray.registry import Policy, Registry, Version, add_evidence, evidence, open_registry, promote, register
-from mlray.settings import read_settings
-from mlray.signature import create_signer, envelope, opened, retire_signer, revoke_signer, signer_of, signers, signing_keys
+from mlray.registry import Policy, Registry, Version, add_evidence, evidence, promote, register
+from mlray.signature import (
+    create_signer,
+    envelope,
+    opened,
+    retire_signer,
+    revoke_signer,
+    signer_of,
+    signers,
+    signing_keys,
+)
 from mlray.spec import Rule
-from mlray.statement import TEST_RESULT, Conditions, canonical, gate_statement
+from mlray.statement import TEST_RESULT, Conditions, canonical
 from tests.test_registry import alone, tiny
 
 NOW = "2026-01-01T00:00:00+00:00"
@@ -128,7 +136,7 @@ def test_a_signature_of_another_version_is_none_of_this_one(registry, tmp_path):
     for about, instead, what in ((one.digest, other.digest, "signature"), (mine, its, "signature of quality")):
         with registry.database.change() as c: c.execute(SIGNATURES.update().where(SIGNATURES.c.about == about).values(envelope=theirs[instead]))
         assert {"audit", what} <= wrong(registry, one)
-        with pytest.raises(RegistryError, match="it speaks of the bundle|another statement"): promote(registry, one)
+        with pytest.raises(RegistryError, match=r"it speaks of the bundle|another statement"): promote(registry, one)
         with registry.database.change() as c: c.execute(SIGNATURES.update().where(SIGNATURES.c.about == about).values(envelope=theirs[about]))
     assert not wrong(registry, one) and promote(registry, one) == 1
 
@@ -143,7 +151,7 @@ def test_who_writes_past_the_registry_is_found_out(registry, tmp_path, statement
     from mlray.registry import version
     now = version(registry, "tiny/1")
     assert found <= wrong(registry, now)
-    with pytest.raises(RegistryError, match="no signature that counts|no verdict"): promote(registry, now)
+    with pytest.raises(RegistryError, match=r"no signature that counts|no verdict"): promote(registry, now)
 
 
 def test_what_was_changed_in_the_store_is_found_out(registry, tmp_path):
