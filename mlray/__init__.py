@@ -112,6 +112,7 @@ Modules:
 - `mlray.text`: A text as the runs of words and characters in it, hashed
 - `mlray.threshold`: Where the line is drawn: one line that does best by what was asked, or one for each group
 - `mlray.topic`: A Kafka topic as rows: from an offset to the end that it had when it was opened
+- `mlray.trace_on_openlineage`: What ran, on which rows, and what came of it, told to a lineage server
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
