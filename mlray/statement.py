@@ -19,7 +19,7 @@ from typing import Any
 
 from .bundle import strict_json
 from .errors import BundleError, SignatureError
-from .gate import Finding, Verdict
+from .gate import Verdict
 
 # %% ../nbs/31c_statement.ipynb #bf8bbbc4
 STATEMENT = "https://in-toto.io/Statement/v1"

@@ -91,8 +91,7 @@ def _test(found: Finding) -> Any:
 
 
 def _event(lineage: Lineage, kind: str, run: str, job: str, facets: Mapping[str, Any], inputs: Sequence[Any] = (), outputs: Sequence[Any] = ()) -> Any:
-    from openlineage.client.event_v2 import Job, RunEvent, RunState
-    from openlineage.client.event_v2 import Run as Told
+    from openlineage.client.event_v2 import Job, Run as Told, RunEvent, RunState
     from openlineage.client.facet_v2 import job_type_job
     about = {"jobType": job_type_job.JobTypeJobFacet(processingType="BATCH", integration="MLRAY", jobType="TRAINING" if job.endswith(".train") else "GATE")}
     return RunEvent(eventTime=datetime.now(UTC).isoformat(), run=Told(run, dict(facets)), job=Job(lineage.namespace, job, about), eventType=getattr(RunState, kind), producer=PRODUCER, inputs=list(inputs), outputs=list(outputs))
@@ -100,8 +99,7 @@ def _event(lineage: Lineage, kind: str, run: str, job: str, facets: Mapping[str,
 
 def _model(lineage: Lineage, found: Version, verdict: Verdict | None = None) -> dict[str, Any]:
     "A version as a data set: its name, its number and digest, and what was asserted of it."
-    from openlineage.client.facet_v2 import data_quality_assertions_dataset as asserted
-    from openlineage.client.facet_v2 import dataset_version_dataset
+    from openlineage.client.facet_v2 import data_quality_assertions_dataset as asserted, dataset_version_dataset
     facets: dict[str, Any] = {"version": dataset_version_dataset.DatasetVersionDatasetFacet(datasetVersion=f"{found.number}:{found.digest}")}
     checks = {"dataQualityAssertions": asserted.DataQualityAssertionsDatasetFacet(assertions=[asserted.Assertion(assertion=f"{f.measure}: {f.rule}", success=f.met, severity="warn" if f.waived else "error") for f in verdict.findings])} if verdict is not None else {}
     return {"namespace": lineage.namespace, "name": found.name, "facets": facets, "inputFacets": checks}
@@ -124,8 +122,8 @@ def traced_training(lineage: Lineage, spec: RunSpec) -> Iterator[Callable[[Run],
     lineage.emit(lambda: _event(lineage, "START", run, job, {}, _sources(lineage, spec)))
     try: yield came.append
     except BaseException as error:
-        said = f"{type(error).__name__}: {error}"
-        lineage.emit(lambda: _event(lineage, "FAIL" if isinstance(error, Exception) else "ABORT", run, job, _failed(said), _sources(lineage, spec)))
+        kind, said = "FAIL" if isinstance(error, Exception) else "ABORT", f"{type(error).__name__}: {error}"
+        lineage.emit(lambda: _event(lineage, kind, run, job, _failed(said), _sources(lineage, spec)))
         raise
     else:
         lineage.emit(lambda: _event(lineage, "COMPLETE", run, job, _tests(came[0].verdict), _sources(lineage, spec, came[0]), [_output(lineage, came[0])]))
