@@ -60,6 +60,7 @@ Modules:
 - `mlray.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
 - `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
 - `mlray.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates
+- `mlray.membership`: Who is in there: whether a model tells which rows it has learned from
 - `mlray.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
 - `mlray.mixture`: Two means from their sums, compared at every look
 - `mlray.model`: Fitting a network: training as a generator of epochs
