@@ -99,7 +99,8 @@ def needs_of(
     for name, value in said.items():
         if name not in known: raise GateError(f"Gate {path.stem!r} is tagged {name}={value}. {suggest(name, known)}")
         if not re.fullmatch(r"\d+" if known[name] is int and name == "timeout_s" else r"\d+(\.\d+)?", value): raise GateError(f"Gate {path.stem!r} is tagged {name}={value}; a number from 0 is expected, such as {name}=2.")
-    return Needs(**{n: int(v) if n == "timeout_s" else float(v) for n, v in said.items()})
+    number = {n: float(v) for n, v in said.items()}
+    return Needs(number.get("num_cpus", 1), number.get("num_gpus", 0), number.get("memory_gb", 0), int(number.get("timeout_s", 600)))
 
 # %% ../nbs/47_gate_on_papermill.ipynb #3c3ed09f
 @dataclass(frozen=True)
@@ -132,11 +133,11 @@ def kernels_with(
 
 def _execute(path: Path, out: Path, parameters: Mapping[str, Any], timeout: int, manager: type[AsyncKernelManager], note: Note) -> str:
     "What went wrong; empty where every cell came to its end."
-    left, cells = list[int](), len(nbformat.read(path, as_version=4)["cells"])
+    left, cells = list[int](), len(nbformat.read(path, as_version=4)["cells"]) + bool(parameters)
     def asked(cell: Any, cell_index: int, execute_reply: Any) -> None:
         if any(p.get("source") == "ask_exit" for p in execute_reply["content"].get("payload") or ()): left.append(cell_index)
     try: papermill.execute_notebook(str(path), str(out), dict(parameters), progress_bar=False, execution_timeout=timeout, config=_ENCRYPTED, extra_arguments=["--log-level=50"], kernel_manager_class=manager,
-                                    on_cell_start=lambda cell, cell_index: note(path.stem, f"{min(cell_index + 1, cells)}/{cells}"), on_cell_executed=asked)
+                                    on_cell_start=lambda cell, cell_index: note(path.stem, f"{cell_index + 1}/{cells}"), on_cell_executed=asked)
     except PapermillExecutionError as error: return f"{error.ename}: {error.evalue}"
     except nbclient.exceptions.CellTimeoutError: return f"a cell ran longer than {timeout} s"
     except nbclient.exceptions.DeadKernelError: return "its kernel died (out of memory?)"

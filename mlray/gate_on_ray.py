@@ -64,7 +64,8 @@ def on_ray(
     note: Note = lambda gate, where: None,
 ) -> Iterator[GateRun]: # as they end
     "Run gates on the cluster that this process has joined. Raises `Unavailable` when a gate has lost its node too often, after the others have ended."
-    teller, waiting, lost = ray.remote(_Teller).options(num_cpus=0).remote(), {}, dict[str, str]()  # type: ignore[attr-defined]
+    teller: Any = ray.remote(_Teller).options(num_cpus=0).remote()
+    waiting, lost = dict[Any, GateJob](), dict[str, str]()
     for job in jobs:
         asked = job.needs
         options = {"num_cpus": asked.num_cpus, "num_gpus": asked.num_gpus, "max_retries": _LOST, "retry_exceptions": False, "name": f"gate {job.path.stem}"} | ({"memory": int(asked.memory_gb * 2**30)} if asked.memory_gb else {})

@@ -54,7 +54,7 @@ def _beyond(column: Column) -> list[tuple[str, Any]]:
     "Values that a column does not allow, each with why."
     low, high, step = *bounds(column), timedelta(days=1) if column.type in ("date", "datetime", "duration") else 1
     limits = [("beyond its limits", v) for v in ([] if column.type == "array" else [low - step if low is not None else None, high + step if high is not None else None]) if v is not None]
-    absent = [] if column.nullable else [("missing", None)]
+    absent: list[tuple[str, Any]] = [] if column.nullable else [("missing", None)]
     if column.type in ("integer", "number"): return [*limits, *absent, *(("of another type", v) for v in (_CANARY, "7", True, [], {})), *(("no finite number", msgspec.Raw(v)) for v in (b"NaN", b"Infinity", b"1e999")), *([("beyond its limits", 2**63), ("of another type", 1.5)] if column.type == "integer" else [])]
     if column.type == "array": return [*absent, ("of another type", _CANARY), ("of another length", [0.0] * ((column.length or 1) + 1)), ("of another type", [_CANARY] * (column.length or 1))]
     if column.type == "boolean": return [*absent, ("of another type", 1), ("of another type", _CANARY)]
@@ -78,9 +78,11 @@ def requests_about(
     row, whole = rows[0], {"instances": list(rows[:most])}
     yield "allowed: rows together", msgspec.json.encode(whole), True
     yield "allowed: written with spaces", b" \n" + one(row).replace(b",", b" ,\t") + b"\n", True
-    for value in (7, None, _CANARY, [], [row]): yield "refused: no row", msgspec.json.encode({"instances": [value]}), False
+    strange: tuple[Any, ...] = (7, None, _CANARY, [], [row])
+    for value in strange: yield "refused: no row", msgspec.json.encode({"instances": [value]}), False
     yield "refused: an unknown column", one({**row, _CANARY: 1}), False
-    for body in ({}, [], {"instances": {}}, {"instances": []}, {"instances": row}, {**whole, _CANARY: 1}, {"instances": [row] * (most + 1)}): yield "refused: another shape", msgspec.json.encode(body), False
+    shapes: tuple[Any, ...] = ({}, [], {"instances": {}}, {"instances": []}, {"instances": row}, {**whole, _CANARY: 1}, {"instances": [row] * (most + 1)})
+    for body in shapes: yield "refused: another shape", msgspec.json.encode(body), False
     for raw in (b"", b"{", b"\xff\xfe", b"\xef\xbb\xbf" + one(row), one(row)[:-1], one(row) + b"]", b"[" * 20_000, b'{"instances":' * 5000, _CANARY.encode(), one(row).replace(b":", b"=", 1)): yield "refused: no JSON", raw, False
 
 # %% ../nbs/39a_trial.ipynb #3c6c1d79

@@ -11,6 +11,7 @@ __all__ = ['IMPORTED', 'serve', 'warm_kernels', 'in_warm_kernels']
 # %% ../nbs/47a_warm_kernels.ipynb #6dc4ad0f
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -18,14 +19,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from threading import Condition, Lock, Thread
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jupyter_client import AsyncKernelManager
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import LocalProvisioner
 
 from .errors import Unavailable
-from .gate_on_papermill import GateJob, GateRun, Note, side_by_side
+
+if TYPE_CHECKING: # the stem does without papermill
+    from mlray.gate_on_papermill import GateJob, GateRun, Note
 
 # %% ../nbs/47a_warm_kernels.ipynb #99923590
 IMPORTED = ("ipykernel.ipkernel", "ipykernel.kernelapp", "ipykernel.inprocess", "IPython.core.completer", "scipy.stats", "mlray.evaluation", "mlray.explanation", "mlray.service")
@@ -34,7 +37,8 @@ IMPORTED = ("ipykernel.ipkernel", "ipykernel.kernelapp", "ipykernel.inprocess", 
 def _tell(**said: Any) -> None: os.write(1, json.dumps(said).encode() + b"\n")
 
 
-def _ended(signum: int, frame: Any) -> None:
+def _reap() -> None:
+    "Tell of every kernel that has ended."
     with suppress(ChildProcessError):
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -44,8 +48,9 @@ def _ended(signum: int, frame: Any) -> None:
 
 def _become_kernel(request: Mapping[str, Any]) -> NoReturn:
     "What a forked process does."
+    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with suppress(OSError): os.setpgid(0, 0)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1): os.dup2(nothing, stream)
@@ -69,17 +74,30 @@ def serve() -> None:
     sys.path[:] = [p for p in sys.path if p not in ("", os.getcwd())] or sys.path
     for name in IMPORTED:
         with suppress(ImportError): __import__(name)
-    signal.signal(signal.SIGCHLD, _ended)
+    asleep, bell = os.pipe()
+    for end in (asleep, bell): os.set_blocking(end, False)
+    signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _tell(ready=os.getpid())
-    for line in iter(lambda: sys.stdin.buffer.readline(), b""):
-        request = json.loads(line)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD}) # a child that dies at once is told of after it was told
-        pid = os.fork()
-        if not pid: _become_kernel(request)
-        with suppress(OSError): os.setpgid(pid, pid)
-        _tell(started=pid)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    waiting = b""
+    while True:
+        woken, _, _ = select.select([0, asleep], [], [])
+        if asleep in woken:
+            os.read(asleep, 4096)
+            _reap()
+        if 0 not in woken: continue
+        read = os.read(0, 65536)
+        if not read: return
+        *lines, waiting = (waiting + read).split(b"\n")
+        for line in lines: _fork(json.loads(line))
+
+
+def _fork(request: Mapping[str, Any]) -> None:
+    pid = os.fork()
+    if not pid: _become_kernel(request)
+    with suppress(OSError): os.setpgid(pid, pid)
+    _tell(started=pid)
 
 # %% ../nbs/47a_warm_kernels.ipynb #da18b3b9
 class _Stem:
@@ -170,10 +188,11 @@ def warm_kernels() -> Iterator[type[AsyncKernelManager]]:
 
 # %% ../nbs/47a_warm_kernels.ipynb #fe9ee676
 def in_warm_kernels(
-    jobs: Sequence[GateJob],
-    note: Note = lambda gate, where: None,
-) -> Iterator[GateRun]: # as they end
+    jobs: "Sequence[GateJob]",
+    note: "Note" = lambda gate, where: None,
+) -> "Iterator[GateRun]": # as they end
     "Run gates on this machine, side by side, in kernels that have their imports behind them."
+    from mlray.gate_on_papermill import side_by_side
     if len(jobs) == 1:
         yield from side_by_side(jobs, note)
         return
