@@ -53,7 +53,8 @@ def _ends(column: Column) -> list[Any]:
 def _beyond(column: Column) -> list[tuple[str, Any]]:
     "Values that a column does not allow, each with why."
     low, high, step = *bounds(column), timedelta(days=1) if column.type in ("date", "datetime", "duration") else 1
-    limits = [("beyond its limits", v) for v in ([] if column.type == "array" else [low - step if low is not None else None, high + step if high is not None else None]) if v is not None]
+    outside: list[Any] = [low - step if low is not None else None, high + step if high is not None else None] if column.type != "array" else []
+    limits = [("beyond its limits", v) for v in outside if v is not None]
     absent: list[tuple[str, Any]] = [] if column.nullable else [("missing", None)]
     if column.type in ("integer", "number"): return [*limits, *absent, *(("of another type", v) for v in (_CANARY, "7", True, [], {})), *(("no finite number", msgspec.Raw(v)) for v in (b"NaN", b"Infinity", b"1e999")), *([("beyond its limits", 2**63), ("of another type", 1.5)] if column.type == "integer" else [])]
     if column.type == "array": return [*absent, ("of another type", _CANARY), ("of another length", [0.0] * ((column.length or 1) + 1)), ("of another type", [_CANARY] * (column.length or 1))]
