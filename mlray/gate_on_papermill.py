@@ -117,6 +117,7 @@ class GateRun:
 # %% ../nbs/47_gate_on_papermill.ipynb #a71d986a
 _ENCRYPTED = Config({"KernelManager": {"transport_encryption": "required"}}) # a kernel's ports are open to everyone on the machine
 _LARGEST = 64 * 2**20 # bytes of a page that are kept
+_LEFT = "a cell asked to leave (exit), and what came after it ran all the same, as far as it came"
 Note = Callable[[str, str], None] # is told a gate and how far it is
 
 
@@ -140,9 +141,9 @@ def _execute(path: Path, out: Path, parameters: Mapping[str, Any], timeout: int,
                                     on_cell_start=lambda cell, cell_index: note(path.stem, f"{cell_index + 1}/{cells}"), on_cell_executed=asked)
     except PapermillExecutionError as error: return f"{error.ename}: {error.evalue}"
     except nbclient.exceptions.CellTimeoutError: return f"a cell ran longer than {timeout} s"
-    except nbclient.exceptions.DeadKernelError: return "its kernel died (out of memory?)"
+    except nbclient.exceptions.DeadKernelError: return _LEFT if left else "its kernel died (out of memory?)"
     except Exception as error: return f"{type(error).__name__}: {error}"
-    return "a cell asked to leave (exit), and what came after it ran all the same" if left else ""
+    return _LEFT if left else ""
 
 # %% ../nbs/47_gate_on_papermill.ipynb #7ffe6962
 def run_gate(
