@@ -6,6 +6,7 @@ Modules:
 - `mlray.access`: Who may do what: keys, roles, actions
 - `mlray.adversarial`: How little it takes when somebody tries: FGSM and PGD on the numbers of a row
 - `mlray.answer`: What one prediction looks like on the wire, for each kind of target
+- `mlray.archive`: Segments become Parquet by day, model and version; read exactly, kept for a time, erased by person
 - `mlray.audit`: A chain that breaks if it is touched
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
@@ -40,6 +41,7 @@ Modules:
 - `mlray.feature`: How a column becomes numbers, and columns made from others
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
 - `mlray.federate_on_ray`: Learning from rows that stay with their holders
+- `mlray.feedback`: What became of an answer: labels, corrections, ratings, clicks, any number; late, early, twice, or never
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
 - `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
 - `mlray.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
@@ -54,6 +56,8 @@ Modules:
 - `mlray.imported`: What a spec names by where it is imported from
 - `mlray.infer`: A first contract, from rows, for a person to correct
 - `mlray.intervals`: How far a number from counts can be trusted: effective rows, DeLong, and a bootstrap that never sees a row
+- `mlray.journal`: One durable record for each answer, written before the answer is sent
+- `mlray.keeping`: What of a row may be kept: all of a value, a pseudonym, a bucket, or nothing
 - `mlray.lab`: `%load_ext mlray`: commands where the models are looked at
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
 - `mlray.ledger`: Whether what is known is what was done
