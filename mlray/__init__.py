@@ -68,6 +68,7 @@ Modules:
 - `mlray.mixture`: Two means from their sums, compared at every look
 - `mlray.model`: Fitting a network: training as a generator of epochs
 - `mlray.moments`: Means of anything a column can hold, from sums that add: errors of a regression, cost, latency
+- `mlray.monitor`: How a version fares: what it is asked, what it answers, how good that is, for whom, and how fast
 - `mlray.network`: Numbers to scores: TabM and its simpler relatives, and the graph they become
 - `mlray.network_inputs`: What was learned about the rows, as the first layers of a network
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
@@ -116,7 +117,8 @@ Modules:
 - `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
-- `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances"""
+- `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances
+- `mlray.windows`: What was answered, counted once by version and hour, kept, and added up"""
 
 __version__ = "0.1.0"
 
