@@ -5,6 +5,7 @@ Modules:
 - `mlray.accepted`: How far a growing source has been read, and the rows that came of it
 - `mlray.access`: Who may do what: keys, roles, actions
 - `mlray.adversarial`: How little it takes when somebody tries: FGSM and PGD on the numbers of a row
+- `mlray.alert`: Tell who must know, once: what moved, for whom, since when, which rows, and what may be done
 - `mlray.answer`: What one prediction looks like on the wire, for each kind of target
 - `mlray.archive`: Segments become Parquet by day, model and version; read exactly, kept for a time, erased by person
 - `mlray.audit`: A chain that breaks if it is touched
@@ -116,6 +117,7 @@ Modules:
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
 - `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
+- `mlray.watching`: What `mlray monitor` and `mlray journal` do
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
 - `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances
 - `mlray.windows`: What was answered, counted once by version and hour, kept, and added up"""

@@ -230,13 +230,13 @@ def erase(
     marks: frozenset[str], # pseudonyms, or ids of requests
 ) -> int: # rows that were taken out of files
     "Take out every row that carries a mark."
+    put_away(folder)
     with _alone(folder):
         path = _marks_file(folder)
         before = json.loads(path.read_text()) if path.is_file() else []
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(json.dumps([*before, {"marks": sorted(marks), "time": time.time_ns()}]))
             os.fsync(file.fileno())
-    put_away(folder)
     gone = 0
     with _alone(folder):
         for path in (folder / "rows").rglob("*.parquet"):

@@ -7,7 +7,7 @@ A pseudonymised value is personal data still. This module turns rows and answers
 
 # %% auto #0
 __all__ = ['OTHERS', 'Keys', 'pseudonym', 'pseudonyms', 'read_keys', 'new_epoch', 'kept_as', 'bucket_names', 'plan', 'kept',
-           'seen_through', 'answer_columns', 'Recorder']
+           'seen_through', 'answer_columns', 'Recorder', 'open_recorder']
 
 # %% ../nbs/36aa_keeping.ipynb #8178e60b
 import hashlib
@@ -28,7 +28,7 @@ from .bundle import Bundle
 from .column import Column
 from .contract import Contract
 from .errors import SettingsError
-from .journal import Entry, Writer
+from .journal import Entry, Journal, Writer
 from .profile import Histogram, Profile
 from .settings import Settings
 
@@ -221,7 +221,7 @@ class Recorder:
         bundle: Bundle,                         # that was asked
         version: str,
         request_id: str,
-        rows: Sequence[Any] = (),               # as `mlray.request.row_type` decodes them; none where nothing was answered
+        columns: Mapping[str, Sequence[Any]] | None = None, # the features that were sent; None: nothing was answered
         said: Sequence[Any] = (),               # one prediction a row
         status: int = 200,
         seconds: float = 0.0,
@@ -231,6 +231,13 @@ class Recorder:
     ) -> None:
         "Write one entry. Raises `JournalFull`."
         if bundle.digest not in self.plans: self.plans[bundle.digest] = plan(bundle.contract, bundle.profile, self.keys)
-        columns = {n: [getattr(r, f"f{i}") for r in rows] for i, n in enumerate(bundle.contract.features)} if rows else {}
-        self.journal.write(Entry(request_id, time.time_ns(), bundle.name, version, bundle.digest, status, seconds, len(rows), kept(self.plans[bundle.digest], columns) if rows else {}, answer_columns(said), arm, caller,
+        self.journal.write(Entry(request_id, time.time_ns(), bundle.name, version, bundle.digest, status, seconds, len(said), kept(self.plans[bundle.digest], columns) if columns else {}, answer_columns(said), arm, caller,
                                  pseudonym(self.keys, "subject", subject) if subject else ""))
+
+
+def open_recorder(
+    settings: Settings,
+) -> Recorder | None: # None: this environment has no journal
+    "What records the answers of one process."
+    if not settings.journal: return None
+    return Recorder(Journal(settings.home / "journal" / "segments", settings.journal_full, settings.journal_sync_s), read_keys(settings))
