@@ -10,69 +10,84 @@ __all__ = ['entry_rows', 'feedback_rows', 'Put', 'put_away', 'parts', 'journaled
 
 # %% ../nbs/36ab_archive.ipynb #18378daa
 import fcntl
-import io
+import gc
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import polars as pl
 
 from .errors import DataError
-from .journal import ended, segments, whole
+from .journal import Entry, Feedback, ended, segments, whole
 
 # %% ../nbs/36ab_archive.ipynb #cc8db313
 _ENTRY = {"id": pl.String, "time": pl.Int64, "model": pl.String, "version": pl.String, "digest": pl.String, "status": pl.Int64, "seconds": pl.Float64, "rows": pl.Int64,
           "arm": pl.String, "caller": pl.String, "subject": pl.String, "lost": pl.Int64}
-_DEFAULTS: dict[str, Any] = {"version": "", "digest": "", "status": 200, "seconds": 0.0, "rows": 0, "arm": "production", "caller": "", "subject": "", "lost": 0}
 _FEEDBACK = {"id": pl.String, "row": pl.Int64, "time": pl.Int64, "kind": pl.String, "text": pl.String, "number": pl.Float64, "source": pl.String, "key": pl.String}
 
 
-def _read(lines: Sequence[bytes]) -> pl.DataFrame:
-    return pl.read_ndjson(io.BytesIO(b"\n".join(lines)), infer_schema_length=None) if lines else pl.DataFrame()
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    "Without the garbage collector, which would look through a million new lists again and again; none of them is part of a cycle."
+    before = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if before: gc.enable()
 
 
-def _plain(raw: pl.DataFrame, schema: dict[str, Any], defaults: dict[str, Any]) -> list[pl.Expr]:
-    return [(pl.col(n).cast(t).fill_null(defaults[n]) if n in defaults else pl.col(n).cast(t)) if n in raw.columns else pl.lit(defaults.get(n), t).alias(n) for n, t in schema.items()]
+def _decoded(lines: Sequence[bytes], kind: Any) -> list[Any]:
+    decode = msgspec.json.Decoder(kind).decode
+    try: return [decode(line) for line in lines]
+    except msgspec.MsgspecError as error: raise DataError(f"The journal holds a record that is no {kind.__name__} ({error}). Was it written by another version of mlray? Move its segment away, and keep it.") from error
 
 
+def _frame(records: Sequence[Any], schema: dict[str, Any]) -> pl.DataFrame:
+    return pl.DataFrame([pl.Series(n, [getattr(r, n) for r in records], dtype=t) for n, t in schema.items()])
+
+
+def _values(name: str, lists: Sequence[Sequence[Any]], single: bool) -> pl.Series:
+    values = [each[0] for each in lists] if single else [v for each in lists for v in each]
+    try: return pl.Series(name, values)
+    except TypeError: return pl.Series(name, values, strict=False) # JSON writes 2.0 as 2 where the client does
+
+# %% ../nbs/36ab_archive.ipynb #767e86e5
 def entry_rows(
     lines: Sequence[bytes], # entries as JSON
 ) -> pl.DataFrame: # a row each; columns of several models side by side
     "The rows of some entries."
-    raw = _read(lines)
-    base = raw.select(*_plain(raw, _ENTRY, _DEFAULTS), *(pl.col(p) for p in ("columns", "answers") if p in raw.columns))
-    parts = [_exploded(part) for part in base.partition_by("digest")] if base.height else []
+    with _undisturbed():
+        of: dict[tuple[str, bool], list[Entry]] = {} # of one bundle all rows have the same columns
+        for entry in _decoded(lines, Entry): of.setdefault((entry.digest, bool(entry.rows)), []).append(entry)
+        parts = [_exploded(entries) if answered else _frame(entries, _ENTRY).with_columns(pl.lit(None, pl.Int64).alias("row")) for (_, answered), entries in of.items()]
     return pl.concat(parts, how="diagonal_relaxed") if parts else pl.DataFrame(schema={**_ENTRY, "row": pl.Int64})
 
 
-def _exploded(part: pl.DataFrame) -> pl.DataFrame: # of one bundle, so that all its rows have the same columns
-    refused, answered = (part.filter(pl.col("rows") == 0).select(*_ENTRY, pl.lit(None, pl.Int64).alias("row")), part.filter(pl.col("rows") > 0))
-    if not answered.height: return refused
-    lists = []
-    for group, prefix in (("columns", "column:"), ("answers", "answer:")):
-        if group not in answered.columns or not isinstance(answered.schema[group], pl.Struct): continue
-        fields = answered[group].struct.unnest()
-        lists += [fields[n].alias(prefix + n) for n in fields.columns if fields[n].null_count() < fields.height]
-    flat = answered.select(*_ENTRY).with_columns(pl.int_ranges(0, answered["rows"]).alias("row"), *lists)
-    single = answered["rows"].max() == 1
-    names = ["row", *(s.name for s in lists)]
-    flat = flat.with_columns(pl.col(n).list.first() for n in names) if single else flat.explode(names)
-    return pl.concat([flat, refused], how="diagonal_relaxed") if refused.height else flat
+def _exploded(entries: Sequence[Entry]) -> pl.DataFrame:
+    about, counts, first = _frame(entries, _ENTRY), np.array([e.rows for e in entries]), entries[0]
+    single = bool((counts == 1).all())
+    if not single: about = about[np.repeat(np.arange(len(entries)), counts)]
+    place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return about.with_columns(pl.Series("row", place, dtype=pl.Int64), *(_values(f"column:{n}", [e.columns[n] for e in entries], single) for n in first.columns),
+                              *(_values(f"answer:{n}", [e.answers[n] for e in entries], single) for n in first.answers))
 
 
 def feedback_rows(
     lines: Sequence[bytes],
 ) -> pl.DataFrame:
     "The rows of some feedback."
-    raw = _read(lines)
-    return raw.select(*_plain(raw, _FEEDBACK, {"row": 0, "kind": "label", "source": "", "key": ""})) if raw.height else pl.DataFrame(schema=_FEEDBACK)
+    with _undisturbed(): return _frame(_decoded(lines, Feedback), _FEEDBACK)
 
 # %% ../nbs/36ab_archive.ipynb #5e758869
 @dataclass(frozen=True)
@@ -134,31 +149,33 @@ def _without(frame: Any, marks: frozenset[str]) -> Any:
 def _rows_of(folder: Path, lines: Sequence[bytes]) -> pl.DataFrame: return feedback_rows(lines) if folder.name == "feedback" else entry_rows(lines)
 
 
+def _put(folder: Path, segment: Path, erased: frozenset[str]) -> tuple[int, int]: # rows, torn lines
+    lines, torn = whole(segment.read_bytes())
+    frame = _without(_rows_of(folder, lines), erased).with_columns(pl.from_epoch("time", "ns").dt.date().cast(pl.String).alias("day"))
+    by, written = [n for n in ("day", "model", "version") if n in frame.columns], 0
+    for key, part in frame.partition_by(by, as_dict=True).items():
+        path = folder.joinpath("rows", *(f"{n}={v or 'none'}" for n, v in zip(by, key, strict=True)), f"{segment.stem}.parquet")
+        full = part.drop("day")
+        _settle(full.select(c for c in full.get_columns() if c.null_count() < full.height or ":" not in c.name), path)
+        written += pl.scan_parquet(path).select(pl.len()).collect().item()
+    if written != frame.height: raise DataError(f"{segment} has {frame.height} rows, but {written} were put away. The segment was kept; is the disk sound?")
+    segment.unlink()
+    return written, torn
+
+
 def put_away(
-    folder: Path, # of a journal: `segments/`, and `rows/` beside it
+    folder: Path,       # of a journal: `segments/`, and `rows/` beside it
+    workers: int = 1,   # processes, where there are many segments
 ) -> Put:
     "Make Parquet of all segments that have ended."
-    done = Put()
     with _alone(folder):
-        erased = _marks(folder)
-        for segment in segments(folder / "segments"):
-            if not ended(segment):
-                done = Put(done.segments, done.rows, done.torn, done.open + 1)
-                continue
-            lines, torn = whole(segment.read_bytes())
-            frame = _without(_rows_of(folder, lines), erased).with_columns(pl.from_epoch("time", "ns").dt.date().cast(pl.String).alias("day"))
-            by = [n for n in ("day", "model", "version") if n in frame.columns]
-            written = 0
-            for key, part in frame.partition_by(by, as_dict=True).items():
-                path = folder.joinpath("rows", *(f"{n}={v or 'none'}" for n, v in zip(by, key, strict=True)), f"{segment.stem}.parquet")
-                full = part.drop("day")
-                _settle(full.select(c for c in full.get_columns() if c.null_count() < full.height or ":" not in c.name), path)
-                written += pl.scan_parquet(path).select(pl.len()).collect().item()
-            if written != frame.height: raise DataError(f"{segment} has {frame.height} rows, but {written} were put away. The segment was kept; is the disk sound?")
-            segment.unlink()
-            done = Put(done.segments + 1, done.rows + written, done.torn + torn, done.open)
+        erased, found = _marks(folder), [(s, ended(s)) for s in segments(folder / "segments")]
+        over = [s for s, is_over in found if is_over]
+        if workers > 1 and len(over) >= 2 * workers:
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool: done = list(pool.map(_put, *zip(*((folder, s, erased) for s in over), strict=True)))
+        else: done = [_put(folder, s, erased) for s in over]
         _forget_marks(folder)
-    return done
+    return Put(len(over), sum(rows for rows, _ in done), sum(torn for _, torn in done), len(found) - len(over))
 
 # %% ../nbs/36ab_archive.ipynb #203afc98
 def _days(folder: Path, since: datetime | None, until: datetime | None) -> list[Path]: # folders

@@ -215,12 +215,13 @@ def monitor(
     version: str,           # its number
     now: float,             # seconds since 1970
     arm: str = "production",
+    workers: int = 1,       # processes, where there is much to put away
 ) -> Watched | None: # None: it has answered nothing
     "Count what is new, and say how a version fares."
     policy = bundle.spec.monitor
     seconds = int(age_of(policy.window).total_seconds())
     kept = Windows(settings, bundle.name, version)
-    current = count_new(kept, bundle, seconds, now)
+    current = count_new(kept, bundle, seconds, now, workers)
     every = sorted((w for w in (*kept.stored(), *current) if w.arm == arm), key=lambda w: w.start)
     if not every: return None
     over = age_of(policy.over).total_seconds()

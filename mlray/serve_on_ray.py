@@ -27,8 +27,7 @@ from starlette.responses import Response
 from .access import Key
 from .bundle import load_bundle
 from .errors import ServingError
-from .feedback import Feedback
-from .journal import Journal
+from .journal import Feedback, Journal
 from .keeping import open_recorder
 from .service import Refusal, Reply, Served, Service, refuse
 from .settings import Settings

@@ -22,8 +22,8 @@ from .access import Key, allowed
 from .answer import prediction_type, predictions
 from .bundle import Bundle, decide, predict
 from .errors import ServingError
-from .feedback import Feedback, take
-from .journal import JournalFull, Writer
+from .feedback import take
+from .journal import Feedback, JournalFull, Writer
 from .keeping import Recorder
 from .request import broken_rules, row_type
 

@@ -9,6 +9,7 @@ The journal's own affairs (compact, read, export, purge, erase, a new epoch) are
 __all__ = ['watch', 'tend']
 
 # %% ../nbs/58j_watching.ipynb #f835ef74
+import os
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -42,7 +43,7 @@ def watch(
     "Measure a version, tell of what is newly wrong."
     found, moment = _named(reference, settings), time.time() if now is None else now
     bundle = bundle_of(open_registry(settings), found)
-    report = monitor(settings, bundle, str(found.number), moment, arm)
+    report = monitor(settings, bundle, str(found.number), moment, arm, os.cpu_count() or 1)
     if report is None: raise DataError(f"{found} has answered nothing as {arm} that the journal in {settings.home / 'journal'} knows of. Is `journal = on` in the environment that serves it ({settings.env})?")
     new, broken, failed = tell(settings, bundle.spec.monitor.alerts, report, moment)
     said = [t.sentence for t in new]

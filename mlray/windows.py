@@ -269,10 +269,11 @@ def count_new(
     bundle: Bundle,     # of this version
     seconds: int,       # of a window; divides a day
     now: float,         # seconds since 1970
+    workers: int = 1,   # processes, where there is much to put away
 ) -> list[Window]: # those that are not over yet
     "Store what is over and was not counted yet, once; count what feedback has changed."
     if 86400 % seconds: raise DataError(f"monitor.window: a day is not a whole number of windows of {seconds} s. Take 15m, 1h, 6h or 1d.")
-    for folder in (kept.journal, kept.journal / "feedback"): put_away(folder)
+    for folder in (kept.journal, kept.journal / "feedback"): put_away(folder, workers)
     mark, reference = kept.mark(), seen_through(bundle.contract, bundle.profile)
     files = sorted(str(p.relative_to(kept.journal)) for p in (kept.journal / "feedback").glob("rows/*/*.parquet"))
     said = journaled(kept.journal / "feedback").collect()
