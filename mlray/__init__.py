@@ -82,6 +82,8 @@ Modules:
 - `mlray.rates`: What a confusion matrix says: every rate, for one matrix or a million
 - `mlray.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
+- `mlray.replay`: Two models on the same requests: which decisions flip, which way, and for whom
+- `mlray.replayed`: What was asked in production, asked again of another version
 - `mlray.reproduce`: The same run again, compared to the bit
 - `mlray.request`: One row as it comes in a request, held to the same rules
 - `mlray.robust`: How fragile: which answers flip when rows are slightly wrong, for whom, and what the contract catches first
