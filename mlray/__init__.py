@@ -89,6 +89,7 @@ Modules:
 - `mlray.robust`: How fragile: which answers flip when rows are slightly wrong, for whom, and what the contract catches first
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
 - `mlray.rollout_policy`: How a new version takes over, as intent
+- `mlray.rollout_run`: From windows to a decision about a canary
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
 - `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
