@@ -162,7 +162,8 @@ def examples(
     most: int = 5,
 ) -> tuple[str, ...]: # ids of requests
     "Answers to look at."
-    rows = journaled(settings.home / "journal", *told.version.split("/"), report.since, report.until)
+    model, _, version = told.version.partition("/")
+    rows = journaled(settings.home / "journal", model, version, report.since, report.until)
     names = rows.collect_schema().names()
     column = told.measure.partition("[")[2].removesuffix("]")
     if told.measure.startswith(("error_rate", "refused_rate")): rows = rows.filter(pl.col("status") >= (500 if told.measure.startswith("error") else 400))

@@ -103,9 +103,7 @@ def estimate_of_counts(
     n, positive = float(rows.sum()), cells["decision"].to_numpy() == 1
     right, tp, chosen = float(np.where(positive, p, rows - p).sum()) / n, float(p[positive].sum()), float(rows[positive].sum())
     half = Z * math.sqrt(float((p * (1 - p / rows)).sum())) / n
-    both = np.zeros((2, counts.bins))
-    np.add.at(both, (0, cells["bin"].to_numpy()), rows - p)
-    np.add.at(both, (1, cells["bin"].to_numpy()), p)
+    both = np.stack([np.bincount(cells["bin"].to_numpy(), weights, counts.bins) for weights in (rows - p, p)])
     area, error = float(ranked_auc(both).value), float(delong_error(both, both))
     return {"estimated_accuracy": Measure(right, max(right - half, 0.0), min(right + half, 1.0)), "estimated_f1": Measure(2 * tp / (chosen + float(p.sum())) if chosen + p.sum() > 0 else math.nan),
             "estimated_roc_auc": Measure(area, max(area - Z * error, 0.0), min(area + Z * error, 1.0)) if error == error else Measure(area)}

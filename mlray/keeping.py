@@ -19,6 +19,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Keys:
     def __repr__(self) -> str: return f"Keys({', '.join(self.epochs)})" # never the secrets
 
     @property
-    def current(self) -> str: return next(reversed(self.epochs), "")
+    def current(self) -> str: return next(reversed(list(self.epochs)), "")
 
 
 def pseudonym(
@@ -150,7 +151,7 @@ def plan(
         column, how = contract.columns[name], kept_as(contract.columns[name])
         if how == "raw": found[name] = None
         elif how == "bucket": found[name] = _bucket(column, reference.columns.get(name))
-        elif how == "pseudonym": found[name] = lambda value, name=name: pseudonym(keys, name, value)
+        elif how == "pseudonym": found[name] = partial(pseudonym, keys, name)
     return found
 
 

@@ -176,7 +176,7 @@ class Watched(Displayed):
     def as_dict(self) -> dict[str, Any]:
         "JSON values; NaN becomes None."
         plain = lambda m: {"value": m.value, "low": m.low, "high": m.high} if isinstance(m, Measure) else m
-        clean = lambda v: {k: clean(x) for k, x in v.items()} if isinstance(v, Mapping) else None if isinstance(v, float) and not math.isfinite(v) else v
+        def clean(v: Any) -> Any: return {k: clean(x) for k, x in v.items()} if isinstance(v, Mapping) else None if isinstance(v, float) and not math.isfinite(v) else v
         found = {n: {"evidence": k.evidence, **({"groups": {g: plain(m) for g, m in k.found.items()}} if isinstance(k.found, Mapping) else plain(k.found) if isinstance(k.found, Measure) else {"value": k.found})} for n, k in self.measures.items()}
         return {"version": self.version, "since": self.since.isoformat(), "until": self.until.isoformat(), "said": list(self.sentences), "measures": clean(found), "moved": {s.column: s.what for s in self.drift.moved},
                 "answers_moved": {s.column: s.what for s in self.shift.moved} if self.shift else {}, "verdict": self.verdict.as_dict(), "waiting": list(self.waiting)}

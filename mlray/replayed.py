@@ -24,7 +24,7 @@ from .keeping import OTHERS, kept_as
 from .profile import Histogram
 from .registry import bundle_of, open_registry, version, versions
 from .replay import Replay, replay
-from .score import Measure, wilson
+from .score import wilson
 from .settings import Settings, read_settings
 from .windows import live_groups, live_rows
 

@@ -9,7 +9,7 @@ whoever does that asks `next_step` what to do, and says when it was done."""
 __all__ = ['arm_of', 'Standing', 'begin', 'evidence_of', 'next_step', 'done']
 
 # %% ../nbs/38i_rollout_run.ipynb #3719967f
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np

@@ -85,7 +85,7 @@ def _purge(older: str, settings: Settings) -> tuple[dict[str, Any], Any]:
 # %% ../nbs/58j_watching.ipynb #3792ee11
 def _rows(what: str, since: str, settings: Settings) -> pl.DataFrame:
     found = _named(what, settings) if what else None
-    return journaled(settings.home / "journal", found and found.name, found and str(found.number), _since(since)).collect()
+    return journaled(settings.home / "journal", found.name if found else None, str(found.number) if found else None, _since(since)).collect()
 
 
 def _compact(settings: Settings) -> tuple[dict[str, Any], Any]:

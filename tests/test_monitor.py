@@ -82,9 +82,10 @@ def journal_of(home: Path, bundle, people, days: int):
 
 
 def test_late_early_and_repeated_feedback_end_in_the_same_windows(trained, bundle, people, tmp_path):
+    people = people.head(80)
     said = [Feedback(f"r-{d}-{i}", 1, number=float(people[bundle.contract.target][i])) for d in range(2) for i in range(0, people.height, 2)]
     said += [Feedback(f"r-1-{i}", 2, kind="click", number=float(i % 2)) for i in range(40)]
-    stored, people = [], people.head(80)
+    stored = []
     for order in ("early", "late", "thrice"):
         settings = trained[0].model_copy(update={"home": tmp_path / order})
         windows, told = Windows(settings, "diabetes", "1"), Journal(tmp_path / order / "journal/feedback/segments")
