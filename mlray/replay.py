@@ -30,7 +30,7 @@ class Replay(Displayed):
     by_group: Mapping[str, Mapping[str, Measure]] # column → group → its share of flips
     toward: Mapping[str, Mapping[str, float]]   # column → group → share decided for the last class, candidate less incumbent; of two classes
     moved: Measure                              # mean distance of the scores; NaN where there are none
-    reproduced: Measure = Measure(math.nan)     # of answers that were given, the share that the version in use gives again
+    reproduced: Measure | None = None           # of answers that were given, the share that the version in use gives again; None: none were given
     filled: tuple[str, ...] = ()                # features that are not kept, and were filled the same way for both
     examples: tuple[str, ...] = ()              # of flips: ids of requests
 
@@ -40,13 +40,14 @@ class Replay(Displayed):
     @property
     def measures(self) -> dict[str, Measure | Mapping[str, Measure]]:
         "As `mlray.gate.judge` takes them."
-        return {"replay_flip_rate": wilson(self.flipped, self.rows), "replay_score_distance": self.moved, "replay_rows": Measure(float(self.rows)), "replay_reproduced_share": self.reproduced,
+        return {"replay_flip_rate": wilson(self.flipped, self.rows), "replay_score_distance": self.moved, "replay_rows": Measure(float(self.rows)), **({"replay_reproduced_share": self.reproduced} if self.reproduced else {}),
                 **{f"replay_flip_rate[{c}]": groups for c, groups in self.by_group.items()},
                 **{f"replay_selection_difference[{c}]": Measure(max(map(abs, groups.values()), default=math.nan)) for c, groups in self.toward.items()}}
 
     def table(self) -> Table:
         "One line a direction."
-        note = f"; {', '.join(self.filled)} {'is' if len(self.filled) == 1 else 'are'} not kept and filled" if self.filled else ""
+        note = f"; production gives {self.reproduced.value:.1%} of its answers again" if self.reproduced else ""
+        note += f"; {', '.join(self.filled)} {'is' if len(self.filled) == 1 else 'are'} not kept and filled" if self.filled else ""
         return table(["decided", "would be", "rows", "share"], [(a, b, n, n / self.rows) for (a, b), n in self.flips.items()], f"{self.flipped} of {self.rows} decisions flip{note}")
 
     def groups_table(self) -> Table:
