@@ -12,7 +12,7 @@ __all__ = ['Score', 'Reason', 'Explanation', 'reliability', 'explanation', 'scor
 # %% ../nbs/22a_explain.ipynb #3d928b2a
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from html import escape
@@ -22,12 +22,13 @@ import numpy as np
 import polars as pl
 
 from .chart import bar
+from .column import Column
 from .contract import Contract, check, crossing, schema
 from .display import Displayed, Table, table
 from .errors import ContractError, ExplanationError
 from .local_line import MOST, draws, kernel, line, rounded, words_of
-from .profile import Histogram, Profile
-from .request import broken_rules
+from .profile import Histogram, Profile, counted, standing_for
+from .request import broken_rules, typed
 
 # %% ../nbs/22a_explain.ipynb #e7b69b90
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class Explanation(Displayed):
     def from_dict(data: Mapping[str, Any]) -> "Explanation": return Explanation(**{**data, "reasons": tuple(Reason(**r) for r in data["reasons"])})
 
     @property
-    def weights(self) -> dict[str, float]: return {r.feature: r.weight for r in self.reasons}
+    def weights(self) -> dict[str, float]: # by feature; of a text or an array that of its parts together
+        "What each feature does to the answer."
+        return {n: math.fsum(r.weight for r in self.reasons if r.feature == n) for n in dict.fromkeys(r.feature for r in self.reasons)}
     @property
     def title(self) -> str: return f"{self.method}: score {self.score:.4g}, base {self.base:.4g}, fidelity {self.fidelity:.2f}, stability {self.stability:.2f}"
 
@@ -84,7 +87,7 @@ def explanation(
     method: str,
     score: float, # of the row
     base: float, # where nothing is known of the row
-    said: Mapping[str, str],    # feature → what is the case
+    said: Sequence[tuple[str, str]], # feature and what is the case
     weights: np.ndarray, # [features], in the order of `said`
     errors: np.ndarray, # their standard errors
     fidelity: float, # R² on the scores nearby, at most 1
@@ -92,8 +95,8 @@ def explanation(
     perturbations: int, # rows that were scored
 ) -> Explanation:
     "Figures, rounded and in order."
-    reasons = [Reason(name, text, rounded(w, unit), rounded(e, unit)) for (name, text), w, e in zip(said.items(), weights, errors, strict=True)]
-    reasons.sort(key=lambda r: (-abs(r.weight), r.feature))
+    reasons = [Reason(name, text, rounded(w, unit), rounded(e, unit)) for (name, text), w, e in zip(said, weights, errors, strict=True)]
+    reasons.sort(key=lambda r: (-abs(r.weight), r.feature, r.said))
     return Explanation(method, rounded(score, unit), rounded(base, unit), tuple(reasons), round(fidelity, 6), round(reliability(weights, errors), 6), perturbations)
 
 # %% ../nbs/22a_explain.ipynb #79d36bc5
@@ -118,6 +121,7 @@ def scored(
 
 # %% ../nbs/22a_explain.ipynb #58a68ad1
 _NUMERIC = ("integer", "number")
+_CUT = (*_NUMERIC, "date", "datetime", "duration")
 
 # %% ../nbs/22a_explain.ipynb #dc06e8ce
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Background:
     "Rows to draw from."
     contract: Contract
     frame: pl.DataFrame                         # the features of each row
-    cuts: Mapping[str, tuple[float, ...]]       # of each number
+    cuts: Mapping[str, tuple[float, ...]]       # of each number, date, time and duration, as `mlray.profile.counted` has it
 
     @cached_property
     def codes(self) -> np.ndarray: # int16 [features, rows], -1 where missing
@@ -135,40 +139,56 @@ class Background:
     @cached_property
     def values(self) -> dict[str, dict[Any, int]]:
         "The code of each value, of columns that are not cut."
-        return {n: {v: i for i, v in enumerate(self.frame[n].drop_nulls().unique().sort())} for n in self.frame.columns if n not in self.cuts}
+        return {n: {v: i for i, v in enumerate(self.frame[n].drop_nulls().unique().sort())} for n in self.frame.columns if self.contract.columns[n].type in ("category", "boolean")}
 
     def _code(self, column: pl.Series) -> np.ndarray:
-        name = column.name
-        if name in self.cuts: codes = np.searchsorted(self.cuts[name], column.cast(pl.Float64).fill_null(0.0).to_numpy())
-        else: codes = np.array([self.values[name].get(v, -2) for v in column])
+        name, spec = column.name, self.contract.columns[column.name]
+        if name in self.cuts: codes = np.searchsorted(self.cuts[name], counted(spec, column)[0].cast(pl.Float64).fill_null(0.0).to_numpy())
+        elif name in self.values: codes = np.array([self.values[name].get(v, -2) for v in column])
+        else: codes = column.str.contains(r"\w").fill_null(False).to_numpy() if spec.type == "text" else np.zeros(len(column)) # with a word, and without; there, and missing
         return np.where(column.is_null().to_numpy(), -1, codes).astype(np.int16)
 
     def near(self, row: Mapping[str, Any]) -> np.ndarray: # bool [features, rows]
         "Which values fall into the same bin as the row's."
-        mine = [-1 if row[n] is None else np.searchsorted(self.cuts[n], row[n]) if n in self.cuts else self.values[n].get(row[n], -2) for n in self.frame.columns]
+        mine = [-1 if row[n] is None else np.searchsorted(self.cuts[n], row[n]) if n in self.numeric else self.values[n].get(row[n], -2) if n in self.values else self._code(pl.Series(n, [row[n]], self.frame[n].dtype))[0] for n in self.frame.columns]
         return self.codes == np.array(mine, np.int16)[:, None]
+
+    @cached_property
+    def numeric(self) -> frozenset[str]:
+        "Columns that are numbers as they stand."
+        return frozenset(n for n in self.frame.columns if self.contract.columns[n].type in _NUMERIC)
+
+    def number(self, name: str, value: Any) -> float:
+        "A number, date, time or duration as a number."
+        return float(value) if name in self.numeric else float(counted(self.contract.columns[name], pl.Series(name, [value], self.frame[name].dtype))[0][0])
 
     @cached_property
     def plain(self) -> dict[str, np.ndarray]:
         "Columns of numbers without a missing value."
         return {c.name: c.to_numpy() for c in self.frame.get_columns() if c.dtype in (pl.Int64, pl.Float64) and not c.null_count()}
 
-    def taken(self, row: Mapping[str, Any], at: np.ndarray) -> pl.DataFrame:
+    def taken(self, row: Mapping[str, Any], at: np.ndarray, names: Collection[str] | None = None) -> pl.DataFrame: # names: None for all columns
         "Rows put together from background rows, column by column: `at` is uint32 [features, rows]; the row itself comes after the last."
         def one(column: pl.Series, value: Any, at: np.ndarray) -> pl.Series:
             plain = self.plain.get(column.name) if value is not None else None
             if plain is not None: return pl.Series(column.name, np.concatenate([plain, np.array([value], plain.dtype)]).take(at))
             return pl.concat([column, pl.Series(column.name, [value], column.dtype)])[pl.Series(at)]
-        return pl.DataFrame([one(column, row[column.name], at[i]) for i, column in enumerate(self.frame.get_columns())])
+        return pl.DataFrame([one(column, row[column.name], at[i]) for i, column in enumerate(self.frame.get_columns()) if names is None or column.name in names])
 
     def said(self, name: str, value: Any) -> str:
         "What is the case, in words."
         if value is None: return f"{name} is missing"
+        kind = self.contract.columns[name].type
+        if kind in ("text", "array"): return f"{name} has no word" if kind == "text" else f"{name} is there"
         if name not in self.cuts: return f"{name} = {str(value).lower() if isinstance(value, bool) else value}"
-        cuts = self.cuts[name]
-        at = int(np.searchsorted(cuts, value))
-        below, above = f"{cuts[at - 1]:.4g} < " if at else "", f" ≤ {cuts[at]:.4g}" if at < len(cuts) else ""
-        return f"{below}{name}{above}" if above else f"{name} > {cuts[at - 1]:.4g}"
+        cuts = [self._shown(name, cut) for cut in self.cuts[name]]
+        at = int(np.searchsorted(self.cuts[name], self.number(name, value)))
+        below, above = f"{cuts[at - 1]} < " if at else "", f" ≤ {cuts[at]}" if at < len(cuts) else ""
+        return f"{below}{name}{above}" if above else f"{name} > {cuts[at - 1]}"
+
+    def _shown(self, name: str, cut: float) -> str:
+        kind = self.contract.columns[name].type
+        return f"{cut:.4g}" + " s" * (kind == "duration") if kind not in ("date", "datetime") else str(standing_for(self.contract.columns[name], cut))[:16]
 
 # %% ../nbs/22a_explain.ipynb #fd7d06eb
 def background(
@@ -178,22 +198,20 @@ def background(
 ) -> Background:
     "Make rows ready to draw from. Raises `ExplanationError` where there are none."
     types = schema(contract)
-    for n in contract.features:
-        if contract.columns[n].type not in (*_NUMERIC, "category", "boolean"): raise ExplanationError(f"Feature {n!r} is of type {contract.columns[n].type}; numbers, categories and booleans can be explained.")
     frame = _from_profile(contract, rows, most) if isinstance(rows, Profile) else rows
     if lost := [n for n in contract.features if n not in frame.columns]: raise ExplanationError(f"The background has no column {lost[0]!r}, which is a feature.")
     if frame.height < 2: raise ExplanationError(f"The background has {frame.height} row{'s' * (frame.height != 1)}; an explanation says what else could have been, and needs two at least. Give it rows like those the model has learned from.")
     frame = frame.select(pl.col(n).cast(types[n]) for n in contract.features).gather_every(-(-frame.height // most))
-    numbers = {n: frame[n].drop_nulls().cast(pl.Float64).to_numpy() for n in contract.features if contract.columns[n].type in _NUMERIC}
+    numbers = {n: counted(contract.columns[n], frame[n].drop_nulls())[0].cast(pl.Float64).to_numpy() for n in contract.features if contract.columns[n].type in _CUT}
     return Background(contract, frame, {n: tuple(np.unique(np.percentile(x, [25, 50, 75])).tolist()) if len(x) else (0.0,) for n, x in numbers.items()})
 
 
-def _values(histogram: Histogram, whole: bool) -> list[Any]:
+def _values(column: Column, histogram: Histogram) -> list[Any]:
     "A value for each cell of a histogram; the last two are `something else` and missing."
     if not histogram.numeric: return [*histogram.bins, histogram.others[0] if histogram.others else None, None]
     edges: Any = histogram.bins
     middle = [(a + b) / 2 for a, b in zip((histogram.low, *edges), (*edges, histogram.high), strict=True)] if edges else [histogram.low]
-    return [round(v) if whole and v is not None else v for v in [x for pair in zip(middle, [*edges, None], strict=True) for x in pair][:-1]] + [None]
+    return [standing_for(column, v) for v in [x for pair in zip(middle, [*edges, None], strict=True) for x in pair][:-1]] + [None]
 
 
 def _from_profile(contract: Contract, counted: Profile, rows: int) -> pl.DataFrame:
@@ -204,7 +222,7 @@ def _from_profile(contract: Contract, counted: Profile, rows: int) -> pl.DataFra
     for n in contract.features:
         histogram = counted.columns[n]
         cells = np.repeat(np.arange(len(histogram.counts) + 1), np.rint(np.diff(np.rint(np.cumsum([0, *histogram.counts, histogram.missing]) * (rows / max(histogram.rows, 1))))).astype(int))
-        values = _values(histogram, contract.columns[n].type == "integer")
+        values = _values(contract.columns[n], histogram)
         shuffled = cells[np.argsort(words.random_raw(len(cells)), kind="stable")].tolist()
         column = contract.columns[n]
         taken = [values[i] if values[i] is not None or column.nullable else histogram.bins[0] for i in shuffled]
@@ -212,13 +230,16 @@ def _from_profile(contract: Contract, counted: Profile, rows: int) -> pl.DataFra
     return pl.DataFrame(made)
 
 # %% ../nbs/22a_explain.ipynb #e7e9d5c4
+_AS_JSON = ("integer", "category", "boolean", "text") # the others are made of numbers or text
+
+
 def checked_row(
     contract: Contract,
     row: Mapping[str, Any], # the features; missing ones may be left out where the contract allows it
 ) -> dict[str, Any]:
     "A row as the contract has it. Raises `ContractError`."
     if broken := broken_rules(contract, row): raise ContractError("This row cannot be explained, for it breaks its contract: " + "; ".join(f"{n or 'the row'}: expected {e}, found {row.get(n)!r}" for n, e in broken[:3]) + ".")
-    return {n: float(row[n]) if contract.columns[n].type == "number" and row.get(n) is not None else row.get(n) for n in contract.features}
+    return {n: row.get(n) if contract.columns[n].type in _AS_JSON else typed(contract.columns[n], row.get(n)) for n in contract.features}
 
 
 def keeping(
@@ -255,4 +276,4 @@ def lime_table(
     weights = kernel(np.sqrt(np.arange(size + 1.0)), 0.75 * math.sqrt(size))[(~near).sum(1)]
     fitted = line(near, scores, weights, count)
     names = [list(row)[i] for i in fitted.chosen]
-    return explanation("lime", scores[0], fitted.intercept, {n: known.said(n, row[n]) for n in names}, fitted.weights, fitted.errors, fitted.fidelity, fitted.unit, perturbations)
+    return explanation("lime", scores[0], fitted.intercept, [(n, known.said(n, row[n])) for n in names], fitted.weights, fitted.errors, fitted.fidelity, fitted.unit, perturbations)

@@ -34,10 +34,10 @@ def draws(
 
 
 def words_of(
-    *parts: Any, # JSON values: the row, the digest of the model, the method
+    *parts: Any, # JSON values, dates and times: the row, the digest of the model, the method
 ) -> np.random.Philox:
     "Random words that hang on these parts and on nothing else."
-    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
     return np.random.Philox(key=int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little"))
 
 

@@ -150,6 +150,7 @@ def robustness(
     digest: str = "",                           # of the model; part of the seed
     kinds: Sequence[str] = tuple(DISTURBANCES),
     min_group: int = 30, # rows that a group's rate must be taken over
+    tolerance: float = 0.0, # an answer that moves by no more has not flipped; for numbers
 ) -> RobustnessReport:
     "Disturb every row in every way. Raises `ExplanationError` where there is no row."
     if frame.is_empty(): raise ExplanationError("There is no row to disturb.")
@@ -160,12 +161,12 @@ def robustness(
     kept = {kind: keeping(contract, rows) & np.array([n != "" for n in names]) for kind, (rows, names) in made.items()}
     asked = pl.concat([features, *(rows.filter(kept[kind]) for kind, (rows, _) in made.items())])
     answers = scored(score, asked, asked.height, output)
-    if threshold is not None: answers = answers >= threshold
+    if threshold is not None: answers = (answers >= threshold) * 1.0
     before, after, flips = answers[:frame.height], answers[frame.height:], {}
     for kind in kinds:
         count = int(kept[kind].sum())
         flips[kind] = np.zeros(frame.height, bool)
-        flips[kind][kept[kind]], after = after[:count] != before[kept[kind]], after[count:]
+        flips[kind][kept[kind]], after = np.abs(after[:count] - before[kept[kind]]) > tolerance, after[count:]
     counted = pl.concat([pl.DataFrame({"kind": kind, "feature": names, "refused": ~kept[kind], "flipped": flips[kind], **({c.name: c for c in groups} if groups is not None else {})}) for kind, (_, names) in made.items()])
     counted = counted.filter(pl.col("feature") != "")
     return RobustnessReport(_counted(counted, "kind", "feature"), {c: {g: t for (g,), t in _counted(counted, c).items()} for c in (groups.columns if groups is not None else ())}, min_group)
