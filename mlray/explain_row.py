@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .counterfactual import Counterfactual
+from .counterfactual import LEFT_OUT, THERE, Counterfactual
 from .errors import ExplanationError
 from .explain import Background, Explanation, Score, checked_row, explanation, lime_table, scored
 from .explain_image import squares
@@ -32,6 +32,7 @@ WORDS, RUNS = 50, 32 # parts of a text and of a signal, at most
 class Parts:
     "What of one value could have been otherwise."
     said: tuple[str, ...]                                       # of each part: what is the case
+    names: tuple[str, ...]                                      # and what it is
     drawn: Callable[[np.random.Philox, int], np.ndarray]        # random words, rows → bool [rows, parts]: which are kept
     values: Callable[[np.ndarray, np.ndarray], pl.Series]       # which are kept, and a background row for each → the values
 
@@ -42,12 +43,12 @@ def text_parts(
 ) -> Parts:
     "The words of a text, or its passages."
     pieces, number, distinct = split_words(text)
-    if len(distinct) <= WORDS: said = tuple(f"“{word}” is in {name}" for word in distinct)
+    if len(distinct) <= WORDS: words = distinct
     else:
         at = np.flatnonzero(number >= 0)
         number[at] = np.arange(len(at)) * WORDS // len(at)
-        said = tuple(f"“{pieces[p[0]]} … {pieces[p[-1]]}” is in {name}" for p in (np.flatnonzero(number == i) for i in range(WORDS)))
-    return Parts(said, lambda words, rows: absent(words, rows, len(said)), lambda kept, _: pl.Series(name, without(pieces, number, kept), pl.String))
+        words = [f"{pieces[p[0]]} … {pieces[p[-1]]}" for p in (np.flatnonzero(number == i) for i in range(WORDS))]
+    return Parts(tuple(f"“{w}” is in {name}" for w in words), tuple(f"“{w}” in {name}" for w in words), lambda random, rows: absent(random, rows, len(words)), lambda kept, _: pl.Series(name, without(pieces, number, kept), pl.String))
 
 
 def patches_of(
@@ -76,7 +77,7 @@ def array_parts(
 
     def drawn(words: np.random.Philox, rows: int) -> np.ndarray: return draws(words, (rows, len(names)), 2).astype(bool)
     def values(kept: np.ndarray, other: np.ndarray) -> pl.Series: return pl.Series(name, np.where(kept[:, patches], mine, others[other % len(others)]), pl.Array(pl.Float64, len(mine)))
-    return Parts(tuple(f"{name}{n} is as it is" for n in names), drawn, values)
+    return Parts(tuple(f"{name}{n} is as it is" for n in names), tuple(f"{name}{n}" for n in names), drawn, values)
 
 # %% ../nbs/22h_explain_row.ipynb #32adc9ab
 _NUMBERS = 2**22 # of arrays in one call of the model
@@ -143,12 +144,12 @@ def leaving_out(
     known: Background,
     row: Mapping[str, Any],         # the features
     fixed: Collection[str] = (),    # features that must stay
-) -> tuple[Counterfactual, dict[str, Any]]: # what to leave out, each change from true to false; and the row without it
+) -> tuple[Counterfactual, dict[str, Any]]: # what to leave out; and the row without it
     "The parts of texts and arrays without which the answer is another. Raises `ContractError`, `ExplanationError`."
     row = checked_row(known.contract, row)
     parts, single = _without(known, row, fixed), pl.DataFrame([row], schema=known.frame.schema)
     ends = np.cumsum([0, *(len(p.said) for p in parts.values())])
-    said = [text for p in parts.values() for text in p.said]
+    said = [text for p in parts.values() for text in p.names]
 
     def rows(kept: np.ndarray) -> pl.DataFrame:
         of = [p.values(kept[:, a:b], np.zeros(len(kept), int)) for p, a, b in zip(parts.values(), ends, ends[1:], strict=False)]
@@ -167,6 +168,6 @@ def leaving_out(
     for part in order[:turned[0]]:
         kept[part] = True
         if asked(kept[None])[0] < 0: kept[part] = False
-    changes = {said[i]: (True, False) for i in np.flatnonzero(~kept)}
+    changes = {said[i]: (THERE, LEFT_OUT) for i in np.flatnonzero(~kept)}
     found = Counterfactual(mine, float(asked(kept[None])[0]), changes, float(len(changes)), 2 * len(said) + 2 + int(turned[0]))
     return found, rows(kept[None]).row(0, named=True)

@@ -7,7 +7,7 @@ profile. Nothing but the bundle is needed to explain an answer, years later as o
 
 # %% auto #0
 __all__ = ['FAR', 'METHODS', 'EXPLAINED', 'SHAKEN', 'ATTACKED', 'scoring', 'deciding', 'tolerance_of', 'output_of', 'known_rows',
-           'explain', 'Wish', 'what_if', 'explain_rows', 'some_rows', 'shaken', 'behaved', 'asked_for']
+           'explain', 'Wish', 'what_if', 'explain_rows', 'certainty', 'some_rows', 'shaken', 'behaved', 'asked_for']
 
 # %% ../nbs/35c_explanation.ipynb #ac08a615
 import math
@@ -33,6 +33,7 @@ from .robust import BehaviourReport, RobustnessReport, behave, robustness
 from .score import Measure
 from .shapley import shapley
 from .spec import Rule, RunSpec
+from .threshold import group_names
 
 # %% ../nbs/35c_explanation.ipynb #73cd24cb
 def scoring(bundle: Bundle) -> Score:
@@ -43,7 +44,7 @@ def scoring(bundle: Bundle) -> Score:
 def deciding(bundle: Bundle) -> Score: # frame → [rows], whole numbers, or the numbers that are predicted
     "A bundle's decisions as a function."
     def decisions(frame: pl.DataFrame) -> np.ndarray:
-        found = decide(bundle, predict(bundle, frame, frame.height)).astype(np.float64)
+        found = decide(bundle, predict(bundle, frame, frame.height), frame).astype(np.float64)
         return found if found.ndim == 1 else found @ (2.0 ** np.arange(found.shape[1])) # labels: which of them
     return decisions
 
@@ -145,6 +146,16 @@ def _lead(found: np.ndarray, own: int, wanted: int | None) -> np.ndarray:
     return _signed(decided != own if wanted is None else decided == wanted, np.abs(rest - found[:, ahead]))
 
 
+def _of_group(bundle: Bundle, row: Mapping[str, Any], held: Sequence[str]) -> Bundle:
+    "A bundle with the line of the row's own group, where groups have their own."
+    if not bundle.thresholds or bundle.spec.mitigation is None: return bundle
+    by = bundle.spec.mitigation.by
+    if loose := [n for n in by if n not in held or n not in row]:
+        raise ExplanationError(f"{bundle.name} has a line for each group, and a change that flips a decision could be a change of group: hold {loose[0]!r} fixed" + (", or ask a version without mitigation by thresholds, for it is no feature." if loose[0] not in row else "."))
+    (group,) = group_names(bundle.contract, {n: [row[n]] for n in by}, by)
+    return replace(bundle, threshold=bundle.thresholds.get(group, bundle.threshold), thresholds={})
+
+
 def what_if(
     bundle: Bundle,
     row: Mapping[str, Any],
@@ -153,8 +164,8 @@ def what_if(
     wish: Wish = Wish(), # needed where a number is predicted
 ) -> Counterfactual: # its score is that of the first answer: a probability, or the number
     "The smallest change of a row that gets it another answer: of few features, or else of what its texts and arrays could do without. Raises `ContractError`, `ExplanationError`."
-    if bundle.thresholds: raise ExplanationError(f"{bundle.name} has a line for each group, and a change that flips a decision could be a change of group. Ask a version without mitigation by thresholds.")
     held, row, known = bundle.contract.sensitive if fixed is None else fixed, checked_row(bundle.contract, row), known or known_rows(bundle)
+    bundle = _of_group(bundle, row, held)
     answers = lambda frame: scoring(bundle)(frame).reshape(frame.height, -1)
     mine = answers(pl.DataFrame([row], schema=known.frame.schema))[0]
     other = _other(bundle, wish, mine)
@@ -186,6 +197,16 @@ def explain_rows(
 EXPLAINED = ("fidelity", "fidelity_lowest", "stability", "explained_rows", "importance")
 SHAKEN = ("flip_rate", "refused_rate", "flip_rate_difference")
 ATTACKED = ("flip_rate[fgsm]", "flip_rate[pgd]")
+
+
+def certainty(
+    bundle: Bundle,
+    scores: np.ndarray, # as `predict` gives them
+) -> np.ndarray: # [rows]
+    "How far each answer is from another one; of numbers, how far from the mean that the model has learned from."
+    if bundle.task.kind == "multiclass": return np.diff(np.sort(scores, axis=1)[:, -2:], axis=1)[:, 0]
+    if bundle.task.kind in ("regression", "quantile"): return np.abs(decide(bundle, scores) - bundle.task.center)
+    return np.abs(scores.reshape(len(scores), -1) - bundle.threshold).min(1)
 
 
 def some_rows(frame: pl.DataFrame, most: int) -> pl.DataFrame:
