@@ -55,7 +55,7 @@ class Counterfactual(Displayed):
 
     def table(self) -> Table:
         "One line a changed feature."
-        return table(["feature", "is", "would be"], [(n, *(v if isinstance(v, (int, float)) and not isinstance(v, bool) or v is None else self._shown(v) for v in c)) for n, c in self.changes.items()],
+        return table(["feature", "is", "would be"], [(n, *(v if (isinstance(v, (int, float)) and not isinstance(v, bool)) or v is None else self._shown(v) for v in c)) for n, c in self.changes.items()],
                      f"Score {self.score:.4g}" + (f" → {self.flipped:.4g}" if self.flipped is not None else f": {self.sentence}") + (f", {self._shown(self.answers[0])} → {self._shown(self.answers[1])}" if self.answers and self.found else ""))
 
 # %% ../nbs/22c_counterfactual.ipynb #354fecbb
@@ -77,7 +77,7 @@ def _spread(values: np.ndarray) -> float:
 def _candidates(known: Background, row: Mapping[str, Any], name: str, values: int) -> list[_Change]:
     "What one feature could be instead."
     column, mine = known.frame[name].drop_nulls(), row[name]
-    if not column.len() or name not in known.cuts and name not in known.values: return []
+    if not column.len() or (name not in known.cuts and name not in known.values): return []
     if name not in known.cuts: found = [_Change(name, v, 1.0) for v in column.unique().sort()[:1000] if v != mine]
     else:
         numbers, places = counted(known.contract.columns[name], column)[0].cast(pl.Float64).to_numpy(), np.linspace(0, column.len() - 1, values).round().astype(int)

@@ -19,7 +19,7 @@ import polars as pl
 
 from .counterfactual import LEFT_OUT, THERE, Counterfactual
 from .errors import ExplanationError
-from .explain import Background, Explanation, Score, checked_row, explanation, lime_table, scored
+from .explain import Background, Explanation, Score, checked_row, explanation, lime_table, picked, scored
 from .explain_image import squares
 from .explain_text import absent, split_words, without
 from .local_line import MOST, draws, kernel, line, words_of
@@ -115,7 +115,8 @@ def lime_row(
     at[:, 0] = height
     for chosen in kept.values(): chosen[0] = True
     place = {n: i for i, n in enumerate(row)}
-    near = np.concatenate([kept[n] if n in kept else np.append(shared[i], True).take(at[i])[:, None] for n, i in place.items()], axis=1)
+    same = picked(np.pad(shared, ((0, 0), (0, 1)), constant_values=True), at).T
+    near = np.concatenate([kept[n] if n in kept else same[:, [i]] for n, i in place.items()], axis=1)
 
     def rows(part: slice) -> pl.DataFrame:
         made = known.taken(row, at[:, part], whole).get_columns() + [p.values(kept[n][part], at[place[n], part]) for n, p in parts.items()]

@@ -138,13 +138,14 @@ def broken_rules(
 ) -> list[tuple[str, str]]: # column and what was expected; empty when the row is good
     "Every rule that a row of a request breaks."
     if not isinstance(row, Mapping): return [("", "an object with the features")]
-    found = [(n, f"{_shown(contract, n)} is not a feature of this model") for n in row if n not in contract.features]
-    for name in contract.features:
+    features = contract.features
+    found = [(n, f"{_shown(contract, n)} is not a feature of this model") for n in row if n not in features]
+    for name in features:
         column = contract.columns[name]
         rule = _breaks(column, row.get(name))
         if rule: found.append((name, rules(column)[rule]))
     if found or not contract.rules: return found
-    crossed = _crossed(contract, contract.features, {n: typed(contract.columns[n], row.get(n)) for n in contract.features})
+    crossed = _crossed(contract, features, {n: typed(contract.columns[n], row.get(n)) for n in features})
     return [("", contract.rules[crossed])] if crossed else []
 
 
