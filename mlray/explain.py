@@ -135,6 +135,11 @@ def picked(
     return found
 
 
+def _shown(column: Column, cut: float) -> str:
+    "A place where a column is cut, as one would write it."
+    return f"{cut:.4g}" + " s" * (column.type == "duration") if column.type not in ("date", "datetime") else str(standing_for(column, cut))[:16]
+
+# %% ../nbs/22a_explain.ipynb #f84ab54f
 @dataclass(frozen=True)
 class Background:
     "Rows to draw from."
@@ -190,17 +195,13 @@ class Background:
     def said(self, name: str, value: Any) -> str:
         "What is the case, in words."
         if value is None: return f"{name} is missing"
-        kind = self.contract.columns[name].type
-        if kind in ("text", "array"): return f"{name} has no word" if kind == "text" else f"{name} is there"
+        column = self.contract.columns[name]
+        if column.type in ("text", "array"): return f"{name} has no word" if column.type == "text" else f"{name} is there"
         if name not in self.cuts: return f"{name} = {str(value).lower() if isinstance(value, bool) else value}"
         cuts = self.cuts[name]
         at = bisect_left(cuts, self.number(name, value))
-        below, above = self._shown(name, cuts[at - 1]) if at else "", f" ≤ {self._shown(name, cuts[at])}" if at < len(cuts) else ""
+        below, above = _shown(column, cuts[at - 1]) if at else "", f" ≤ {_shown(column, cuts[at])}" if at < len(cuts) else ""
         return f"{below} < {name}{above}" if below and above else f"{name}{above}" if above else f"{name} > {below}"
-
-    def _shown(self, name: str, cut: float) -> str:
-        kind = self.contract.columns[name].type
-        return f"{cut:.4g}" + " s" * (kind == "duration") if kind not in ("date", "datetime") else str(standing_for(self.contract.columns[name], cut))[:16]
 
 # %% ../nbs/22a_explain.ipynb #fd7d06eb
 def background(

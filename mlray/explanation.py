@@ -95,7 +95,7 @@ def explain(
     if method == "shap": return shapley(scoring(bundle), known, row, bundle.digest, output, pairs=max(2, perturbations // (2 * len(bundle.contract.features))))
     raise ExplanationError(f"There is no way {method!r} to explain. {suggest(method, METHODS)}")
 
-
+# %% ../nbs/35c_explanation.ipynb #e94fcd19
 @dataclass(frozen=True)
 class Wish:
     "What another answer would have to be; nothing said: of classes any other one."
@@ -120,7 +120,7 @@ def _told(bundle: Bundle, scores: np.ndarray, place: int) -> tuple[float, Any]:
     said = scores >= np.float32(bundle.threshold)
     return float(scores[place]), task.names[int(said[0])] if task.kind == "binary" else ", ".join(n for n, true in zip(task.names, said, strict=True) if true) or "none"
 
-
+# %% ../nbs/35c_explanation.ipynb #af8c07e3
 def _other(bundle: Bundle, wish: Wish, mine: np.ndarray) -> Callable[[np.ndarray], np.ndarray]: # scores [rows, k] → [rows], at least 0 where the wish is met
     "How near scores are to what is wished. Raises `ExplanationError` for a wish that makes no sense, or is met already."
     task, name, place = bundle.task, bundle.name, _place(bundle, wish, mine)
@@ -145,7 +145,7 @@ def _lead(found: np.ndarray, own: int, wanted: int | None) -> np.ndarray:
     rest = np.delete(found, ahead, axis=1).max(1)
     return _signed(decided != own if wanted is None else decided == wanted, np.abs(rest - found[:, ahead]))
 
-
+# %% ../nbs/35c_explanation.ipynb #eb3f4d83
 def _of_group(bundle: Bundle, row: Mapping[str, Any], held: Sequence[str]) -> Bundle:
     "A bundle with the line of the row's own group, where groups have their own."
     if not bundle.thresholds or bundle.spec.mitigation is None: return bundle
@@ -179,7 +179,7 @@ def what_if(
     (score, first), (flipped, second) = (_told(bundle, scores, _place(bundle, wish, mine)) for scores in (mine, after))
     return replace(found, score=score, flipped=flipped if found.found else None, answers=(first, second if found.found else None))
 
-
+# %% ../nbs/35c_explanation.ipynb #315f72d2
 def explain_rows(
     bundle: Bundle,
     frame: pl.DataFrame,                # checked rows; more columns than the features do no harm
