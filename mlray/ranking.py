@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .calibration import BANDS
+from .decision import BANDS
 
 # %% ../nbs/20c_ranking.ipynb #14eef89f
 @dataclass(frozen=True)

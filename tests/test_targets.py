@@ -529,4 +529,4 @@ def test_the_gates_of_a_number_speak_of_it(runs):
     from mlray.gate_on_papermill import run_gates
     settings, run = runs("regression")
     done = {g.gate: g for g in run_gates(open_registry(settings), run.version, ["explanation", "robustness"], settings)}
-    assert not any(g.broken for g in done.values()) and "would be" in done["explanation"].page and {f.measure for f in done["robustness"].verdict.findings} == {"flip_rate[noise]"}
+    assert not any(g.broken for g in done.values()) and b"would be" in done["explanation"].page and {f.measure for f in done["robustness"].verdict.findings} == {"flip_rate[noise]"}
