@@ -32,6 +32,21 @@ class Settings(BaseModel):
     gates: tuple[str, ...] = ("quality", "fairness") # whose passed verdict a promotion asks for
     evidence_hours: Annotated[float, Field(gt=0)] | None = None # how old that verdict may be; empty: any age
     separate_promoter: bool = False         # whether who registered a version may not promote it to production
+    approvals: Annotated[int, Field(ge=0)] = 0 # so many people must have approved before a version goes to production
+    approver_roles: tuple[str, ...] = ("promoter", "admin") # with one of these roles
+    separate_approver: bool = True          # whether the approval of who registered a version counts for nothing
+    freeze: str = ""                        # when nothing is let out: `2026-12-20..2027-01-04, Fri 16:00..Mon 08:00`
+    freeze_zone: str = "UTC"                # on whose clock
+    freeze_override: tuple[str, ...] = ("admin",) # the roles that may all the same, saying why
+    guarded: tuple[str, ...] = ("production",) # the aliases for which all this is asked
+    access: Literal["open", "keys"] = "open" # who may change the registry: whoever reaches it, or who bears a key with a role for it (MLRAY_API_KEY)
+    oidc_issuer: str = ""                   # an identity provider whose tokens are believed as keys are; empty: none
+    oidc_audience: str = ""                 # whom its tokens must be for
+    oidc_jwks: str = ""                     # URL of its keys
+    oidc_algorithms: tuple[str, ...] = ("RS256", "ES256")
+    oidc_roles: str = "roles"               # the claim with roles
+    oidc_name: str = "sub"                  # the claim with the person
+    mirrors: tuple[str, ...] = ()           # who is told of changes: mlflow, wandb
     tracking: Literal["offline", "online", "disabled"] = "offline" # W&B
     project: str = "mlray"                  # W&B project
     ray: str = "local"                      # `local`, or the address of a cluster that runs
@@ -70,6 +85,7 @@ class Settings(BaseModel):
 
 # %% ../nbs/02_settings.ipynb #302a10c3
 _KEYS = frozenset(Settings.model_fields) - {"env", "root"}
+_SEVERAL = frozenset(n for n, f in Settings.model_fields.items() if isinstance(f.default, tuple)) # words with spaces or commas between
 
 
 def _nearest(start: Path) -> Path | None:
@@ -114,7 +130,7 @@ def read_settings(
     if path is None and env != "local": raise SettingsError(f"There is no settings.ini in {start} or above, so no environment {env!r}.")
     found: dict[str, object] = dict(_section(path, env)) if path else {}
     found |= {k: environ[f"MLRAY_{k.upper()}"] for k in _KEYS if environ.get(f"MLRAY_{k.upper()}")}
-    if isinstance(found.get("gates"), str): found["gates"] = tuple(str(found["gates"]).replace(",", " ").split())
+    found |= {k: tuple(v.replace(",", " ").split()) for k, v in found.items() if k in _SEVERAL and isinstance(v, str)}
     root = path.parent if path else start
     settings = _valid({**found, "env": env, "root": root}, str(path or "MLRAY_* variables"))
     beside = {"home": root / settings.home.expanduser()} | ({"data": Path.cwd() / settings.data.expanduser()} if settings.data else {})
