@@ -62,6 +62,7 @@ Modules:
 - `mlray.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
 - `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
 - `mlray.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates
+- `mlray.mirror_on_mlflow`: A folder that MLflow can load and serve
 - `mlray.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
 - `mlray.mixture`: Two means from their sums, compared at every look
 - `mlray.model`: Fitting a network: training as a generator of epochs
@@ -83,6 +84,7 @@ Modules:
 - `mlray.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.release`: Who stands for a version, and how its end is announced
+- `mlray.release_cli`: The commands of a release: who approves, what goes out and comes back, keys, mirrors
 - `mlray.reproduce`: The same run again, compared to the bit
 - `mlray.request`: One row as it comes in a request, held to the same rules
 - `mlray.robust`: How fragile: which answers flip when rows are slightly wrong, for whom, and what the contract catches first

@@ -33,7 +33,7 @@ class Audit:
         told = f"{len(self.entries)} rows, anchored up to row {self.anchored}"
         return table(["row", "what is wrong"], [(f.seq or "–", f.why) for f in self.faults], f"The audit is broken: {told}" if self.faults else f"The audit is whole: {told}")
 
-
+# %% ../nbs/33a_ledger.ipynb #725d05bc
 def _told(entries: Sequence[Entry]) -> dict[tuple[Any, ...], int]:
     "What the tables must hold, and the row that says so."
     said: dict[tuple[Any, ...], int] = {}
@@ -69,7 +69,7 @@ def _told_of_governance(e: Entry) -> list[tuple[Any, ...]]:
     if e.action == "deprecate": told.append(("sunset", e.object, d["sunset"]))
     return told
 
-
+# %% ../nbs/33a_ledger.ipynb #11031f19
 def _held(c: Connection, said: Mapping[tuple[Any, ...], int]) -> set[tuple[Any, ...]]:
     "What the tables hold."
     versions = c.execute(VERSIONS.select()).all()
@@ -87,7 +87,7 @@ def _held_of_governance(c: Connection) -> set[tuple[Any, ...]]:
     return ({("bearer", r.id, r.owner, r.models, r.expires) for r in keys if r.models is not None} | {("revoked", r.id) for r in keys if r.revoked} | {("request", r.key) for r in c.execute(REQUESTS.select())}
             | {("approval", r.seq, f"{r.name}/{r.number}", r.alias, r.actor, r.role, r.note) for r in approvals} | {("withdrawn", r.seq, r.withdrawn) for r in approvals if r.withdrawn} | {("spent", r.seq, r.spent) for r in approvals if r.spent})
 
-
+# %% ../nbs/33a_ledger.ipynb #79a8d37e
 def audit(registry: Registry) -> Audit:
     "Check the chain, its anchors, and that the tables say what it says."
     database = registry.database

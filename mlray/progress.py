@@ -43,6 +43,7 @@ class ProgressTracker:
         if self.bar is None: self._begin()
         self.bar.update(self.task, completed=step, said=said, refresh=True) # a notebook shows nothing after the end
 
+    def where(self) -> Mapping[str, str]: return {}
     def finish(self, summary: Mapping[str, Any]) -> None: self._end()
 
     def _begin(self) -> None:

@@ -27,6 +27,7 @@ from starlette.responses import Response
 from .access import Key
 from .bundle import load_bundle
 from .errors import ServingError
+from .oidc import Issuer, issuer_of
 from .service import Refusal, Reply, Served, Service, refuse
 from .settings import Settings
 
@@ -93,8 +94,8 @@ async def _body(request: Request) -> bytes | None:
 class Gateway:
     "HTTP in, HTTP out."
 
-    def __init__(self, models: Sequence[Model], keys: Sequence[Key]):
-        self.service = Service({m.name: Served(m.version, load_bundle(m.path, m.digest)) for m in models}, tuple(keys))
+    def __init__(self, models: Sequence[Model], keys: Sequence[Key], issuer: Issuer | None = None):
+        self.service = Service({m.name: Served(m.version, load_bundle(m.path, m.digest)) for m in models}, tuple(keys), issuer.caller if issuer else None)
         for served in self.service.models.values(): served.warm()
         self.openapi = json.dumps(describe(self.service)).encode()
 
@@ -158,7 +159,7 @@ def deploy(
     serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
     deployment: Any = serve.deployment(Gateway, num_replicas=settings.replicas, max_ongoing_requests=64, max_queued_requests=1024, health_check_period_s=5,
                                   graceful_shutdown_wait_loop_s=0.1, graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": 0.5})
-    try: serve.run(deployment.bind(list(models), list(keys)), name="mlray", route_prefix="/")
+    try: serve.run(deployment.bind(list(models), list(keys), issuer_of(settings)), name="mlray", route_prefix="/")
     except RuntimeError as error: raise ServingError(f"The service did not start: {str(error).strip().splitlines()[-1]}") from error
     _wait_for(settings)
 

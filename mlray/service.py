@@ -9,7 +9,7 @@ never repeats what was sent. The wire is KServe's v1: `{"instances": [...]}` in,
 __all__ = ['One', 'Answer', 'Problem', 'Refusal', 'Reply', 'Served', 'refuse', 'explain_refusal', 'Service']
 
 # %% ../nbs/39_service.ipynb #cfc60877
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Generic, TypeVar
@@ -17,9 +17,10 @@ from typing import Annotated, Any, Generic, TypeVar
 import msgspec
 import numpy as np
 
-from .access import Key, allowed
+from .access import Caller, Key, recognise
 from .answer import prediction_type, predictions
 from .bundle import Bundle, decide, predict
+from .errors import Unavailable
 from .request import broken_rules, row_type
 
 # %% ../nbs/39_service.ipynb #6e7daff7
@@ -126,12 +127,22 @@ class Service:
     "Several models under their names, and who may ask them."
     models: Mapping[str, Served]
     keys: tuple[Key, ...]
+    tokens: Callable[[str], Caller | None] | None = None # who bears what is no key of ours, such as `mlray.oidc.Issuer.caller`
 
-    def refused(self, presented: str | None, action: str, request_id: str) -> Reply | None:
+    def refused(
+        self,
+        presented: str | None,      # API key or token, as sent
+        action: str,
+        request_id: str,
+        model: str | None = None,   # to which; None: the action is about none
+    ) -> Reply | None:
         "The reply to somebody who may not do this; None if they may."
-        may = allowed(presented, self.keys, action) if presented else None
-        if may is None: return refuse(401, "no_key", "Send a valid API key as `Authorization: Bearer mlr_…`.", request_id, headers={"WWW-Authenticate": "Bearer"})
-        return None if may else refuse(403, "not_allowed", f"This key's role does not allow {action}.", request_id)
+        caller = recognise(presented, self.keys) if presented else None
+        if presented and not caller and self.tokens and not presented.startswith("mlr_"):
+            try: caller = self.tokens(presented)
+            except Unavailable: return refuse(503, "no_provider", "The identity provider does not answer, so nobody can say whose token this is.", request_id, headers={"Retry-After": "5"})
+        if caller is None: return refuse(401, "no_key", "Send a valid API key as `Authorization: Bearer mlr_…`.", request_id, headers={"WWW-Authenticate": "Bearer"})
+        return None if caller.may(action, model) else refuse(403, "not_allowed", f"This key's role or its models do not allow {action} here.", request_id)
 
     def answer(
         self,
@@ -141,7 +152,7 @@ class Service:
         request_id: str,
     ) -> Reply:
         "Answer a request, or say why not."
-        if no := self.refused(presented, "predict", request_id): return no
+        if no := self.refused(presented, "predict", request_id, model): return no
         served = self.models.get(model)
         if served is None: return refuse(404, "no_model", "There is no model of this name here.", request_id)
         try: rows = served.decoder.decode(body).instances

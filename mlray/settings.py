@@ -47,6 +47,7 @@ class Settings(BaseModel):
     oidc_roles: str = "roles"               # the claim with roles
     oidc_name: str = "sub"                  # the claim with the person
     mirrors: tuple[str, ...] = ()           # who is told of changes: mlflow, wandb
+    wandb_registry: str = ""                # the registry of W&B that versions are linked to, such as model; empty: none
     tracking: Literal["offline", "online", "disabled"] = "offline" # W&B
     project: str = "mlray"                  # W&B project
     ray: str = "local"                      # `local`, or the address of a cluster that runs
