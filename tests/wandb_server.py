@@ -35,6 +35,7 @@ class WandbServer:
     def __init__(self) -> None:
         self.runs: dict[str, Recorded] = {}
         self.artifacts: list[dict[str, Any]] = []
+        self.links: list[dict[str, Any]] = []
         self.uploads: dict[str, bytes] = {}
         self.received: list[bytes] = []
         self.unknown: list[str] = []
@@ -152,3 +153,13 @@ class WandbServer:
         at = (v.get("input") or v)["artifactID"]
         self.artifacts[int(at)]["state"] = "COMMITTED"
         return {"commitArtifact": {"artifact": {"id": at, "digest": self.artifacts[int(at)]["digest"]}}}
+
+    def op_RunResumeStatus(self, v: dict[str, Any]) -> Any:
+        run = self.runs.get(v["name"])
+        known = {"id": gid("Run", v["name"]), "name": v["name"], "summaryMetrics": "{}", "displayName": v["name"], "logLineCount": 0, "historyLineCount": 0, "eventsLineCount": 0, "historyTail": "[]", "eventsTail": "[]",
+                 "config": "{}", "tags": [], "notes": "", "wandbConfig": '{"t": 1}'}
+        return {"model": {"id": gid("Project", v["project"]), "name": v["project"], "entity": {"id": gid("Entity", "local"), "name": "local"}, "bucket": known if run else None}}
+
+    def op_LinkArtifact(self, v: dict[str, Any]) -> Any:
+        self.links.append(v.get("input") or v)
+        return {"linkArtifact": {"versionIndex": len(self.links) - 1}}
