@@ -26,12 +26,14 @@ Modules:
 - `mlray.declared`: Rows to numbers without having seen a row: encoders that follow from the contract alone
 - `mlray.deed`: What somebody who may do it does once, or is refused
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
+- `mlray.doctor`: What is wrong with this machine or cluster, and how to mend it
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
 - `mlray.errors`: One family of errors, each a short letter to a tired person
 - `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
 - `mlray.estimator`: Models of scikit-learn, LightGBM and XGBoost: the same rows, the same graph
 - `mlray.estimator_graph`: Fitted estimators of scikit-learn, LightGBM and XGBoost as ONNX graphs that keep the laws
 - `mlray.evaluation`: What a bundle does with rows it has not learned from
+- `mlray.examination`: The facts of this machine, gathered without changing anything
 - `mlray.explain`: Why this answer: a straight line through the model's answers nearby, the same to the byte for the same row
 - `mlray.explain_image`: Which parts of an image an answer hangs on
 - `mlray.explain_on_ray`: Many rows explained at once, on Ray Data
@@ -42,6 +44,7 @@ Modules:
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
 - `mlray.federate_on_ray`: Learning from rows that stay with their holders
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
+- `mlray.first_look`: A file with rows, looked at for the first time: how it is written, and a spec to begin with
 - `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
 - `mlray.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
 - `mlray.gaps`: How far groups are apart, where answers are classes, labels or numbers
@@ -79,6 +82,9 @@ Modules:
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
+- `mlray.project`: A project as it is to be written: its spec, its source, its gates
+- `mlray.project_folder`: A new project in its folder: all of it, or nothing
+- `mlray.project_pages`: The notebooks of a new project
 - `mlray.ranking`: Ranking and calibration from score bins, each with the bound of what the bins hide
 - `mlray.rates`: What a confusion matrix says: every rate, for one matrix or a million
 - `mlray.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
@@ -94,6 +100,7 @@ Modules:
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
 - `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
 - `mlray.samples`: Real rows that are there without a download
+- `mlray.schema`: The JSON Schema of a spec, so that an editor completes and corrects while one writes
 - `mlray.score`: How good: every measure with its interval, over all rows and by group
 - `mlray.score_of_classes`: How good, where one of several classes is right, or any of several labels
 - `mlray.score_of_counts`: A scorecard from counts alone: no row is seen again

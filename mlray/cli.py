@@ -7,7 +7,7 @@ stdout is one JSON value. Exit codes: 0 done, 1 a verdict or check failed, 2 the
 
 # %% auto #0
 __all__ = ['app', 'Spec', 'Overrides', 'Port', 'Workers', 'audit_app', 'check', 'train', 'tune', 'reproduce', 'gate', 'row_of',
-           'serve', 'ask', 'models', 'show', 'explain', 'audit_list', 'audit_verify', 'demo', 'main']
+           'serve', 'ask', 'models', 'show', 'explain', 'audit_list', 'audit_verify', 'new', 'demo', 'doctor', 'main']
 
 # %% ../nbs/59_cli.ipynb #2580d77e
 import json
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-_NOT_BUILT = frozenset({"card", "cluster", "console", "doctor", "export", "lab", "monitor", "new", "predict", "retrain", "schedule"})
+_NOT_BUILT = frozenset({"card", "cluster", "console", "export", "lab", "monitor", "predict", "retrain", "schedule"})
 
 
 class _Commands(TyperGroup):
@@ -252,12 +252,53 @@ def audit_verify(env: Env = None, as_json: Json = False) -> None:
     _show(as_json, found.as_dict(), found.table() if found.faults else found.table().title)
     if found.faults: raise typer.Exit(1)
 
+# %% ../nbs/59_cli.ipynb #6957dd45
+def _asked(path: Path | None, target: str | None) -> tuple[Path | None, str | None]:
+    "What the flags leave open, asked at a terminal."
+    if path or target or not sys.stdin.isatty(): return path, target
+    said = typer.prompt("A file with your rows (CSV, Parquet, JSON lines; empty: rows that ship with mlray)", default="", show_default=False, err=True)
+    return (Path(said), typer.prompt("The column to predict", err=True)) if said else (None, None)
+
+
+@app.command()
+def new(name: Annotated[str, typer.Argument(help="Of the package, the spec and the model; the folder too.")],
+        source: Annotated[Path | None, typer.Option("--from", metavar="FILE", help="Rows: CSV, Parquet or JSON lines. Contract, rules and source are written from them.")] = None,
+        target: Annotated[str | None, typer.Option("--target", help="The column to predict.")] = None,
+        positive: Annotated[str | None, typer.Option("--positive", help="The answer that is asked about (default: the rarer of two), or the number above which it lies.")] = None,
+        sensitive: Annotated[list[str] | None, typer.Option("--sensitive", help="A column that forms groups; may be given again.")] = None,
+        columns: Annotated[str | None, typer.Option("--columns", metavar="A,B,…", help="Names, where the file has no header.")] = None,
+        kind: Annotated[str | None, typer.Option("--kind", help="Without a file: tabular, text or image rows that ship with mlray.")] = None, as_json: Json = False) -> None:
+    "A project of your own: notebooks, a spec, a gate, tests that pass."
+    from mlray.errors import SpecError
+    from mlray.project import project_from, sample_project
+    from mlray.project_folder import write_project
+    source, target = (source, target) if kind else _asked(source, target)
+    if source and kind: raise SpecError("--from and --kind exclude each other: the rows come from a file, or with mlray.")
+    if source and not target: raise SpecError(f"Which column is to be predicted? Say --target; `head -1 {source}` shows the columns.")
+    if not source and (target or positive or sensitive or columns): raise SpecError("--target, --positive, --sensitive and --columns speak of a file; name it with --from.")
+    made = project_from(name, source, str(target), positive, sensitive or (), [c.strip() for c in columns.split(",")] if columns else ()) if source else sample_project(name, kind or "tabular")
+    files = write_project(made, Path(name))
+    _show(as_json, {"project": name, "spec": f"configs/{name}.yaml", "files": files}, f"{name}/ has {len(files)} files. Now:\n  cd {name}\n  mlray demo configs/{name}.yaml    from rows to an answered request\n  mlray lab                         nbs/index.ipynb: the same as a notebook")
+
 # %% ../nbs/59_cli.ipynb #a2399649
 @app.command()
-def demo(keep: Annotated[bool, typer.Option("--keep", help="Stay up until Ctrl-C.")] = False, port: Port = None, workers: Workers = None, env: Env = None) -> None:
+def demo(spec: Annotated[str | None, typer.Argument(metavar="[SPEC]", help="A spec of your own (default: diabetes, which ships with mlray).")] = None, keep: Annotated[bool, typer.Option("--keep", help="Stay up until Ctrl-C.")] = False, port: Port = None, workers: Workers = None, env: Env = None) -> None:
     "The whole story in one command: check, train on Ray, gate, promote, serve, ask."
-    if not demonstrate(settings_of(env, port=port, workers=workers), keep, lambda *faces: _show(False, None, *faces)): raise typer.Exit(1)
-    if not keep: typer.echo("Down again. Stay up with `mlray demo --keep`, or `mlray key create` and `mlray serve diabetes`.")
+    from mlray.settings import shipped
+    from mlray.spec import read_spec
+    read = read_spec(spec or shipped("configs") / "diabetes.yaml")
+    if not demonstrate(read, settings_of(env, port=port, workers=workers), keep, lambda *faces: _show(False, None, *faces)): raise typer.Exit(1)
+    if not keep: typer.echo(f"Down again. Stay up with `mlray demo {spec + ' ' if spec else ''}--keep`, or `mlray key create` and `mlray serve {read.name}`.")
+
+# %% ../nbs/59_cli.ipynb #ac498c1e
+@app.command()
+def doctor(env: Env = None, as_json: Json = False) -> None:
+    "What is wrong with this machine, or the cluster of the settings, and how to mend it."
+    from mlray.doctor import diagnose
+    from mlray.examination import examine
+    found = diagnose(examine(settings_of(env)))
+    _show(as_json, found.as_dict(), found.table() if found.complaints else "Nothing to complain of.")
+    if found.grave: raise typer.Exit(1)
 
 # %% ../nbs/59_cli.ipynb #f38644f9
 def main() -> None:

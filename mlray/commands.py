@@ -231,17 +231,14 @@ def _curl(settings: "Settings", name: str, row: Mapping[str, Any], key: str) -> 
     return f"try   curl -s {settings.url}/v1/models/{name}:predict -H \"Authorization: Bearer {key}\" -d '{body}'"
 
 # %% ../nbs/58_commands.ipynb #bfda80f5
-def demonstrate(settings: "Settings", keep: bool, show: Callable[..., None]) -> bool:
+def demonstrate(spec: "RunSpec", settings: "Settings", keep: bool, show: Callable[..., None]) -> bool:
     "Check, train on Ray, gate, promote, serve, ask; False where a gate says no. With `keep` it stays up until Ctrl-C."
     step = _Steps(6)
     from mlray.cluster_on_ray import cluster
     from mlray.registry import open_registry, promote as move
     from mlray.rows import check_sources
     from mlray.serve_on_ray import check_port
-    from mlray.settings import shipped
-    from mlray.spec import read_spec
     check_port(settings)
-    spec = read_spec(shipped("configs") / "diabetes.yaml")
     step(f"check: {spec.description}")
     checked = check_sources(spec, settings)["train"]
     stderr().print(f"  {checked.table().title}")
