@@ -11,7 +11,7 @@ __all__ = ['WandbTracker', 'WandbMirror']
 # %% ../nbs/46_track_on_wandb.ipynb #549de6d7
 import os
 from collections.abc import Mapping
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -99,6 +99,7 @@ class WandbMirror:
         _at(self.folder)
         found, entry = letter.version, letter.entry
         told = {"action": entry.action, "version": str(found), "seq": letter.seq, "actor": entry.actor, "at": entry.created, "digest": found.digest, **{k: entry.details[k] for k in ("alias", "generation", "why", "sunset", "successor") if k in entry.details}}
+        run: Any = None
         try:
             run = wandb.init(project=self.project, dir=str(self.folder), mode=self.mode, group=found.name, job_type="registry", id=f"registry-{letter.seq}-{str(entry.mac)[:8]}", name=f"{entry.action} {found}",
                              resume="allow" if self.mode == "online" else None, config=told, settings=_quiet(self.mode), reinit="create_new")
@@ -107,7 +108,9 @@ class WandbMirror:
                 logged.wait(30)
                 if self.collection and "alias" in told: run.link_artifact(logged, f"wandb-registry-{self.collection}/{found.name}", aliases=[told["alias"]])
             run.finish()
-        except (wandb.errors.Error, ValueError) as error: raise Unavailable(f"W&B did not take row {letter.seq}: {error}") from error
+        except Exception as error: # what W&B raises has no common parent; whatever it is, the letter waits
+            with suppress(Exception): run and run.finish(exit_code=1)
+            raise Unavailable(f"W&B did not take row {letter.seq}: {error}") from error
 
     def _aliases(self, letter: Letter) -> list[str]:
         number = f"mlray-{letter.version.number}"

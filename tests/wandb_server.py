@@ -160,6 +160,22 @@ class WandbServer:
                  "config": "{}", "tags": [], "notes": "", "wandbConfig": '{"t": 1}'}
         return {"model": {"id": gid("Project", v["project"]), "name": v["project"], "entity": {"id": gid("Entity", "local"), "name": "local"}, "bucket": known if run else None}}
 
+    def op_ArtifactByID(self, v: dict[str, Any]) -> Any:
+        made, project = self.artifacts[int(v["id"])], {"id": gid("Project", "mlray"), "internalId": "1", "name": "mlray", "entity": {"name": "local"}}
+        of = {"__typename": "ArtifactSequence", "name": str((made.get("artifactCollectionNames") or [made.get("artifactCollectionName")])[0]), "project": project}
+        aliases = [{"__typename": "ArtifactAlias", "id": a["alias"], "alias": a["alias"], "artifactCollection": of} for a in made.get("aliases") or ()]
+        return {"artifact": {"__typename": "Artifact", "id": v["id"], "artifactSequence": of, "versionIndex": int(v["id"]), "artifactType": {"name": made["artifactTypeName"]}, "description": None, "metadata": made.get("metadata") or "{}",
+                             "ttlDurationSeconds": 0, "ttlIsInherited": False, "tags": [], "historyStep": None, "state": made["state"], "size": 0, "digest": made["digest"], "digestAlgorithm": "MANIFEST_MD5", "commitHash": "0",
+                             "fileCount": 1, "createdAt": "2026-01-01T00:00:00", "updatedAt": None, "aliases": aliases}}
+
+    def op_FetchOrgInfoFromEntity(self, v: dict[str, Any]) -> Any:
+        return {"entity": {"organization": {"name": "local", "orgEntity": {"name": "local-org"}}, "user": None}}
+
     def op_LinkArtifact(self, v: dict[str, Any]) -> Any:
-        self.links.append(v.get("input") or v)
-        return {"linkArtifact": {"versionIndex": len(self.links) - 1}}
+        asked = v.get("input") or v
+        self.links.append(asked)
+        project = {"id": gid("Project", asked["projectName"]), "internalId": "2", "name": asked["projectName"], "entity": {"name": asked["entityName"]}}
+        of = {"__typename": "ArtifactPortfolio", "name": asked["artifactPortfolioName"], "project": project}
+        aliases = [{"__typename": "ArtifactAlias", "id": a["alias"], "alias": a["alias"], "artifactCollection": of} for a in asked["aliases"]]
+        member = {"__typename": "ArtifactCollectionMembership", "id": str(len(self.links)), "versionIndex": 0, "createdAt": "2026-01-01T00:00:00", "aliases": aliases, "artifactCollection": of}
+        return {"result": {"versionIndex": 0, "artifactMembership": member | self.op_ArtifactByID({"id": asked["artifactID"]})}}
