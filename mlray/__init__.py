@@ -89,6 +89,7 @@ Modules:
 - `mlray.rates`: What a confusion matrix says: every rate, for one matrix or a million
 - `mlray.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
+- `mlray.registry_on_ray`: The registry, from any node of a cluster
 - `mlray.release`: Who stands for a version, and how its end is announced
 - `mlray.release_cli`: The commands of a release: who approves, what goes out and comes back, keys, mirrors
 - `mlray.reproduce`: The same run again, compared to the bit

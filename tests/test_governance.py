@@ -538,3 +538,57 @@ def test_what_is_shipped_asks_for_two_people_in_production():
 def test_pyjwt_is_not_loaded_by_those_who_have_no_provider():
     done = subprocess.run([sys.executable, "-c", "import mlray.service, mlray.registry, sys; print('jwt' in sys.modules)"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# From a cluster
+
+def desk_of(name: str):
+    "The process of the registry's actor, among our own descendants."
+    import psutil
+    import ray
+    found = {a["Name"]: a for a in ray._private.state.actors().values() if a["State"] == "ALIVE"}
+    return psutil.Process(found[name]["Pid"]) if name in found else None
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("ray")
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.chaos)])
+def test_from_a_cluster_what_is_asked_happens_once_though_the_actor_is_killed(ray_cluster, tmp_path, kills):
+    import ray
+
+    from mlray.registry_on_ray import RegistryOnRay
+    settings = Settings(home=tmp_path / "home", gates=())
+    afar = RegistryOnRay(settings)
+
+    @ray.remote(num_cpus=0.1)
+    def elsewhere(settings, number: int, folder: str):
+        afar = RegistryOnRay(settings)
+        found = afar.register(tiny(Path(folder), number), {"values": {}}, {"run": f"tiny-{number}"})
+        return str(found), afar.ask("promote", found, "canary"), afar.bundle_of(found, Path(folder) / "cache").digest == found.digest
+
+    @ray.remote(num_cpus=0.1)
+    def promotes(settings, found): return RegistryOnRay(settings).ask("promote", found)
+
+    assert sorted(v for v, _, same in ray.get([elsewhere.remote(settings, n, str(tmp_path / f"node{n}")) for n in (1, 2)]) if same) == ["tiny/1", "tiny/2"]
+    found, killed, answers = afar.ask("versions"), 0, []
+    for turn in range(kills * 3):
+        asking = promotes.remote(settings, found[turn % 2])
+        if turn % 3 == 0 and (desk := desk_of(afar.name)):
+            desk.kill()
+            killed += 1
+        answers.append(ray.get(asking))
+    registry = open_registry(settings)
+    told = [e.details["generation"] for e in audit(registry).entries if e.action == "promote" and e.details["alias"] == "production"]
+    print({"asked": len(answers), "killed": killed, "kept": len(told)})
+    assert killed >= kills - 1 and answers == told == list(range(1, kills * 3 + 1)) and not audit(registry).faults
+    with pytest.raises(Refused, match="may not be promoted to production: it has no verdict of the gate quality"): RegistryOnRay(amended(settings, registry=f"sqlite:///{settings.home}/./registry.db", gates=("quality",))).ask("promote", found[0])
+    with pytest.raises(RegistryError, match="not asked for"): afar.ask("alone")
+    for name in [a["Name"] for a in ray._private.state.actors().values() if a["State"] == "ALIVE" and a["Name"].startswith("mlray.registry.")]: ray.kill(ray.get_actor(name, namespace="mlray"))
+
+
+def test_with_postgresql_every_node_asks_for_itself(house, proved, url, tmp_path):
+    "No actor and no Ray: the database is asked directly."
+    from mlray.registry_on_ray import RegistryOnRay
+    if url.startswith("sqlite"): pytest.skip("an SQLite file is asked through the actor")
+    afar = RegistryOnRay(Settings(home=tmp_path / "home", registry=url, gates=("quality",)))
+    assert afar.ask("promote", proved[0], once="4b1f") == afar.ask("promote", proved[0], once="4b1f") == 1 and [v.aliases for v in afar.ask("versions")] == [(), ("production",)]
