@@ -11,8 +11,10 @@ __all__ = ['Desk', 'RegistryOnRay']
 # %% ../nbs/40b_registry_on_ray.ipynb #4165ef70
 import hashlib
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -72,7 +74,7 @@ class Desk:
         return _ANSWERED[what](open_registry(self.settings, actor, presented), *given, **named)
 
 # %% ../nbs/40b_registry_on_ray.ipynb #c2024527
-_TRIES, _PATIENCE = 5, 60.0 # seconds for one answer
+_PATIENCE, _PAUSES = 90.0, (0.1, 0.3, 1.0, 2.0) # seconds: for an answer, all tries together; between tries, while the actor comes back
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,15 @@ class RegistryOnRay:
         presented = os.environ.get("MLRAY_API_KEY", "")
         if not self.settings.registry_url.startswith("sqlite"): return Desk(self.settings).answer(what, user_here(), presented, given, named)
         import ray
-        for _ in range(_TRIES):
-            try: return ray.get(self._desk().answer.remote(what, user_here(), presented, given, named), timeout=_PATIENCE)
+        end, pauses = time.monotonic() + _PATIENCE, chain(_PAUSES, repeat(_PAUSES[-1]))
+        while (left := end - time.monotonic()) > 0:
+            try: return ray.get(self._desk().answer.remote(what, user_here(), presented, given, named), timeout=left)
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, MlrayError): raise error.cause from None
                 raise
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error: last = error
-        raise Unavailable(f"The registry's actor {self.name} has not answered in {_TRIES} tries: {last}. Whether the change was kept is not known; `mlray audit` tells.")
+            time.sleep(next(pauses))
+        raise Unavailable(f"The registry's actor {self.name} has not answered for {_PATIENCE:g} s: {last}. Whether the change was kept is not known; `mlray audit` tells.")
 
     def register(self, bundle: Bundle, results: Mapping[str, Any], lineage: Mapping[str, Any] | None = None, once: str | None = None) -> Version:
         "Give a bundle of this node the next number of its name, or the one it has."

@@ -53,6 +53,7 @@ def test_a_training_is_one_run_with_losses_spec_and_scorecard(settings, diabetes
     run = train(diabetes, settings, tracker=Trackers((memory, WandbTracker(settings.home / "runs"))))
     files = list((settings.home / "runs").glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 1
+    assert files[0].parent.name.endswith(run.version.lineage["tracked"]["wandb"].rpartition("/")[2]) and run.version.lineage["run"].startswith("diabetes-")
     found = list(records(files[0]))
     history = [{(i.key or "/".join(i.nested_key)): plain(i) for i in r.history.item} for r in found if r.WhichOneof("record_type") == "history"]
     losses = [h["valid_loss"] for h in history if "valid_loss" in h]
