@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .access import Caller, Key, recognise
+from .attestation import Attestor
 from .database import KEYS, Connection, Database
 from .deed import Ask, Deed, act
 from .errors import RegistryError, suggest
@@ -44,8 +45,10 @@ class Registry:
         policy: Policy = Policy(),                  # noqa: B008 (frozen)
         caller: Caller | None = None,               # who acts, with roles; default: `actor`, who may do everything
         mirrors: tuple[str, ...] = (),              # who is told of changes, through the outbox
+        signers: str | Path | None = None,          # folder of those who are trusted to sign; default: `signers`, beside the store
     ):
         self.store, self._now, self.policy, self.mirrors = Store(Path(store)), now, policy, mirrors
+        self.attestor = Attestor(self.store, Path(signers or self.store.root.parent / "signers"))
         self.caller = caller or Caller(actor or user_here())
         try:
             self.store.root.mkdir(parents=True, exist_ok=True)
@@ -100,15 +103,15 @@ def open_registry(
     presented: str | None = None, # an API key or a token; default: MLRAY_API_KEY
 ) -> Registry:
     "The registry of an environment, made if it is not there. Where `access = keys`, its caller is who bears the key."
-    registry = Registry(settings.registry_url, settings.home / "store", actor, policy=policy_of(settings), mirrors=settings.mirrors)
+    registry = Registry(settings.registry_url, settings.home / "store", actor, policy=policy_of(settings), mirrors=settings.mirrors, signers=settings.signers)
     if settings.access == "keys": registry.caller = _bearer(registry, settings, presented or os.environ.get("MLRAY_API_KEY") or "")
     return registry
 
 
 def policy_of(settings: Settings) -> Policy:
     "What an environment asks for. Raises `SettingsError`."
-    same = {n: getattr(settings, n) for n in Policy.__dataclass_fields__ if n != "freeze"}
-    return Policy(freeze=windows(settings.freeze), **same)
+    same = {n: getattr(settings, n) for n in Policy.__dataclass_fields__ if n not in ("freeze", "signature")}
+    return Policy(freeze=windows(settings.freeze), signature=settings.signature == "required", **same)
 
 
 def _bearer(registry: Registry, settings: Settings, presented: str) -> Caller:

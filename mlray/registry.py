@@ -19,15 +19,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .bundle import Bundle, load_bundle
+from .attestation import enter, unsigned
+from .bundle import Bundle, digests_of, load_bundle
 from .database import ALIASES, APPROVALS, ENVIRONMENTS, EVIDENCE, MOVES, VERSIONS
 from .deed import Ask, Deed
 from .display import Table, table
 from .errors import Refused, RegistryError, suggest
 from .gate import Verdict
 from .opened import Registry, add_key, keys, open_registry, revoke_key
-from .policy import Policy, frozen, reasons
+from .policy import Policy, frozen, gates_for, reasons
 from .standing import candidate_for, held_by, move, served
+from .statement import Conditions, bundle_statement, gate_statement
 
 _all_ = ["Policy", "Registry", "open_registry", "add_key", "keys", "revoke_key"] # of the rooms below, for those who look for them here
 
@@ -62,6 +64,7 @@ class Evidence:
     verdict: Verdict
     page: str       # digest of the executed notebook in the store
     created: str
+    statement: str | None = None # digest of the in-toto statement in the store; None: it is older than statements
 
 # %% ../nbs/33_registry.ipynb #b93922e6
 def _version(row: Any, aliases: Sequence[str] = ()) -> Version: return Version(**row._mapping, aliases=tuple(aliases))
@@ -113,6 +116,7 @@ def register(
     "Give a bundle the next number of its name, or the one it has."
     registry.store.put(bundle.digest, {p.name: p.read_bytes() for p in bundle.path.iterdir()})
     load_bundle(registry.store.path(bundle.digest), bundle.digest)
+    seals = registry.attestor.sign(bundle.digest, bundle_statement(bundle.name, digests_of(bundle.path, bundle.digest)))
     mine, told = (VERSIONS.c.name == bundle.name, VERSIONS.c.digest == bundle.digest), dict(lineage or {})
     packages, parent = told.pop("packages", None), bundle.provenance.get("parent")
 
@@ -124,7 +128,7 @@ def register(
             name=bundle.name, number=number, digest=bundle.digest, spec_id=bundle.spec.id, rows_digest=str(bundle.provenance.get("train_rows", "")),
             results=dict(results), created=registry._now().isoformat(), actor=registry.actor, parent=parent, lineage=told or None))
         if packages and not c.execute(ENVIRONMENTS.select().where(ENVIRONMENTS.c.digest == told["environment"])).first(): c.execute(ENVIRONMENTS.insert().values(digest=told["environment"], packages=packages))
-        deed.log("register", f"{bundle.name}/{number}", digest=bundle.digest, **({"parent": parent} if parent else {}), **({"lineage": digest_of(told)} if told else {}))
+        deed.log("register", f"{bundle.name}/{number}", digest=bundle.digest, **({"signatures": enter(c, seals, registry._now().isoformat())} if seals else {}), **({"parent": parent} if parent else {}), **({"lineage": digest_of(told)} if told else {}))
         return {"number": number}
 
     registry.act(Ask("model:register", bundle.name, bundle.name, {"digest": bundle.digest}, once), do)
@@ -142,18 +146,22 @@ def add_evidence(
     gate: str,
     verdict: Verdict,
     page: bytes,    # the executed notebook
+    conditions: Conditions = Conditions(), # under which it ran  # noqa: B008 (frozen)
 ) -> Evidence:
-    "Keep what a gate found out."
+    "Keep what a gate found out, as a statement too."
     digest, created = hashlib.sha256(page).hexdigest(), registry._now().isoformat()
     registry.store.put(digest, {f"{gate}.ipynb": page})
+    said = gate_statement(str(found), found.digest, gate, verdict, digest, conditions)
+    statement = registry.attestor.keep(said)
+    seals = registry.attestor.sign(statement, said)
 
     def do(deed: Deed) -> dict[str, Any]:
-        deed.connection.execute(EVIDENCE.insert().values(digest=found.digest, gate=gate, passed=verdict.passed, verdict=verdict.as_dict(), page=digest, created=created))
-        deed.log("gate", str(found), digest=found.digest, gate=gate, passed=verdict.passed, page=digest)
+        deed.connection.execute(EVIDENCE.insert().values(digest=found.digest, gate=gate, passed=verdict.passed, verdict=verdict.as_dict(), page=digest, statement=statement, created=created))
+        deed.log("gate", str(found), digest=found.digest, gate=gate, passed=verdict.passed, page=digest, statement=statement, **({"signatures": enter(deed.connection, seals, created)} if seals else {}))
         return {}
 
     registry.act(Ask("model:gate", str(found), found.name, {"gate": gate, "page": digest}), do)
-    return Evidence(found.digest, gate, verdict, digest, created)
+    return Evidence(found.digest, gate, verdict, digest, created, statement)
 
 
 def evidence(
@@ -163,7 +171,7 @@ def evidence(
     "What is proved about a version."
     with registry.database.change() as c:
         rows = c.execute(EVIDENCE.select().where(EVIDENCE.c.digest == found.digest).order_by(EVIDENCE.c.id)).all()
-    return {r.gate: Evidence(r.digest, r.gate, Verdict.from_dict(r.verdict), r.page, r.created) for r in rows}
+    return {r.gate: Evidence(r.digest, r.gate, Verdict.from_dict(r.verdict), r.page, r.created, r.statement) for r in rows}
 
 # %% ../nbs/33_registry.ipynb #c3ef0788
 def generation(
@@ -191,6 +199,7 @@ def promote(
     def do(deed: Deed) -> dict[str, Any]:
         candidate, guarded = candidate_for(deed.connection, found.name, found.number, alias), alias in policy.guarded
         why = reasons(policy, candidate, alias, registry.actor, now, gates, override is not None)
+        if policy.signature: why += tuple(f"{doubt}. `mlray sign {found}` signs it" for doubt in unsigned(deed.connection, registry.attestor, found.name, found.digest, gates_for(policy, alias, gates)))
         if override is not None and not set(registry.caller.roles) & set(policy.freeze_override): why += (f"{registry.actor} is no {' or '.join(policy.freeze_override)}, and may not let anything out in a freeze",)
         if why: raise Refused(f"{found} may not be promoted to {alias}: {'. And '.join(why)}.")
         new, under = move(deed.connection, found.name, found.number, alias, expect)

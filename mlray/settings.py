@@ -48,6 +48,8 @@ class Settings(BaseModel):
     oidc_name: str = "sub"                  # the claim with the person
     mirrors: tuple[str, ...] = ()           # who is told of changes: mlflow, wandb
     wandb_registry: str = ""                # the registry of W&B that versions are linked to, such as model; empty: none
+    signature: Literal["optional", "required"] = "optional" # whether a promotion asks for signatures of the bundle and its evidence
+    signers: Path | None = None             # folder of those who are trusted to sign; empty: `signers` in `home`
     tracking: Literal["offline", "online", "disabled"] = "offline" # W&B
     project: str = "mlray"                  # W&B project
     ray: str = "local"                      # `local`, or the address of a cluster that runs
@@ -134,7 +136,7 @@ def read_settings(
     found |= {k: tuple(v.replace(",", " ").split()) for k, v in found.items() if k in _SEVERAL and isinstance(v, str)}
     root = path.parent if path else start
     settings = _valid({**found, "env": env, "root": root}, str(path or "MLRAY_* variables"))
-    beside = {"home": root / settings.home.expanduser()} | ({"data": Path.cwd() / settings.data.expanduser()} if settings.data else {})
+    beside = {"home": root / settings.home.expanduser()} | ({"data": Path.cwd() / settings.data.expanduser()} if settings.data else {}) | ({"signers": root / settings.signers.expanduser()} if settings.signers else {})
     return settings.model_copy(update=beside)
 
 # %% ../nbs/02_settings.ipynb #9a1f7331
