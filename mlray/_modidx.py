@@ -1176,7 +1176,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mlray.proof.write_proof': ('proof.html#write_proof', 'mlray/proof.py')},
             'mlray.proof_cli': { 'mlray.proof_cli.audit_list': ('proof_cli.html#audit_list', 'mlray/proof_cli.py'),
                                  'mlray.proof_cli.audit_verify': ('proof_cli.html#audit_verify', 'mlray/proof_cli.py'),
-                                 'mlray.proof_cli.shown': ('proof_cli.html#shown', 'mlray/proof_cli.py'),
                                  'mlray.proof_cli.sign': ('proof_cli.html#sign', 'mlray/proof_cli.py'),
                                  'mlray.proof_cli.signer': ('proof_cli.html#signer', 'mlray/proof_cli.py'),
                                  'mlray.proof_cli.verify': ('proof_cli.html#verify', 'mlray/proof_cli.py')},

@@ -21,9 +21,9 @@ from .errors import RegistryError, suggest
 
 # %% ../nbs/31_access.ipynb #c5891349
 _ASK, _TELL, _SEE = frozenset({"predict", "predict:explain"}), frozenset({"feedback:write"}), frozenset({"docs:read", "model:read", "drift:read", "metrics:read"})
-_MAKE = frozenset({"run:train", "model:register", "model:gate"})
-_RELEASE = frozenset({"model:gate", "model:approve", "model:promote", "model:rollback", "model:deprecate", "model:retire", "traffic:set", "mirror:deliver", "audit:read"})
-_OWN = frozenset({"log:read_raw", "key:create", "key:revoke", "db:change"})
+_MAKE = frozenset({"run:train", "model:register", "model:gate", "model:sign"})
+_RELEASE = frozenset({"model:gate", "model:sign", "model:approve", "model:promote", "model:rollback", "model:deprecate", "model:retire", "traffic:set", "mirror:deliver", "audit:read"})
+_OWN = frozenset({"log:read_raw", "key:create", "key:revoke", "signer:change", "db:change"})
 ROLES: dict[str, frozenset[str]] = {
     "predictor": _ASK,
     "feedbacker": _TELL,

@@ -130,8 +130,7 @@ class Database:
         folder: Path,   # where the key and the anchors are
     ):
         self._engine, self.folder = _engine(url), folder
-        at = self._engine.url
-        self.shown = at.render_as_string(hide_password=True)
+        self.shown = (at := self._engine.url).render_as_string(hide_password=True)
         self._anchor = folder / (f"{'-'.join(str(p) for p in (at.host, at.port, at.database) if p).replace('/', '-')}.anchor" if at.host else f"{Path(at.database or 'registry').name}.anchor")
         with self.change() as connection: _migrate(connection, self._adopt)
 
@@ -158,9 +157,8 @@ class Database:
         last = Entry(**row._mapping) if row else None
         key = audit_key(self.folder, make=last is None)
         if last and not sealed_by(key, last): raise RegistryError(f"Row {last.seq} of the audit was changed, or another key sealed it; nothing is sealed on top of it. `mlray audit verify` says more; machines that share a registry share MLRAY_AUDIT_KEY.")
-        entry = seal(key, last, created, actor, action, about, details)
+        connection.info["sealed"] = entry = seal(key, last, created, actor, action, about, details)
         connection.execute(EVENTS.insert().values(**vars(entry)))
-        connection.info["sealed"] = entry
         return entry
 
     def entries(self, connection: Connection) -> list[Entry]:

@@ -25,6 +25,7 @@ from mlray.ledger import audit
 from mlray.opened import open_registry
 from mlray.outbox import deliver, send_again, waiting
 from mlray.policy import Policy, windows
+from mlray.proof import change_signer, sign
 from mlray.registry import (
     Registry,
     add_evidence,
@@ -150,6 +151,7 @@ DEEDS = {
     "model:register": lambda r, v, tmp: register(r, tiny(tmp, 99), {}), "model:gate": lambda r, v, tmp: add_evidence(r, v[0], "quality", PASSED, b"{}"),
     "model:approve": lambda r, v, tmp: approve(r, v[0]), "model:promote": lambda r, v, tmp: promote(r, v[0], "canary"), "model:rollback": lambda r, v, tmp: rollback(r, "tiny", "shadow"),
     "model:deprecate": lambda r, v, tmp: deprecate(r, v[0], "old", "2099-01-01"), "model:retire": lambda r, v, tmp: retire(r, v[2], "old"), "key:create": lambda r, v, tmp: add_key(r, new_key("viewer")[0]),
+    "model:sign": lambda r, v, tmp: sign(r, v[0]), "signer:change": lambda r, v, tmp: change_signer(r, "create", f"s{uuid4().hex[:6]}"),
     "key:revoke": lambda r, v, tmp: revoke_key(r, keys(r)[0].id, "lost"), "mirror:deliver": lambda r, v, tmp: (deliver(r, {}), send_again(r, "mlflow")),
 }
 OF_A_MODEL = {a for a in DEEDS if a.startswith("model:")}
@@ -162,6 +164,7 @@ def test_every_change_goes_through_the_matrix(tmp_path):
     v = [register(root, tiny(tmp_path, seed), {}) for seed in (1, 2, 3)]
     for each in v[:2]: promote(root, each, "shadow")
     add_key(root, new_key("viewer")[0])
+    change_signer(root, "create", "ada")
     source = (Path(__file__).parents[1] / "mlray").glob("*.py")
     assert {a for p in source if p.stem != "run" for a in __import__("re").findall(r'Ask\(\s*"([a-z:]+)"', p.read_text())} == set(DEEDS), "an action that no test knows"
     expected = 0
