@@ -27,6 +27,7 @@ Modules:
 - `mlray.database`: One transaction, one line of audit, on SQLite or PostgreSQL
 - `mlray.decision`: From a score to a decision: calibration, threshold and fairness, as intent
 - `mlray.declared`: Rows to numbers without having seen a row: encoders that follow from the contract alone
+- `mlray.deed`: What somebody who may do it does once, or is refused
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.doctor`: What is wrong with this machine or cluster, and how to mend it
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
@@ -70,10 +71,12 @@ Modules:
 - `mlray.lab`: `%load_ext mlray`: commands where the models are looked at
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
 - `mlray.ledger`: Whether what is known is what was done
+- `mlray.lineage`: What a version came from
 - `mlray.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
 - `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
 - `mlray.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates
 - `mlray.membership`: Who is in there: whether a model tells which rows it has learned from
+- `mlray.mirror_on_mlflow`: A folder that MLflow can load and serve
 - `mlray.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
 - `mlray.mixture`: Two means from their sums, compared at every look
 - `mlray.model`: Fitting a network: training as a generator of epochs
@@ -81,9 +84,13 @@ Modules:
 - `mlray.monitor`: How a version fares: what it is asked, what it answers, how good that is, for whom, and how fast
 - `mlray.network`: Numbers to scores: TabM and its simpler relatives, and the graph they become
 - `mlray.network_inputs`: What was learned about the rows, as the first layers of a network
+- `mlray.oidc`: Who bears a token of the house's own identity provider
+- `mlray.opened`: A registry that is open, who acts in it, and the keys by which they are known
+- `mlray.outbox`: What others are to be told, kept until they have heard it
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
 - `mlray.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
+- `mlray.policy`: What an environment asks of a version that is let out
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
@@ -96,6 +103,9 @@ Modules:
 - `mlray.rates`: What a confusion matrix says: every rate, for one matrix or a million
 - `mlray.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
+- `mlray.registry_on_ray`: The registry, from any node of a cluster
+- `mlray.release`: Who stands for a version, and how its end is announced
+- `mlray.release_cli`: The commands of a release: who approves, what goes out and comes back, keys, mirrors
 - `mlray.replay`: Two models on the same requests: which decisions flip, which way, and for whom
 - `mlray.replayed`: What was asked in production, asked again of another version
 - `mlray.reproduce`: The same run again, compared to the bit
@@ -123,6 +133,7 @@ Modules:
 - `mlray.slices`: Where a model does worst: a search through slices of up to three conditions, corrected for having searched
 - `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a topic, from a function
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
+- `mlray.standing`: Where a version stands, as the tables have it inside a transaction
 - `mlray.statement`: What is claimed, in a form that others read: in-toto statements
 - `mlray.store`: Bytes under their digest, on the disk when it says so
 - `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all

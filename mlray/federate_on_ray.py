@@ -32,6 +32,7 @@ from .evaluation import evaluate_beside, incumbent_of, verdict_of
 from .features import Features, Matrix, apply
 from .fitting import Average, copied, make_optimizer, one_pass, seed_of
 from .fitting_privately import budget_of, private_pass
+from .lineage import lineage_of
 from .loss import loss_of, valid_loss
 from .model import Epoch, State
 from .network import build, fitted, scores, sensible, to_onnx
@@ -272,7 +273,8 @@ def federate(
             bundle, before = _bundle(spec, plan, state, about, apply(plan.features, rows.parts.test, rows.parts.test.height), Path(scratch) / "bundle"), incumbent_of(registry, spec.name)
             beside = evaluate_beside(bundle, before, rows.parts.test)
             evaluation, verdict = beside.evaluation, verdict_of(spec, beside)
-            run = Run(register(registry, bundle, {"values": evaluation.scorecard.values, "verdict": verdict.as_dict()}), rows, evaluation, verdict, comparison=beside.comparison)
+            results, came = {"values": evaluation.scorecard.values, "verdict": verdict.as_dict()}, lineage_of(bundle, kept.folder.name, tracker.where(), settings.root)
+            run = Run(register(registry, bundle, results, came), rows, evaluation, verdict, comparison=beside.comparison)
             kept.clear()
     except BaseException as error:
         tracker.finish({"error": f"{type(error).__name__}: {error}"})

@@ -31,6 +31,7 @@ from .comparison import Comparison
 from .contract import labels
 from .decision import Mitigation, Threshold
 from .declared import declared
+from .deed import Ask
 from .drift import DriftReport, drift_report
 from .errors import BundleError, TrainingError
 from .estimator_graph import answer
@@ -40,6 +41,7 @@ from .features import Matrix, apply, learn
 from .fitting_privately import budget_of
 from .gate import Found, Verdict
 from .imported import source_digest
+from .lineage import lineage_of
 from .loss import row_weights, scaled
 from .mitigation import reweighing
 from .model import Epoch, Job, State, epochs, replayed
@@ -252,6 +254,7 @@ def train(
     "A run from rows to a registered version. The version exists whatever its verdict; promoting it is another matter."
     settings = settings or read_settings()
     backend, tracker, registry = backend or LocalBackend(), tracker or NullTracker(), registry or open_registry(settings)
+    registry.act(Ask("model:register", spec.name, spec.name)) # who may not keep what comes of it need not wait for it
     tracker.start(spec)
     try:
         tracker.note("reading and checking rows")
@@ -270,7 +273,8 @@ def train(
                                       **asked_for(bundle, rows.parts.test, asked, members=rows.parts.train), **asked_of_network(bundle, rows.parts.test, asked)}
             theirs = {**asked_for(before, rows.parts.test, comparing(asked), asks=spec, members=rows.parts.train), **asked_of_network(before, rows.parts.test, comparing(asked), incumbent=True)} if before else {}
             verdict = verdict_of(spec, beside, data=data, before=theirs)
-            run = Run(register(registry, bundle, {"values": evaluation.scorecard.values, "verdict": verdict.as_dict()}), rows, evaluation, verdict, drift, beside.comparison)
+            results, came = {"values": evaluation.scorecard.values, "verdict": verdict.as_dict()}, lineage_of(bundle, kept.folder.name, tracker.where(), settings.root)
+            run = Run(register(registry, bundle, results, came), rows, evaluation, verdict, drift, beside.comparison)
             kept.clear() # finished: the same command would do it all again, and come to the same version
     except BaseException as error:
         tracker.finish({"error": f"{type(error).__name__}: {error}"})
