@@ -68,6 +68,7 @@ Modules:
 - `mlray.network_inputs`: What was learned about the rows, as the first layers of a network
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
 - `mlray.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
+- `mlray.pieces`: Rows that pass by in pieces, and a bounded sample that stands for all of them
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
@@ -95,10 +96,12 @@ Modules:
 - `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
 - `mlray.shapley`: Why this answer: the score, shared out among the features so that the shares add up
+- `mlray.shards`: Encoded rows on disk, and the windows in which workers read them
 - `mlray.slices`: Where a model does worst: a search through slices of up to three conditions, corrected for having searched
 - `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a topic, from a function
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
 - `mlray.store`: Bytes under their digest, on the disk when it says so
+- `mlray.stream_on_ray`: A table larger than memory, brought by Ray Data to where workers read it
 - `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all
 - `mlray.survey`: All rows of a source held against the contract, piece by piece: more than fit into memory
 - `mlray.table`: Rows: named by a fingerprint, and divided the same way every time

@@ -21,15 +21,14 @@ from .checkpoints import Checkpoints
 from .display import Displayed, Table, table
 from .errors import TrainingError
 from .registry import bundle_of, open_registry, version as find_version
-from .rows import read_rows
-from .run import Backend, make_bundle, make_job
+from .run import Backend, InMemory, Supply, make_bundle
 from .settings import Settings
 from .tracking import NullTracker, Tracker
 
 # %% ../nbs/38a_reproduce.ipynb #01d02644
 _TEAM = "workers by epoch"
 _NAMES = {"workers_by_epoch": _TEAM, "train_rows": "training rows", "valid_rows": "validation rows", "test_rows": "test rows"}
-_NO_CAUSE = frozenset({"epochs", "best_epoch", "search", "calibration", "sources"})
+_NO_CAUSE = frozenset({"epochs", "best_epoch", "search", "calibration", "sources", "parts"})
 
 
 @dataclass(frozen=True)
@@ -98,18 +97,19 @@ def reproduce(
     settings: Settings,                 # where its rows are found
     backend: Backend,                   # as it was trained: `provenance` has backend and workers
     tracker: Tracker | None = None,     # who listens
+    supply: Supply | None = None,       # where its rows are; default: in memory
 ) -> Reproduction:
     "Train a version again and compare. Raises what `mlray.run.train` raises, such as `DataError` when the rows are gone."
     if (private := bundle.spec.train.privacy) and private.noise == "system":
         raise TrainingError(f"{version} was trained under differential privacy, with noise that nobody has kept; whoever could repeat it could take it off again. Where that is no concern, train with `train.privacy.noise=seed`.")
-    tracker = tracker or NullTracker()
+    tracker, supply = tracker or NullTracker(), supply or InMemory()
     tracker.start(bundle.spec)
-    rows = read_rows(bundle.spec, settings)
+    rows = supply.rows(bundle.spec, settings, tracker.note)
     (settings.home / "runs").mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{bundle.name}-", dir=settings.home / "runs") as scratch:
         registry, parent = open_registry(settings), bundle.spec.train.parent
         born_of = bundle_of(registry, find_version(registry, parent)) if parent else None
-        again = make_bundle(bundle.spec, make_job(bundle.spec, rows, born_of), rows, backend, tracker, Checkpoints(Path(scratch) / "states"), Path(scratch) / "bundle", born_of)
+        again = make_bundle(bundle.spec, supply.job(bundle.spec, rows, born_of, Path(scratch), tracker.note), rows, backend, tracker, Checkpoints(Path(scratch) / "states"), Path(scratch) / "bundle", born_of)
         made = Reproduction(version, weights_of(bundle), weights_of(again), differences(bundle.provenance, again.provenance))
     tracker.finish({"reproduced": version, "identical": made.identical})
     return made

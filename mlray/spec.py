@@ -142,6 +142,16 @@ def _check_unseen_rows(spec: "RunSpec") -> None:
     if private and spec.search: raise ValueError("search and train.privacy: each trial would spend a budget of its own on the same rows. Search with rows that are not private, then write the values found into the spec")
     if private and model.dropout: raise ValueError("with train.privacy leave out model.dropout: the noise is more than enough of it")
 
+# %% ../nbs/01_spec.ipynb #5e1f3b07
+def _check_streamed(spec: "RunSpec") -> None:
+    "What needs all training rows at once is not built for rows that never are."
+    if spec.train.rows == "memory": return
+    weighted = spec.train.class_weight is not None or any(c.role == "weight" for c in spec.contract.values()) or (spec.mitigation is not None and spec.mitigation.method == "reweighing")
+    for name, asked, instead in (("model.estimator", spec.model.estimator, "it is fitted to all rows at once; take a network"), ("data.train.holders", spec.data.train.holders, "those rows are streamed from nowhere; leave train.rows out"),
+                                 ("train.privacy", spec.train.privacy, "its batches are drawn from all rows at once"), ("data.split.by", spec.data.split.by, "the latest rows are only known at the end; split by hash, or give valid and test as sources"),
+                                 ("a weight of rows", weighted, "weights are relative to their mean over all rows"), ("search", spec.search, "trials share rows in memory; search with a part of the rows, then write the values found into the spec")):
+        if asked: raise ValueError(f"with train.rows: stream there is no {name} yet: {instead}")
+
 # %% ../nbs/01_spec.ipynb #cae55f53
 class RunSpec(Part):
     "Everything that was asked for."
@@ -165,7 +175,7 @@ class RunSpec(Part):
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
-        for check in (_check_learning, _check_promises, _check_division, _check_decision, _check_unseen_rows): check(self)
+        for check in (_check_learning, _check_promises, _check_division, _check_decision, _check_unseen_rows, _check_streamed): check(self)
         return self
 
     @property
