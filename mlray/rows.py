@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
-from .pieces import HASH, ROWS, Gathering, look, looked_at, repeated_values
 
 from .accepted import accepted_rows
 from .contract import Checked, Contract, Problem, check, labels, stale
@@ -23,6 +22,7 @@ from .display import Table, table
 from .drift import DriftReport, drift_report
 from .errors import ContractError, DataError
 from .leakage import LeakageReport, leakage_report
+from .pieces import HASH, ROWS, Gathering, look, looked_at, repeated_values
 from .profile import Profile, profile
 from .settings import Settings
 from .source import open_source, read_source, reading, wanted

@@ -107,8 +107,8 @@ _MEGABYTE = 2**20
 def _gently() -> Iterator[None]:
     "Small blocks, and bars where somebody sees them."
     context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size, context.enable_progress_bars = 16 * _MEGABYTE, sys.stderr.isatty()
-    logging.getLogger("ray.data").setLevel(logging.ERROR) # it would warn that there are no bars
+    context.target_max_block_size, context.enable_progress_bars, context.raise_original_map_exception = 16 * _MEGABYTE, sys.stderr.isatty(), True
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL) # what it would say is said in a letter
     try:
         with ray.data.DataContext.current(context): yield
     except Exception as error:

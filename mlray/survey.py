@@ -14,12 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
-from .pieces import ROWS, merged, repeated_values, whole_bad
 
 from .accepted import accepted_rows
 from .contract import Contract, Problem, check, read_columns, stale
 from .display import Displayed, Table, table
 from .errors import DataError
+from .pieces import ROWS, merged, repeated_values, whole_bad
 from .rows import Aside
 from .settings import Settings
 from .source import open_source, reading, wanted
