@@ -26,7 +26,7 @@ from .bundle import Bundle, pack
 from .checkpoints import Checkpoints, claimed
 from .contract import Checked, Contract, check, labels
 from .data import Source
-from .declared import declared
+from .declared import declared, declared_scale
 from .errors import ContractError, MlrayError, TrainingError, Unavailable
 from .evaluation import evaluate_beside, incumbent_of, verdict_of
 from .features import Features, Matrix, apply
@@ -184,9 +184,9 @@ def _plan(spec: RunSpec, holders: Holders, sizes: Mapping[str, Size]) -> Plan:
     model, pace = sensible(spec.model, spec.train, sum(s.rows for s in sizes.values()))
     pace = pace.model_copy(update={"epochs": (rounds or pace.epochs or 1) * local})
     contract, bins = Contract(spec.contract, spec.rules), model.bins or 32
-    if spec.train.privacy: return Plan(declared(contract, bins, "train.privacy is set"), model, pace, spec.task)
+    if spec.train.privacy: return Plan(declared(contract, bins, "train.privacy is set"), model, pace, declared_scale(contract, spec.task))
     told = list(holders.ask("summary").values())
-    return Plan(learn_from(contract, sum(told[1:], told[0]), bins), model, pace, spec.task)
+    return Plan(learn_from(contract, sum(told[1:], told[0]), bins), model, pace, declared_scale(contract, spec.task))
 
 
 def rounds(

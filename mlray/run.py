@@ -31,7 +31,7 @@ from .checkpoints import Checkpoints, claimed
 from .comparison import Comparison
 from .contract import labels
 from .decision import Mitigation, Threshold
-from .declared import declared
+from .declared import declared, declared_scale
 from .drift import DriftReport, drift_report
 from .errors import BundleError, SpecError, TrainingError
 from .estimator_graph import answer
@@ -127,7 +127,7 @@ def make_job(
     if ":" in model.network: rehearse(features, model, parent.task if parent else spec.task)
     encoded = {part: apply(features, frame, frame.height) for part, frame in vars(rows.parts).items()}
     truth = {part: labels(rows.contract, frame).to_numpy().astype(np.float32) for part, frame in vars(rows.parts).items()}
-    task = parent.task if parent else scaled(spec.task, labels(rows.contract, rows.parts.train).to_numpy())
+    task = parent.task if parent else declared_scale(rows.contract, spec.task) if private else scaled(spec.task, labels(rows.contract, rows.parts.train).to_numpy())
     name = rows.contract.weight
     weights = {part: row_weights(task, pace, truth[part], frame[name].to_numpy() if name else None, truth["train"]) for part, frame in vars(rows.parts).items() if part != "test"}
     initial = load_tensors((parent.path / "weights.safetensors").read_bytes()) if parent else None

@@ -132,7 +132,8 @@ def _check_unseen_rows(spec: "RunSpec") -> None:
     private, held = spec.train.privacy, spec.data.train.holders
     if not private and not held: return
     why, model = "train.privacy" if private else "data.train.holders", spec.model
-    if not spec.task.classes: raise ValueError(f"with {why} a number cannot be predicted yet, as its scale would be learned from the rows; positive_above makes two classes of it")
+    aim = spec.contract[spec.task.targets[0]]
+    if not spec.task.classes and (aim.min is None or aim.max is None or aim.min == aim.max): raise ValueError(f"with {why} the scale of {spec.task.targets[0]!r} is not learned from the rows: give it min and max in the contract, as far as they are known without looking")
     if spec.features or spec.train.class_weight is not None or any(c.role == "weight" for c in spec.contract.values()): raise ValueError(f"with {why} there are neither made features nor weights yet, as both are learned from the rows. Leave them out")
     for name, c in spec.contract.items():
         if c.role == "feature" and c.type not in ("integer", "number", "category", "boolean"): raise ValueError(f"with {why} a feature of type {c.type!r} is not built yet ({name!r}). Give it role: ignored")
