@@ -151,6 +151,11 @@ def reproduce_version(reference: str, settings: "Settings") -> "Reproduction":
     from mlray.reproduce import reproduce
     registry, found = find_version(reference, settings)
     bundle = bundle_of(registry, found)
+    if bundle.provenance["backend"] == "Holders":
+        from mlray.cluster_on_ray import cluster
+        with cluster(settings):
+            from mlray.federate_on_ray import reproduce_federated
+            return reproduce_federated(bundle, str(found), settings, ProgressTracker(stderr()))
     as_it_was = settings.model_copy(update={"workers": bundle.provenance["workers"], "workers_min": None})
     on = "ray" if bundle.provenance["backend"] == "RayBackend" else "local"
     with backend_on(on, as_it_was) as backend, supply_of(bundle.spec, settings, on) as supply: return reproduce(bundle, str(found), as_it_was, backend, ProgressTracker(stderr()), supply)
