@@ -1396,6 +1396,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mlray.stream_on_ray._sampled': ('stream_on_ray.html#_sampled', 'mlray/stream_on_ray.py'),
                                      'mlray.stream_on_ray._shards': ('stream_on_ray.html#_shards', 'mlray/stream_on_ray.py'),
                                      'mlray.stream_on_ray._stretches': ('stream_on_ray.html#_stretches', 'mlray/stream_on_ray.py'),
+                                     'mlray.stream_on_ray._told': ('stream_on_ray.html#_told', 'mlray/stream_on_ray.py'),
+                                     'mlray.stream_on_ray._written': ('stream_on_ray.html#_written', 'mlray/stream_on_ray.py'),
                                      'mlray.stream_on_ray.streaming': ('stream_on_ray.html#streaming', 'mlray/stream_on_ray.py')},
             'mlray.summary': { 'mlray.summary.Summary': ('summary.html#summary', 'mlray/summary.py'),
                                'mlray.summary.Summary.__add__': ('summary.html#summary.__add__', 'mlray/summary.py'),

@@ -205,15 +205,9 @@ class Checked(Displayed):
     among: tuple[int, int] | None = None # how many good and bad rows there were, where these are only some of them
 
     @property
-    def kept(self) -> int:
-        "How many rows keep the contract."
-        return self.among[0] if self.among else self.good.height
-
+    def kept(self) -> int: return self.among[0] if self.among else self.good.height
     @property
-    def put_aside(self) -> int:
-        "How many do not."
-        return self.among[1] if self.among else self.bad.height
-
+    def put_aside(self) -> int: return self.among[1] if self.among else self.bad.height
     def table(self) -> Table:
         "One line a broken rule."
         title = f"{self.kept} of {self.kept + self.put_aside} rows keep the contract" + (f"; {self.put_aside} do not" if self.put_aside else "")

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -26,14 +27,13 @@ import numpy as np
 import polars as pl
 import ray
 import ray.data
-from ray import cloudpickle
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from .accepted import accepted_rows
 from .bundle import Bundle
 from .checkpoints import claimed
-from .contract import Contract, labels, schema
+from .contract import Contract, Problem, labels, schema
 from .data import Source
 from .errors import DataError, MlrayError, Unavailable
 from .features import Features, apply
@@ -46,7 +46,7 @@ from .settings import Settings
 from .shards import WINDOW, Shard, Shards, rows_within, write_shard
 from .source import open_source, reading, scan_files, wanted
 from .spec import RunSpec
-from .table import Splits
+from .table import Fingerprint, Splits
 
 # %% ../nbs/41a_stream_on_ray.ipynb #c0f8cbad
 _FILE, _ROW = "file of the source", "row of the file" # columns of a piece on its way
@@ -129,7 +129,27 @@ def _looked(piece: Any, spec: RunSpec, source: str, repeated: Mapping[str, pl.Se
         target.parent.mkdir(parents=True, exist_ok=True)
         rows.write_parquet(target.with_suffix(".part"), compression="lz4")
         target.with_suffix(".part").replace(target)
-    return {"look": [cloudpickle.dumps(replace(found, parts={part: rows.select(HASH) for part, rows in found.parts.items()}))], "file": [file], "row": [row]}
+    said = {"good": found.good, "problems": [asdict(p) for p in found.problems], "named": {part: asdict(named) for part, named in found.named.items()}, "file": file, "row": row}
+    return {"said": [json.dumps(said)], "bad": [_written(found.bad)], "newest": [b"" if found.newest is None else _written(found.newest)],
+            **{part: [found.parts[part][HASH].to_numpy().tobytes() if part in found.parts else b""] for part in _PARTS}}
+
+
+_PARTS = ("train", "valid", "test")
+
+
+def _written(frame: pl.DataFrame) -> bytes:
+    "A frame as Arrow IPC."
+    frame.write_ipc(buffer := BytesIO())
+    return buffer.getvalue()
+
+
+def _told(brought: Mapping[str, Any]) -> tuple[Look, tuple[int, int]]: # and the file and row with which it begins
+    "What came of a piece, as its worker said it."
+    said = json.loads(brought["said"])
+    named = {part: Fingerprint(**{k: tuple(v) if isinstance(v, list) else v for k, v in f.items()}) for part, f in said["named"].items()}
+    problems = tuple(Problem(**{k: tuple(v) if isinstance(v, list) else v for k, v in p.items()}) for p in said["problems"])
+    parts = {part: pl.DataFrame({HASH: np.frombuffer(brought[part], np.uint64)}) for part in named}
+    return Look(said["good"], pl.read_ipc(BytesIO(brought["bad"])), problems, named, parts, pl.read_ipc(BytesIO(brought["newest"])) if brought["newest"] else None), (said["file"], said["row"])
 
 # %% ../nbs/41a_stream_on_ray.ipynb #8439b210
 @dataclass(frozen=True)
@@ -151,12 +171,12 @@ def _gathered(spec: RunSpec, source: str, settings: Settings, folder: Path, gath
     with _gently():
         pieces = ray.data.read_datasource(Pieces(readers), override_num_blocks=len(readers)).map_batches(
             _looked, batch_size=None, batch_format="pyarrow", fn_kwargs={"spec": spec, "source": source, "repeated": repeated, "folder": str(folder)})
-        for told in pieces.iter_rows():
-            found: Look = cloudpickle.loads(told["look"])
+        for brought in pieces.iter_rows():
+            found, at = _told(brought)
             gathering.add(source, found)
             if spec.data.on_invalid == "quarantine": aside.write(found.bad)
             for part, hashes in found.parts.items():
-                if hashes.height: files.setdefault(part, {})[told["file"], told["row"]] = _Kept(str(folder / part / f"{told['file']:06}-{told['row']:012}.parquet"), hashes.height)
+                if hashes.height: files.setdefault(part, {})[at] = _Kept(str(folder / part / f"{at[0]:06}-{at[1]:012}.parquet"), hashes.height)
             if (now := seen + found.good + found.bad.height) // 1_000_000 > seen // 1_000_000: note(f"{now:,} {source} rows read and checked")
             seen = now
     if not seen: raise DataError(f"{where.label} has no rows.")
@@ -226,7 +246,7 @@ class Streamed:
         for source in spec.data.sources:
             found, versions[source] = _gathered(spec, source, settings, self.folder, gathering, note)
             self.files.update(found)
-        parts = Splits(*(_sampled(Contract(spec.contract), self.files.get(part, []), gathering, part) for part in ("train", "valid", "test")))
+        parts = Splits(*(_sampled(Contract(spec.contract), self.files.get(part, []), gathering, part) for part in _PARTS))
         for part in ("valid", "test"): shutil.rmtree(self.folder / part, ignore_errors=True)
         return gathered_rows(spec, gathering, parts, versions, datetime.now(UTC))
 
