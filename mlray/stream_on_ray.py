@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -146,8 +146,8 @@ def _written(frame: pl.DataFrame) -> bytes:
 def _told(brought: Mapping[str, Any]) -> tuple[Look, tuple[int, int]]: # and the file and row with which it begins
     "What came of a piece, as its worker said it."
     said = json.loads(brought["said"])
-    named = {part: Fingerprint(**{k: tuple(v) if isinstance(v, list) else v for k, v in f.items()}) for part, f in said["named"].items()}
-    problems = tuple(Problem(**{k: tuple(v) if isinstance(v, list) else v for k, v in p.items()}) for p in said["problems"])
+    fields: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    named, problems = {part: Fingerprint(**fields(f)) for part, f in said["named"].items()}, tuple(Problem(**fields(p)) for p in said["problems"])
     parts = {part: pl.DataFrame({HASH: np.frombuffer(brought[part], np.uint64)}) for part in named}
     return Look(said["good"], pl.read_ipc(BytesIO(brought["bad"])), problems, named, parts, pl.read_ipc(BytesIO(brought["newest"])) if brought["newest"] else None), (said["file"], said["row"])
 
