@@ -89,6 +89,7 @@ Modules:
 - `mlray.outbox`: What others are to be told, kept until they have heard it
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
 - `mlray.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
+- `mlray.pieces`: Rows that pass by in pieces, and a bounded sample that stands for all of them
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.policy`: What an environment asks of a version that is let out
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
@@ -129,6 +130,7 @@ Modules:
 - `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
 - `mlray.shapley`: Why this answer: the score, shared out among the features so that the shares add up
+- `mlray.shards`: Encoded rows on disk, and the windows in which workers read them
 - `mlray.signature`: Who says so: signed statements that anybody can check, offline, with stock tools
 - `mlray.slices`: Where a model does worst: a search through slices of up to three conditions, corrected for having searched
 - `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a topic, from a function
@@ -136,6 +138,7 @@ Modules:
 - `mlray.standing`: Where a version stands, as the tables have it inside a transaction
 - `mlray.statement`: What is claimed, in a form that others read: in-toto statements
 - `mlray.store`: Bytes under their digest, on the disk when it says so
+- `mlray.stream_on_ray`: A table larger than memory, brought by Ray Data to where workers read it
 - `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all
 - `mlray.survey`: All rows of a source held against the contract, piece by piece: more than fit into memory
 - `mlray.table`: Rows: named by a fingerprint, and divided the same way every time

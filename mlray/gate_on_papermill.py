@@ -194,7 +194,7 @@ def _shared_inputs(registry: Registry, found: Version, settings: Settings) -> di
     try: rows = read_rows(spec, settings)
     except (MlrayError, OSError): return {}
     production = next((v.digest for v in versions(registry, found.name) if "production" in v.aliases), "")
-    return {"bundle": found.digest, "production": production, "rows": dict(rows.fingerprints), "put_aside": {part: c.bad.height for part, c in rows.checked.items()},
+    return {"bundle": found.digest, "production": production, "rows": dict(rows.fingerprints), "put_aside": {part: c.put_aside for part, c in rows.checked.items()},
             "software": _software(), "today": datetime.now(UTC).date().isoformat() if spec.waivers else ""}
 
 
