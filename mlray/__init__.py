@@ -51,6 +51,7 @@ Modules:
 - `mlray.gaps`: How far groups are apart, where answers are classes, labels or numbers
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
+- `mlray.gate_on_ray`: Gates as tasks of a cluster: each with the CPUs, GPUs and memory that it asks for
 - `mlray.gate_page`: An executed notebook as proof: what it says, where it broke, and what of it may be kept
 - `mlray.gate_report`: What gates found, for those who read it elsewhere: JUnit, GitHub, a summary, pages
 - `mlray.gradient`: What the network itself says: what each feature adds to the logit
@@ -66,6 +67,7 @@ Modules:
 - `mlray.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
 - `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
 - `mlray.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates
+- `mlray.membership`: Who is in there: whether a model tells which rows it has learned from
 - `mlray.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
 - `mlray.mixture`: Two means from their sums, compared at every look
 - `mlray.model`: Fitting a network: training as a generator of epochs
@@ -96,6 +98,7 @@ Modules:
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
 - `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
 - `mlray.samples`: Real rows that are there without a download
+- `mlray.schema`: The JSON Schema of a spec, so that an editor completes and corrects while one writes
 - `mlray.score`: How good: every measure with its interval, over all rows and by group
 - `mlray.score_of_classes`: How good, where one of several classes is right, or any of several labels
 - `mlray.score_of_counts`: A scorecard from counts alone: no row is seen again
@@ -123,9 +126,11 @@ Modules:
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
+- `mlray.trial`: Fit to serve: how large a bundle is, how soon and how fast it answers, and what it says to requests that nobody should send
 - `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
 - `mlray.vouching`: What the commands `sign`, `verify` and `signer` do
+- `mlray.warm_kernels`: Kernels that have their imports behind them: one process loads the libraries once, and each gate's kernel is a copy of it
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
 - `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances"""
 

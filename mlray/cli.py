@@ -129,11 +129,12 @@ def reproduce(version: Reference, env: Env = None, as_json: Json = False) -> Non
 @app.command()
 def gate(version: Reference, gates: Annotated[list[str] | None, typer.Option("--gate", help="A gate by name; may be given again (default: those of the settings).")] = None,
          again: Annotated[bool, typer.Option("--again", help="Run gates too whose notebook, rows, bundle and packages have not changed since.")] = False,
+         on: Annotated[str, typer.Option("--on", help="local, or ray.")] = "local", timeout: Annotated[int | None, typer.Option(min=1, help="Seconds that a cell may take (default: as each gate says).")] = None,
          junit: Annotated[Path | None, typer.Option(help="Write JUnit's XML here too.")] = None, env: Env = None, as_json: Json = False) -> None:
     "Run the gate notebooks of a version, side by side; keep what they prove."
     settings = settings_of(env)
     registry, found = find_version(version, settings)
-    gated = gate_version(registry, found, list(dict.fromkeys(gates or settings.gates)), settings, again)
+    gated = gate_version(registry, found, list(dict.fromkeys(gates or settings.gates)), settings, again, on, timeout)
     from mlray.gate_report import tell_github, write_reports
     runs, pages = list(gated.values()), settings.home / "gates" / found.name / str(found.number)
     files = write_reports(runs, str(found), pages)

@@ -7,8 +7,8 @@ not given. How results are printed is `mlray.cli`'s business."""
 
 # %% auto #0
 __all__ = ['stderr', 'settings_of', 'tracker_of', 'backend_on', 'propose_contract', 'take_batch', 'lineage_to', 'train_run',
-           'tune_run', 'reproduce_version', 'find_version', 'explain_version', 'gate_version', 'versions_to_serve',
-           'deploy_versions', 'until_stopped', 'ask_service', 'create_key', 'demonstrate']
+           'tune_run', 'reproduce_version', 'find_version', 'explain_version', 'gates_on', 'gate_version',
+           'versions_to_serve', 'deploy_versions', 'until_stopped', 'ask_service', 'create_key', 'demonstrate']
 
 # %% ../nbs/58_commands.ipynb #d3866d23
 import json
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from mlray.gate_on_papermill import GateRun
+    from mlray.gate_on_papermill import GateRun, Runner
     from mlray.registry import Registry, Version
     from mlray.reproduce import Reproduction
     from mlray.run import Backend, Run
@@ -176,15 +176,33 @@ def explain_version(reference: str, row: Any, method: str, settings: "Settings")
     return what_if(bundle, row) if method == "counterfactual" else explain(bundle, row, method)
 
 
-def gate_version(registry: "Registry", found: "Version", gates: Sequence[str], settings: "Settings", again: bool = False) -> "dict[str, GateRun]":
+@contextmanager
+def gates_on(on: str, settings: "Settings") -> "Iterator[Runner]":
+    "Where gates run: `local` or `ray`."
+    if on == "local":
+        from mlray.warm_kernels import in_warm_kernels
+        yield in_warm_kernels
+    elif on == "ray":
+        from mlray.cluster_on_ray import cluster
+        with cluster(settings):
+            from mlray.gate_on_ray import on_ray
+            yield on_ray
+    else: raise GateError(f"--on {on!r} is not understood. {suggest(on, ['local', 'ray'])}")
+
+
+def gate_version(registry: "Registry", found: "Version", gates: Sequence[str], settings: "Settings", again: bool = False, on: str = "local", timeout: int | None = None) -> "dict[str, GateRun]":
     "Verdicts and pages by gate, in the order asked for."
     from mlray.gate_on_papermill import run_gates
     from mlray.trace_on_openlineage import traced_gates
     if not gates: raise GateError("No gate is named. Give --gate, or `gates` in settings.ini.")
-    done = {}
-    for run in traced_gates(lineage_to(settings), found, run_gates(registry, found, gates, settings, again=again)):
-        stderr().print(f"  {run.gate}: {'✓ passed' if run.verdict.passed else '✗ failed'} {f'(evidence of {run.reused[:16]}; nothing has changed since)' if run.reused else f'in {run.seconds:.1f} s'}" + (f" ({run.broken})" if run.broken else ""))
-        done[run.gate] = run
+    done, running, console = dict[str, "GateRun"](), dict[str, str](), stderr()
+    with gates_on(on, settings) as runner, console.status("gates …") as status:
+        def note(gate: str, where: str) -> None:
+            running[gate] = where
+            status.update(" · ".join(f"{g} {w}" for g, w in running.items() if g not in done))
+        for run in traced_gates(lineage_to(settings), found, run_gates(registry, found, gates, settings, timeout, again, runner, note)):
+            done[run.gate] = run
+            console.print(f"  {run.gate}: {'✓ passed' if run.verdict.passed else '✗ failed'} {f'(evidence of {run.reused[:16]}; nothing has changed since)' if run.reused else f'in {run.seconds:.1f} s'}" + (f" ({run.broken})" if run.broken else ""))
     return {gate: done[gate] for gate in gates}
 
 # %% ../nbs/58_commands.ipynb #8a9524bc

@@ -9,6 +9,7 @@ The project uses mlray as a dependency and needs none of mlray's own files."""
 __all__ = ['project_files', 'export_modules', 'write_project']
 
 # %% ../nbs/50c_project_folder.ipynb #6bb051a5
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from tempfile import mkdtemp
 from .errors import SpecError
 from .project import Project
 from .project_pages import project_pages
+from .schema import spec_schema
 
 # %% ../nbs/50c_project_folder.ipynb #bea82585
 _PYPROJECT = """
@@ -178,7 +180,7 @@ def project_files(
     filled = {"name": project.name, "gates": " ".join(project.gates), "description": about}
     plain = {"pyproject.toml": _PYPROJECT, "settings.ini": _SETTINGS, "README.md": _README, "tests/test_project.py": _TESTS, ".github/workflows/test.yml": _WORKFLOW, "Makefile": _MAKEFILE}
     return {path: text.format(**filled).lstrip("\n") for path, text in plain.items()} | project_pages(project) | {
-        f"configs/{project.name}.yaml": project.spec, f"{project.name}/__init__.py": '__version__ = "0.1.0"\n', ".gitignore": ".venv/\n.mlray/\ndata/\n__pycache__/\n.ipynb_checkpoints/\n"}
+        f"configs/{project.name}.yaml": f"# yaml-language-server: $schema=schema.json\n{project.spec}", "configs/schema.json": json.dumps(spec_schema(), indent=1, ensure_ascii=False) + "\n", f"{project.name}/__init__.py": '__version__ = "0.1.0"\n', ".gitignore": ".venv/\n.mlray/\ndata/\n__pycache__/\n.ipynb_checkpoints/\n"}
 
 
 def export_modules(
