@@ -5,7 +5,9 @@ Modules:
 - `mlray.accepted`: How far a growing source has been read, and the rows that came of it
 - `mlray.access`: Who may do what: keys, roles, actions
 - `mlray.adversarial`: How little it takes when somebody tries: FGSM and PGD on the numbers of a row
+- `mlray.alert`: Tell who must know, once: what moved, for whom, since when, which rows, and what may be done
 - `mlray.answer`: What one prediction looks like on the wire, for each kind of target
+- `mlray.archive`: Segments become Parquet by day, model and version; read exactly, kept for a time, erased by person
 - `mlray.attestation`: What is signed here, by whom, and whether it is enough
 - `mlray.audit`: A chain that breaks if it is touched
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
@@ -44,6 +46,7 @@ Modules:
 - `mlray.feature`: How a column becomes numbers, and columns made from others
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
 - `mlray.federate_on_ray`: Learning from rows that stay with their holders
+- `mlray.feedback`: What became of an answer: labels, corrections, ratings, clicks, any number; late, early, twice, or never
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
 - `mlray.first_look`: A file with rows, looked at for the first time: how it is written, and a spec to begin with
 - `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
@@ -61,6 +64,8 @@ Modules:
 - `mlray.imported`: What a spec names by where it is imported from
 - `mlray.infer`: A first contract, from rows, for a person to correct
 - `mlray.intervals`: How far a number from counts can be trusted: effective rows, DeLong, and a bootstrap that never sees a row
+- `mlray.journal`: One durable record for each answer, written before the answer is sent
+- `mlray.keeping`: What of a row may be kept: all of a value, a pseudonym, a bucket, or nothing
 - `mlray.lab`: `%load_ext mlray`: commands where the models are looked at
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
 - `mlray.ledger`: Whether what is known is what was done
@@ -72,6 +77,7 @@ Modules:
 - `mlray.mixture`: Two means from their sums, compared at every look
 - `mlray.model`: Fitting a network: training as a generator of epochs
 - `mlray.moments`: Means of anything a column can hold, from sums that add: errors of a regression, cost, latency
+- `mlray.monitor`: How a version fares: what it is asked, what it answers, how good that is, for whom, and how fast
 - `mlray.network`: Numbers to scores: TabM and its simpler relatives, and the graph they become
 - `mlray.network_inputs`: What was learned about the rows, as the first layers of a network
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
@@ -89,11 +95,14 @@ Modules:
 - `mlray.rates`: What a confusion matrix says: every rate, for one matrix or a million
 - `mlray.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
+- `mlray.replay`: Two models on the same requests: which decisions flip, which way, and for whom
+- `mlray.replayed`: What was asked in production, asked again of another version
 - `mlray.reproduce`: The same run again, compared to the bit
 - `mlray.request`: One row as it comes in a request, held to the same rules
 - `mlray.robust`: How fragile: which answers flip when rows are slightly wrong, for whom, and what the contract catches first
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
 - `mlray.rollout_policy`: How a new version takes over, as intent
+- `mlray.rollout_run`: From windows to a decision about a canary
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
 - `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
@@ -131,8 +140,10 @@ Modules:
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
 - `mlray.vouching`: What the commands `sign`, `verify` and `signer` do
 - `mlray.warm_kernels`: Kernels that have their imports behind them: one process loads the libraries once, and each gate's kernel is a copy of it
+- `mlray.watching`: What `mlray monitor` and `mlray journal` do
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
-- `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances"""
+- `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances
+- `mlray.windows`: What was answered, counted once by version and hour, kept, and added up"""
 
 __version__ = "0.1.0"
 

@@ -20,8 +20,9 @@ from .errors import RegistryError, suggest
 # %% ../nbs/31_access.ipynb #c5891349
 ROLES: dict[str, frozenset[str]] = {
     "predictor": frozenset({"predict"}),
+    "feedbacker": frozenset({"feedback:write"}),
     "viewer": frozenset({"docs:read"}),
-    "admin": frozenset({"predict", "docs:read"}),
+    "admin": frozenset({"predict", "feedback:write", "docs:read"}),
 }
 
 

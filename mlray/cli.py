@@ -7,11 +7,11 @@ stdout is one JSON value. Exit codes: 0 done, 1 a verdict or check failed, 2 the
 
 # %% auto #0
 __all__ = ['app', 'Spec', 'Overrides', 'Port', 'Workers', 'key_app', 'check', 'train', 'tune', 'reproduce', 'gate', 'promote',
-           'rollback', 'retire', 'row_of', 'serve', 'ask', 'models', 'show', 'explain', 'key_create', 'new', 'demo',
-           'doctor', 'main']
+           'rollback', 'retire', 'row_of', 'serve', 'ask', 'monitor', 'journal', 'models', 'show', 'explain',
+           'key_create', 'new', 'demo', 'doctor', 'main']
 
 # %% ../nbs/59_cli.ipynb #2580d77e
-import json
+import json  # noqa: I001 (commands stand in a few lines)
 import os
 import sys
 from pathlib import Path
@@ -20,24 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mlray.commands import (
-    ask_service,
-    create_key,
-    demonstrate,
-    deploy_versions,
-    explain_version,
-    find_version,
-    gate_version,
-    propose_contract,
-    reproduce_version,
-    settings_of,
-    stderr,
-    take_batch,
-    train_run,
-    tune_run,
-    until_stopped,
-    versions_to_serve,
-)
+from .commands import ask_service, create_key, demonstrate, deploy_versions, explain_version, find_version, gate_version, propose_contract, reproduce_version, settings_of, stderr, take_batch, train_run, tune_run, until_stopped, versions_to_serve
 from .errors import MlrayError, ServingError, suggest
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 
@@ -46,7 +29,7 @@ if TYPE_CHECKING:
     from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-_NOT_BUILT = frozenset({"approve", "card", "cluster", "console", "export", "lab", "monitor", "predict", "retrain", "schedule"})
+_NOT_BUILT = frozenset({"approve", "card", "cluster", "console", "export", "lab", "predict", "retrain", "schedule"})
 
 
 class _Commands(TyperGroup):
@@ -210,6 +193,25 @@ def ask(name: Annotated[str, typer.Argument(help="A model.")], row: Annotated[st
     said = ask_service(name, rows if isinstance(rows, list) else [rows], url or settings_of(env).url, key)
     from mlray.faces import face_of_answer
     _show(as_json, said, face_of_answer(said))
+
+# %% ../nbs/59_cli.ipynb #a60d1857
+@app.command()
+def monitor(version: Annotated[str, typer.Argument(metavar="VERSION", help="name (the version in production), name/3 or name@alias.")], html: Annotated[Path | None, typer.Option(help="Write the page here.")] = None,
+            arm: Annotated[str, typer.Option(help="production, canary, shadow or fallback.")] = "production", env: Env = None, as_json: Json = False) -> None:
+    "How a version fares in production: drift, quality, fairness, errors. What is newly wrong is told, once."
+    from mlray.watching import watch
+    value, faces = watch(version, settings_of(env), arm, html)
+    _show(as_json, value, *faces)
+    if value["broken"] or not value["verdict"]["passed"]: raise typer.Exit(1)
+
+
+@app.command()
+def journal(action: Annotated[str, typer.Argument(help="compact, rows, export, purge, erase or epoch.")], what: Annotated[str, typer.Argument(help="rows, export: a version; erase: a person as callers name them, or COLUMN=VALUE.")] = "",
+            older: Annotated[str, typer.Option(help="purge: rows older than this, such as 90d.")] = "", since: Annotated[str, typer.Option(help="rows, export: from here on, such as 2026-05-01T12:00.")] = "",
+            forget: Annotated[bool, typer.Option("--forget", help="epoch: delete the keys of all epochs before.")] = False, env: Env = None, as_json: Json = False) -> None:
+    "What was answered: put it away, read it, delete it."
+    from mlray.watching import tend
+    _show(as_json, *tend(action, what, older, since, forget, settings_of(env)))
 
 # %% ../nbs/59_cli.ipynb #751712c8
 @app.command()

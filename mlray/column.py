@@ -60,6 +60,7 @@ class Column(Part):
     sensitive: bool = False             # fairness is reported by this column
     bands: tuple[float, ...] = ()       # sensitive numbers: where one group ends and the next begins
     personal: bool = False              # personal data (GDPR Art. 4)
+    journal: Literal["raw", "pseudonym", "bucket", "drop"] | None = None # what production keeps of a value; None: all of it, or nothing where it is personal
     description: str = ""               # for people
 
     @model_validator(mode="after")
@@ -86,6 +87,8 @@ class Column(Part):
         if self.sensitive and self.type == "number" and not self.bands:
             raise ValueError("a sensitive number needs bands, such as [40, 60], to form groups")
         if list(self.bands) != sorted(set(self.bands)): raise ValueError("bands must rise")
+        if self.journal == "bucket" and self.type in ("text", "array", "duration"): raise ValueError(f"journal: a value of type {self.type!r} has no buckets; take pseudonym or drop")
+        if self.journal == "pseudonym" and self.type not in ("integer", "category", "text"): raise ValueError(f"journal: a pseudonym stands for a name or a number of somebody, not for type {self.type!r}; take bucket or drop")
         return self
 
 # %% ../nbs/00a_column.ipynb #c458b039

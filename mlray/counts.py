@@ -12,8 +12,6 @@ __all__ = ['WEIGHTS', 'LOSSES', 'Counts', 'count_rows', 'count', 'tabulated', 'm
 # %% ../nbs/20a_counts.ipynb #1f6734ba
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -40,11 +38,14 @@ class Counts(Displayed):
     def rows(self) -> int: return int(self.cells["rows"].sum())
 
     def __add__(self, other: "Counts") -> "Counts":
-        for what, ours, theirs in (("slices", self.columns, other.columns), ("classes", self.classes, other.classes), ("score bins", self.bins, other.bins)):
-            if ours != theirs: raise DataError(f"Counts add up when they count the same way; these differ in their {what}: {ours} and {theirs}. Count both with the same arguments.")
+        self._alike(other)
         hidden = (self.suppressed[0] + other.suppressed[0], self.suppressed[1] + other.suppressed[1])
         cells = _added_to(self.cells, other.cells, _keys(self.columns)) if other.cells.height <= self.cells.height else _added_to(other.cells, self.cells, _keys(self.columns))
         return replace(self, cells=_added(pl.concat([self.cells, other.cells]), self.columns) if cells is None else cells, suppressed=hidden)
+
+    def _alike(self, other: "Counts") -> None:
+        for what, ours, theirs in (("slices", self.columns, other.columns), ("classes", self.classes, other.classes), ("score bins", self.bins, other.bins)):
+            if ours != theirs: raise DataError(f"Counts add up when they count the same way; these differ in their {what}: {ours} and {theirs}. Count both with the same arguments.")
 
     def by(self, columns: Sequence[str]) -> "Counts":
         "The same rows by fewer columns; by none: all rows in one slice."
@@ -187,8 +188,11 @@ def tabulated(
 def merged(
     parts: Iterable[Counts], # at least one
 ) -> Counts:
-    "The counts of all parts together."
-    return reduce(add, parts)
+    "The counts of all parts together, in one query however many they are."
+    first, *others = parts
+    for other in others: first._alike(other)
+    hidden = tuple(sum(p.suppressed[i] for p in (first, *others)) for i in (0, 1))
+    return replace(first, cells=_added(pl.concat([p.cells for p in (first, *others)]), first.columns), suppressed=(hidden[0], hidden[1])) if others else first
 
 # %% ../nbs/20a_counts.ipynb #c40e4306
 def groups_of(

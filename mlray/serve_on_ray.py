@@ -27,6 +27,8 @@ from starlette.responses import Response
 from .access import Key
 from .bundle import load_bundle
 from .errors import ServingError
+from .journal import Feedback, Journal
+from .keeping import open_recorder
 from .service import Refusal, Reply, Served, Service, refuse
 from .settings import Settings
 
@@ -93,8 +95,10 @@ async def _body(request: Request) -> bytes | None:
 class Gateway:
     "HTTP in, HTTP out."
 
-    def __init__(self, models: Sequence[Model], keys: Sequence[Key]):
-        self.service = Service({m.name: Served(m.version, load_bundle(m.path, m.digest)) for m in models}, tuple(keys))
+    def __init__(self, models: Sequence[Model], keys: Sequence[Key], settings: Settings | None = None): # no settings: no journal
+        recorder = open_recorder(settings) if settings else None
+        feedback = Journal[Feedback](settings.home / "journal" / "feedback" / "segments", sync_s=settings.journal_sync_s) if settings and recorder else None
+        self.service = Service({m.name: Served(m.version, load_bundle(m.path, m.digest)) for m in models}, tuple(keys), recorder, feedback)
         for served in self.service.models.values(): served.warm()
         self.openapi = json.dumps(describe(self.service)).encode()
 
@@ -117,6 +121,10 @@ class Gateway:
             body = await _body(request)
             if body is None: return refuse(413, "too_large", f"A body may have {MAX_BODY} bytes.", request_id, headers={"Connection": "close"})
             return self.service.answer(asked[1], body, _presented(request), request_id)
+        if path == "/v1/feedback":
+            if method != "POST": return refuse(405, "wrong_method", "Use POST.", request_id, headers={"Allow": "POST"})
+            told = await _body(request)
+            return self.service.take_feedback(told, _presented(request), request_id) if told is not None else refuse(413, "too_large", f"A body may have {MAX_BODY} bytes.", request_id, headers={"Connection": "close"})
         if path not in _ROUTES: return refuse(404, "no_route", "There is nothing here.", request_id)
         allowed, action = _ROUTES[path]
         if method != allowed: return refuse(405, "wrong_method", f"Use {allowed}.", request_id, headers={"Allow": allowed})
@@ -158,7 +166,7 @@ def deploy(
     serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
     deployment: Any = serve.deployment(Gateway, num_replicas=settings.replicas, max_ongoing_requests=64, max_queued_requests=1024, health_check_period_s=5,
                                   graceful_shutdown_wait_loop_s=0.1, graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": 0.5})
-    try: serve.run(deployment.bind(list(models), list(keys)), name="mlray", route_prefix="/")
+    try: serve.run(deployment.bind(list(models), list(keys), settings.model_copy(update={"home": settings.home.resolve()})), name="mlray", route_prefix="/")
     except RuntimeError as error: raise ServingError(f"The service did not start: {str(error).strip().splitlines()[-1]}") from error
     _wait_for(settings)
 

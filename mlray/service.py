@@ -9,6 +9,7 @@ never repeats what was sent. The wire is KServe's v1: `{"instances": [...]}` in,
 __all__ = ['One', 'Answer', 'Problem', 'Refusal', 'Reply', 'Served', 'refuse', 'explain_refusal', 'Service']
 
 # %% ../nbs/39_service.ipynb #cfc60877
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,10 @@ import numpy as np
 from .access import Key, allowed
 from .answer import prediction_type, predictions
 from .bundle import Bundle, decide, predict
+from .errors import ServingError
+from .feedback import take
+from .journal import Feedback, JournalFull, Writer
+from .keeping import Recorder
 from .request import broken_rules, row_type
 
 # %% ../nbs/39_service.ipynb #6e7daff7
@@ -74,10 +79,13 @@ class Served:
     @property
     def answer_type(self) -> Any: return Answer[prediction_type(self.bundle.task)]  # type: ignore[misc]
 
+    def columns(self, rows: Sequence[Any]) -> dict[str, list[Any]]:
+        "Decoded rows by feature."
+        return {n: [getattr(r, f"f{i}") for r in rows] for i, n in enumerate(self.bundle.contract.features)}
+
     def predictions(self, rows: Sequence[Any]) -> Sequence[Any] | None:
         "Answers to decoded rows; None if one of them is no number."
-        names = self.bundle.contract.features
-        columns = {n: [getattr(r, f"f{i}") for r in rows] for i, n in enumerate(names)}
+        columns = self.columns(rows)
         scores = predict(self.bundle, columns, len(rows))
         if not np.isfinite(scores).all(): return None
         return predictions(self.bundle.task, scores, decide(self.bundle, scores, columns))
@@ -126,6 +134,8 @@ class Service:
     "Several models under their names, and who may ask them."
     models: Mapping[str, Served]
     keys: tuple[Key, ...]
+    recorder: Recorder | None = None                # None: no journal is kept
+    feedback: Writer[Feedback] | None = None        # None: none is taken
 
     def refused(self, presented: str | None, action: str, request_id: str) -> Reply | None:
         "The reply to somebody who may not do this; None if they may."
@@ -140,12 +150,27 @@ class Service:
         presented: str | None,  # API key, as sent
         request_id: str,
     ) -> Reply:
-        "Answer a request, or say why not."
+        "Answer a request, or say why not. Where a journal is kept, what a known caller is told has been recorded before."
         if no := self.refused(presented, "predict", request_id): return no
-        served = self.models.get(model)
+        served, start = self.models.get(model), time.perf_counter()
         if served is None: return refuse(404, "no_model", "There is no model of this name here.", request_id)
+        reply, columns, said = self._answered(model, served, body, request_id)
+        if self.recorder is None: return reply
+        try: self.recorder.record(served.bundle, served.version, request_id, columns, said, reply.status, time.perf_counter() - start, caller=(presented or "").split("_")[1])
+        except JournalFull: return refuse(503, "not_recorded", "The answer could not be recorded, so it is not given. Try again later.", request_id, headers={"Retry-After": "5"})
+        return reply
+
+    def _answered(self, model: str, served: Served, body: bytes, request_id: str) -> tuple[Reply, Mapping[str, Sequence[Any]] | None, Sequence[Any]]:
         try: rows = served.decoder.decode(body).instances
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError): return explain_refusal(served, body, request_id)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError): return explain_refusal(served, body, request_id), None, ()
         said = served.predictions(rows)
-        if said is None: return refuse(503, "nonfinite_prediction", "The model has no finite answer to a row.", request_id)
-        return Reply(200, _encode(Answer(list(said), model, served.version, served.bundle.digest, request_id)))
+        if said is None: return refuse(503, "nonfinite_prediction", "The model has no finite answer to a row.", request_id), None, ()
+        return Reply(200, _encode(Answer(list(said), model, served.version, served.bundle.digest, request_id))), served.columns(rows) if self.recorder else None, said
+
+    def take_feedback(self, body: bytes, presented: str | None, request_id: str) -> Reply:
+        "Keep what is said of answers; 202 once it is kept."
+        if no := self.refused(presented, "feedback:write", request_id): return no
+        if self.feedback is None: return refuse(404, "no_feedback", "No journal is kept here, so no feedback is taken.", request_id)
+        try: return Reply(202, _encode({"accepted": take(body, self.feedback), "request_id": request_id}))
+        except ServingError as error: return refuse(422, "wrong_shape", str(error), request_id)
+        except JournalFull: return refuse(503, "not_recorded", "The feedback could not be kept. Try again later.", request_id, headers={"Retry-After": "5"})

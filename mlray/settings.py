@@ -47,6 +47,11 @@ class Settings(BaseModel):
     host: str = "127.0.0.1"                 # HTTP
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     replicas: Annotated[int, Field(ge=1)] = 1
+    journal: bool = False                   # whether each answer is recorded before it is given
+    journal_full: Literal["refuse", "answer-without"] = "refuse" # what becomes of an answer that cannot be recorded
+    journal_sync_s: Annotated[float, Field(ge=0)] = 1.0 # what a loss of power may take; 0: nothing, and each answer waits for the disk
+    alert_webhook: str = ""                 # a URL that alerts are sent to, signed with MLRAY_WEBHOOK_KEY
+    alertmanager: str = ""                  # the URL of an Alertmanager
 
     @model_validator(mode="before")
     @classmethod
