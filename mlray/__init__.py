@@ -39,6 +39,7 @@ Modules:
 - `mlray.explain`: Why this answer: a straight line through the model's answers nearby, the same to the byte for the same row
 - `mlray.explain_image`: Which parts of an image an answer hangs on
 - `mlray.explain_on_ray`: Many rows explained at once, on Ray Data
+- `mlray.explain_row`: Why a row is answered as it is, when some of its columns are texts, pictures or signals
 - `mlray.explain_text`: Which words an answer hangs on
 - `mlray.explanation`: A bundle's answers, explained and shaken
 - `mlray.faces`: What commands show: one value for programs, tables for people

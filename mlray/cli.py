@@ -231,11 +231,14 @@ def show(version: Reference, env: Env = None, as_json: Json = False) -> None:
 
 @app.command()
 def explain(version: Reference, row: Annotated[str, typer.Argument(metavar="JSON", help="A row; - reads stdin.")],
-            method: Annotated[str, typer.Option("--method", help="lime, shap, or counterfactual: the smallest change that flips the answer.")] = "lime", env: Env = None, as_json: Json = False) -> None:
+            method: Annotated[str, typer.Option("--method", help="lime, shap, or counterfactual: the smallest change that flips the answer.")] = "lime",
+            answer: Annotated[str | None, typer.Option("--answer", help="Counterfactual: the class to reach, or the label to turn; else any other class.")] = None,
+            at_least: Annotated[float | None, typer.Option("--at-least", help="Counterfactual of a number: what it would have to be.")] = None,
+            at_most: Annotated[float | None, typer.Option("--at-most", help="Likewise.")] = None, env: Env = None, as_json: Json = False) -> None:
     "Why a version answers a row as it does; the same row gives the same bytes."
     asked = row_of(row)
     if isinstance(asked, list): raise MlrayError(f"One row is explained at a time; {len(asked)} were given.")
-    why = explain_version(version, asked, method, settings_of(env))
+    why = explain_version(version, asked, method, settings_of(env), answer, at_least, at_most)
     _show(as_json, why.as_dict(), why.table())
     if method == "counterfactual" and not why.found: raise typer.Exit(1)
 

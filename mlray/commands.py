@@ -166,14 +166,16 @@ def find_version(reference: str, settings: "Settings") -> tuple["Registry", "Ver
     return registry, version(registry, reference)
 
 
-def explain_version(reference: str, row: Any, method: str, settings: "Settings") -> Any:
+def explain_version(reference: str, row: Any, method: str, settings: "Settings", answer: str | None = None, at_least: float | None = None, at_most: float | None = None) -> Any:
     "Why a version answers a row as it does: an `Explanation`, or a `Counterfactual`."
-    from mlray.explanation import METHODS, explain, what_if
+    from mlray.explanation import METHODS, Wish, explain, what_if
     from mlray.registry import bundle_of
     if method not in (*METHODS, "counterfactual"): raise ExplanationError(f"--method {method!r} is not understood. {suggest(method, [*METHODS, 'counterfactual'])}")
     registry, found = find_version(reference, settings)
     bundle = bundle_of(registry, found)
-    return what_if(bundle, row) if method == "counterfactual" else explain(bundle, row, method)
+    if method == "counterfactual": return what_if(bundle, row, wish=Wish(answer, at_least, at_most))
+    if (answer, at_least, at_most) != (None, None, None): raise ExplanationError("--answer, --at-least and --at-most say what a counterfactual is to reach. Add --method counterfactual, or leave them out.")
+    return explain(bundle, row, method)
 
 
 @contextmanager

@@ -14,14 +14,12 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import numpy as np
 import polars as pl
 
-from .archive import journaled
 from .contract import Contract, labels, read_columns
 from .counts import Counts, confusion, groups_of
 from .display import Displayed, Table, table

@@ -135,7 +135,7 @@ def _against_incumbent(rule: Rule, found: Measure, before: Measure, difference: 
     "What fails, and what is to be said of the comparison."
     if rule.within is None: return [], "kept"
     less = less_is_better(rule.metric)
-    if math.isnan(before.value): return ["production has no such measure: is it a model of the same target?"], ""
+    if math.isnan(before.value): return ["production has no such measure: is it a model of the same target, and of a kind that can be asked for it?"], ""
     moved = difference or Measure(found.value - before.value)
     worse, least, most = (moved.value, moved.low, moved.high) if less else (-moved.value, -moved.high, -moved.low)
     said = f"production has {before.value:.4g}, a difference of {moved.value:+.4g}" + (f" [{moved.low:+.4g}, {moved.high:+.4g}]" if not math.isnan(moved.low) else "")
