@@ -839,8 +839,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'mlray.gate_on_papermill._execute': ( 'gate_on_papermill.html#_execute',
                                                                                'mlray/gate_on_papermill.py'),
                                          'mlray.gate_on_papermill._job': ('gate_on_papermill.html#_job', 'mlray/gate_on_papermill.py'),
-                                         'mlray.gate_on_papermill._of_run': ( 'gate_on_papermill.html#_of_run',
-                                                                              'mlray/gate_on_papermill.py'),
                                          'mlray.gate_on_papermill._proved': ( 'gate_on_papermill.html#_proved',
                                                                               'mlray/gate_on_papermill.py'),
                                          'mlray.gate_on_papermill._shared_inputs': ( 'gate_on_papermill.html#_shared_inputs',

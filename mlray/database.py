@@ -147,8 +147,7 @@ class Database:
             raise Unavailable(f"The registry did not take the change: {error.orig}. {known}") from error
         except sa.exc.DatabaseError as error:
             raise RegistryError(f"{self.shown} is not a registry that can be read: {error.orig}.") from error
-        except UnicodeEncodeError as error:
-            raise RegistryError(f"{error.object[:80]!r} has a character that no text may have (half of a pair). Nothing was changed.") from error
+        except UnicodeEncodeError as error: raise RegistryError(f"{error.object[:80]!r} has a character that no text may have (half of a pair). Nothing was changed.") from error
         if entry: self._note(entry)
 
     def log(self, connection: Connection, created: str, actor: str, action: str, about: str, details: Mapping[str, Any]) -> Entry:

@@ -284,11 +284,6 @@ def _conditions(registry: Registry, settings: Settings, parameters: Mapping[str,
                       lock={"name": lock, "sha256": hashlib.sha256((settings.root / lock).read_bytes()).hexdigest()} if lock else None,
                       runner={"actor": registry.actor, "mlray": installed("mlray"), "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"})
 
-
-def _of_run(shared: Conditions, run: GateRun, notebook: str) -> Conditions:
-    "Those of one gate."
-    return replace(shared, notebook=notebook, started=run.started, finished=(datetime.fromisoformat(run.started) + timedelta(seconds=run.seconds)).isoformat())
-
 # %% ../nbs/47_gate_on_papermill.ipynb #207170f3
 def run_gates(
     registry: Registry,
@@ -315,7 +310,7 @@ def run_gates(
     jobs = [_job(path, parameters, inputs[path], settings, timeout) for path in paths if path not in proved]
     for run in runner(jobs, note) if jobs else ():
         (pages / f"{run.gate}.ipynb").write_bytes(run.page)
-        add_evidence(registry, found, run.gate, run.verdict, run.page, _of_run(conditions, run, before[run.gate]))
+        add_evidence(registry, found, run.gate, run.verdict, run.page, replace(conditions, notebook=before[run.gate], started=run.started, finished=(datetime.fromisoformat(run.started) + timedelta(seconds=run.seconds)).isoformat()))
         yield run
 
 

@@ -1,6 +1,8 @@
 """Gates against real papermill and real kernels: every way to end without a verdict is a failure with its reason."""
+import hashlib
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -61,8 +63,30 @@ def test_the_gates_that_ship(own):
     for gate, proof in kept.items():
         stored = (registry.store.path(proof.page) / f"{gate}.ipynb").read_bytes()
         assert stored == done[gate].page and str(settings.home).encode() not in stored and json.loads(stored)["cells"]
+        said = registry.attestor.read(proof.statement, "statement.json")
+        about = json.loads(said)["predicate"]["mlray"]
+        assert about["notebook"] == {"before": hashlib.sha256(gate_path(gate, settings).read_bytes()).hexdigest(), "after": proof.page} and about["parameters"] == {"version": "diabetes/1"}
+        assert about["rows"] == run.rows.fingerprints and about["started"] < about["finished"] and len(about["software"]) == 64 and str(settings.home).encode() not in said
     assert promote(registry, run.version) == 1 and version(registry, "diabetes@production") == version(registry, "diabetes/1")
     assert [r[1] for r in events(registry).rows] == ["register", "refuse", "gate", "gate", "promote"]
+
+
+def test_evidence_names_the_commit_and_the_lock_file(own, tmp_path):
+    settings, run = own[0].model_copy(update={"root": tmp_path / "project"}), own[1]
+    (tmp_path / "project/nbs/gates").mkdir(parents=True)
+    page(tmp_path / "project/nbs/gates/mine.ipynb", GOOD)
+    (tmp_path / "project/uv.lock").write_text("version = 1\n")
+    git = lambda *words: subprocess.run(["git", "-C", str(tmp_path / "project"), "-c", "user.name=ada", "-c", "user.email=ada@localhost", *words], check=True, capture_output=True, text=True).stdout.strip()
+    for words in (["init"], ["add", "."], ["commit", "-m", "first"]): git(*words)
+    registry = open_registry(settings)
+    def said() -> dict:
+        done, = run_gates(registry, run.version, ["mine"], settings, again=True)
+        assert not done.broken
+        return json.loads(registry.attestor.read(evidence(registry, run.version)["mine"].statement, "statement.json"))["predicate"]["mlray"]
+    about = said()
+    assert about["source"] == {"commit": git("rev-parse", "HEAD"), "dirty": False} and about["lock"] == {"name": "uv.lock", "sha256": hashlib.sha256(b"version = 1\n").hexdigest()}
+    (tmp_path / "project/new.py").write_text("x = 1\n")
+    assert said()["source"]["dirty"]
 
 
 def test_newer_evidence_counts(own):
