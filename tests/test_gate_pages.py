@@ -124,7 +124,7 @@ def test_each_wrong_is_found_on_adult(settings):
         if wrong == "leaked":
             train_rows, test_rows = (f.with_columns(pl.format("{}", (pl.col("income").str.contains(">").cast(pl.Int64) * 500 + pl.int_range(pl.len()) % 97)).alias("tax-due")) for f in (train_rows, test_rows))
             contract = {n: c for n, c in contract.items() if n != "income"} | {"income": contract["income"], "tax-due": Column(type="integer", min=0, max=1000)}
-        for part, frame in (("train", train_rows), ("test", test_rows)): frame.select(contract).write_csv(folder / f"{wrong}-{part}.csv", include_header=False)
+        for part, frame in (("train", train_rows), ("test", test_rows)): frame.select(list(contract)).write_csv(folder / f"{wrong}-{part}.csv", include_header=False)
         data = spec.data.model_copy(update={part: getattr(spec.data, part).model_copy(update={"file": str(folder / f"{wrong}-{part}.csv"), "url": None, "sha256": None}) for part in ("train", "test")})
         gates = {**spec.gates, "quality": (Rule(metric="roc_auc", at_least=0.85), Rule(metric="log_loss", at_most=0.4), Rule(metric="accuracy", at_least=0.8))}
         run = train(spec.model_copy(update={"name": f"adult-{wrong}", "data": data, "contract": contract, "gates": gates}), settings)
