@@ -129,7 +129,7 @@ def test_each_wrong_is_found_on_adult(settings):
         for part, frame in (("train", train_rows), ("test", test_rows)): frame.select(list(contract)).write_csv(folder / f"{wrong}-{part}.csv", include_header=False)
         data = spec.data.model_copy(update={part: getattr(spec.data, part).model_copy(update={"file": str(folder / f"{wrong}-{part}.csv"), "url": None, "sha256": None}) for part in ("train", "test")})
         gates = {**spec.gates, "quality": (Rule(metric="roc_auc", at_least=0.85), Rule(metric="log_loss", at_most=0.4), Rule(metric="accuracy", at_least=0.8))}
-        run = train(spec.model_copy(update={"name": f"adult-{wrong}", "data": data, "contract": contract, "gates": gates}), settings)
+        run = train(spec.model_copy(update={"name": f"adult-{wrong}", "data": data, "contract": contract, "gates": gates, "behaviour": spec.behaviour[:2]}), settings) # the third is a whole row, of one contract
         told[wrong] = {r.gate: (r.verdict.passed, r.broken, [f for f in r.verdict.findings if not f.met]) for r in run_gates(registry, run.version, GATES, settings, runner=in_warm_kernels)}
     failed = {wrong: {g for g, (passed, _, _) in gates.items() if not passed} for wrong, gates in told.items()}
     print(json.dumps({w: sorted(f) for w, f in failed.items()}))
