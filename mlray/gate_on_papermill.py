@@ -135,16 +135,22 @@ def kernels_with(
     return Manager
 
 
-def _execute(path: Path, out: Path, parameters: Mapping[str, Any], timeout: int, manager: type[AsyncKernelManager], note: Note) -> str:
-    "What went wrong; empty where every cell came to its end."
-    left, cells = list[int](), len(nbformat.read(path, as_version=4)["cells"]) + bool(parameters)
+def _execute(path: Path, out: Path, parameters: Mapping[str, Any], timeout: int, manager: type[AsyncKernelManager], note: Note, starts: int = 3) -> str:
+    "What went wrong; empty where every cell came to its end. A kernel that dies before the first cell, as when another process took its port, is started again."
+    left, begun, cells = list[int](), list[int](), len(nbformat.read(path, as_version=4)["cells"]) + bool(parameters)
     def asked(cell: Any, cell_index: int, execute_reply: Any) -> None:
         if any(p.get("source") == "ask_exit" for p in execute_reply["content"].get("payload") or ()): left.append(cell_index)
+    def begins(cell: Any, cell_index: int) -> None:
+        begun.append(cell_index)
+        note(path.stem, f"{cell_index + 1}/{cells}")
     try: papermill.execute_notebook(str(path), str(out), dict(parameters), progress_bar=False, execution_timeout=timeout, config=_ENCRYPTED, extra_arguments=["--log-level=50"], kernel_manager_class=manager,
-                                    on_cell_start=lambda cell, cell_index: note(path.stem, f"{cell_index + 1}/{cells}"), on_cell_executed=asked)
+                                    on_cell_start=begins, on_cell_executed=asked)
     except PapermillExecutionError as error: return f"{error.ename}: {error.evalue}"
     except nbclient.exceptions.CellTimeoutError: return f"a cell ran longer than {timeout} s"
     except nbclient.exceptions.DeadKernelError: return _LEFT if left else "its kernel died (out of memory?)"
+    except RuntimeError as error:
+        if starts > 1 and not begun and "ernel died before" in str(error): return _execute(path, out, parameters, timeout, manager, note, starts - 1)
+        return f"{type(error).__name__}: {error}"
     except Exception as error: return f"{type(error).__name__}: {error}"
     return _LEFT if left else ""
 

@@ -205,6 +205,20 @@ def test_every_end_in_a_warm_kernel_and_nothing_left(tmp_path):
     assert run_gate(paths["good"], {}).page == runs["good"].page, "a page does not show how its kernel was started"
 
 
+def test_a_kernel_that_dies_before_its_first_cell_is_started_again(tmp_path):
+    "As when another process has taken one of its ports in the meantime; not for ever, and not once a cell has begun."
+    from jupyter_client import AsyncKernelManager
+    starts = []
+    class Unlucky(AsyncKernelManager):
+        async def _async_launch_kernel(self, cmd, **kw):
+            starts.append(1)
+            await super()._async_launch_kernel([*cmd[:1], "-c", "raise SystemExit(1)"] if len(starts) <= self.deaths else cmd, **kw)
+    for Unlucky.deaths, passes in ((1, True), (9, False)):
+        starts.clear()
+        run = run_gate(page(tmp_path / "g.ipynb", GOOD), {}, kind=Unlucky)
+        assert run.verdict.passed == passes and len(starts) == (2 if passes else 3) and passes == (not run.broken)
+
+
 def test_a_stem_that_dies_takes_no_verdict_with_it(tmp_path):
     from mlray.warm_kernels import warm_kernels
     kill = "import os, signal, time\nos.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(30)"
