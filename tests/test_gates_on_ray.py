@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from mlray.errors import GateError
-from mlray.gate_on_papermill import Needs, needs_of, run_gates
+from mlray.gate_on_papermill import run_gates
+from mlray.gate_page import Needs, needs_of
 from mlray.registry import evidence, open_registry
 from tests.test_gates import GOOD, page
 
