@@ -21,7 +21,6 @@ import msgspec
 import numpy as np
 import polars as pl
 
-from .archive import journaled
 from .contract import Contract, labels, read_columns
 from .counts import Counts, confusion, groups_of
 from .display import Displayed, Table, table

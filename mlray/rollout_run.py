@@ -12,8 +12,6 @@ __all__ = ['arm_of', 'Standing', 'begin', 'evidence_of', 'next_step', 'done']
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from .counts import Counts
 from .errors import DataError
 from .evaluation import rules_of
