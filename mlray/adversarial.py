@@ -9,7 +9,7 @@ and missing values are left alone. It needs the torch network, and nothing that 
 __all__ = ['attack', 'AdversarialReport', 'adversarial']
 
 # %% ../nbs/23a_adversarial.ipynb #7a783b6f
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,7 @@ from .explain import keeping
 from .features import Features, apply
 from .network import Score, scores
 from .robust import Tried
+from .task import BINARY, Task
 
 # %% ../nbs/23a_adversarial.ipynb #45c08349
 def _tensors(features: Features, frame: pl.DataFrame) -> list[torch.Tensor]: return [torch.from_numpy(x) for x in apply(features, frame, frame.height).tensors]
@@ -43,28 +44,46 @@ def _box(contract: Contract, features: Features, frame: pl.DataFrame, share: flo
     return low, high, spread
 
 
+def _towards(task: Task, before: torch.Tensor, threshold: float, up: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    "What an attack makes larger: of two classes the other's score; of several the best other's lead over the first answer; of labels that of the one nearest to its line; of numbers the number."
+    if task.kind == "binary":
+        sign = torch.where(before >= threshold, -1.0, 1.0)
+        return lambda answers: answers * sign
+    if task.kind == "multilabel":
+        nearest = (before - threshold).abs().argmin(1, keepdim=True)
+        sign = torch.where(before.gather(1, nearest) >= threshold, -1.0, 1.0)
+        return lambda answers: answers.gather(1, nearest) * sign
+    if task.kind == "multiclass":
+        mine = before.argmax(1, keepdim=True)
+        return lambda answers: answers.scatter(1, mine, -1.0).amax(1, keepdim=True) - answers.gather(1, mine)
+    column = task.middle if task.kind == "quantile" else None
+    return lambda answers: (answers if column is None else answers[:, column]) * (1.0 if up else -1.0)
+
+
 def attack(
-    network: nn.Module,         # fitted, of two classes
+    network: nn.Module,         # fitted
     features: Features,         # that it was built with
     contract: Contract,
     frame: pl.DataFrame,        # checked rows
-    threshold: float = 0.5,     # a score at or above it is the one answer, below it the other
+    threshold: float = 0.5,     # of two classes and of labels: a score at or above it is the one answer, below it the other
     share: float = 0.1,         # of a number's spread that it may move
     method: Literal["fgsm", "pgd"] = "pgd",
     steps: int = 20,            # of PGD; FGSM makes one
+    task: Task = BINARY,        # of the network
+    up: bool = True,            # where a number is predicted: towards larger ones
 ) -> pl.DataFrame: # the rows, moved
-    "Move the numbers of each row towards the other answer. Raises `ExplanationError` without a number or a row."
+    "Move the numbers of each row towards another answer. Raises `ExplanationError` without a number or a row."
     if not features.numbers or frame.is_empty(): raise ExplanationError("There is no number to attack." if frame.height else "There is no row to attack.")
     types = schema(contract)
     moved = frame.select(pl.col(n).cast(types[n]) for n in contract.features)
     (first, *rest), (low, high, spread) = _tensors(features, moved), _box(contract, features, moved, share)
     numbers, still = first.clone(), torch.from_numpy(spread == 0)
-    sign = torch.where(scores(network, numbers, *rest) >= threshold, -1.0, 1.0)
+    towards = _towards(task, scores(network, numbers, *rest, task=task).clone(), threshold, up)
     steps, size = (1, share) if method == "fgsm" else (steps, 2.5 * share / steps)
     bounds = [torch.from_numpy(np.nan_to_num(b, nan=0.0).astype(np.float32)) for b in (low, high)]
     for _ in range(steps):
         numbers.requires_grad_()
-        (gradient,) = torch.autograd.grad((Score(network)(numbers, *rest) * sign).sum(), numbers)
+        (gradient,) = torch.autograd.grad(towards(Score(network, task)(numbers, *rest)).sum(), numbers)
         with torch.no_grad(): step = (numbers + size * torch.from_numpy(spread.astype(np.float32)) * gradient.nan_to_num().sign()).clamp(*bounds)
         numbers = torch.where(torch.isnan(first) | still, first, step)
     return moved.with_columns(_written(contract, moved[n.name], numbers[:, i].double().numpy(), low[:, i], high[:, i]) for i, n in enumerate(features.numbers) if spread[i] > 0)
@@ -96,20 +115,32 @@ class AdversarialReport(Displayed):
 
 
 def adversarial(
-    network: nn.Module,         # fitted, of two classes
+    network: nn.Module,         # fitted
     features: Features,         # that it was built with
     contract: Contract,
     frame: pl.DataFrame,        # checked rows
     threshold: float = 0.5, # in (0, 1); a score at or above it is a positive decision
     shares: tuple[float, ...] = (0.02, 0.05, 0.1), # of each feature's spread, rising
+    task: Task = BINARY,        # of the network
+    tolerance: float = 0.0,     # a number that moves by no more has not flipped
 ) -> AdversarialReport:
-    "Attack all rows by both methods."
-    def decided(rows: pl.DataFrame) -> np.ndarray:
-        return scores(network, *_tensors(features, rows)).numpy() >= threshold
-    before, cells = decided(frame), {}
+    "Attack all rows by both methods; where a number is predicted, up and down."
+    def answered(rows: pl.DataFrame) -> np.ndarray:
+        found = scores(network, *_tensors(features, rows), task=task).numpy()
+        return _answers(task, found, threshold)
+    before, cells = answered(frame), {}
+    ways = (True, False) if task.kind in ("regression", "quantile") else (True,)
     for method in ("fgsm", "pgd"):
         for share in shares:
-            moved = attack(network, features, contract, frame, threshold, share, method)
-            kept = keeping(contract, moved)
-            cells[method, share] = Tried(frame.height, int((~kept).sum()), int(((decided(moved) != before) & kept).sum()))
+            tried = [attack(network, features, contract, frame, threshold, share, method, task=task, up=up) for up in ways]
+            kept = np.stack([keeping(contract, moved) for moved in tried])
+            flipped = np.stack([(np.abs(answered(moved) - before) > tolerance).any(1) for moved in tried])
+            cells[method, share] = Tried(frame.height, int((~kept).all(0).sum()), int((flipped & kept).any(0).sum()))
     return AdversarialReport(cells)
+
+
+def _answers(task: Task, found: np.ndarray, threshold: float) -> np.ndarray: # float64 [rows, answers]
+    "What is decided: classes by their place, labels by 0 and 1, numbers as they are."
+    if task.kind == "multiclass": return found.argmax(1, keepdims=True).astype(np.float64)
+    if task.kind == "quantile": return found[:, [task.middle]].astype(np.float64)
+    return found.reshape(len(found), -1).astype(np.float64) if task.kind == "regression" else (found.reshape(len(found), -1) >= threshold).astype(np.float64)

@@ -17,14 +17,14 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from .decision import Calibration as Method
+from .decision import BANDS, Calibration as Method
 from .errors import TrainingError
 
 # %% ../nbs/14_calibration.ipynb #bcba45d1
 def expected_calibration_error(
     labels: np.ndarray, # 0 or 1
     scores: np.ndarray, # probabilities in [0, 1]
-    bins: int = 15,     # of equal width
+    bins: int = BANDS,  # of equal width
 ) -> float: # in [0, 1]; NaN without rows
     "How far scores are from the share of positive labels among rows of like score, on average (Guo et al. 2017, section 2)."
     if not len(labels): return math.nan

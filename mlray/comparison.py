@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from .chart import Chart, interval_chart
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import DataError
 from .score import CLIP, Measure, Z, placements
 
@@ -83,7 +83,7 @@ def paired_mean(
 
 # %% ../nbs/20g_comparison.ipynb #d4ae5b7f
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Displayed):
     "Two models on the same rows, by measure, and by group in accuracy."
     rows: int
     overall: Mapping[str, Difference]
@@ -102,7 +102,7 @@ class Comparison:
         "The difference in one measure, over all rows and group by group."
         return interval_chart([(n, d.difference.value, d.difference.low, d.difference.high) for n, d in {"all rows": self.overall[self.measure], **self.by_group}.items()], f"{self.measure}, ours minus theirs", 0.0)
 
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_() + ("\n\n" + self.groups_table()._repr_markdown_() if self.by_group else "")
+    def tables(self) -> tuple[Table, ...]: return self.table(), *([self.groups_table()] if self.by_group else [])
 
 # %% ../nbs/20g_comparison.ipynb #a7d72dbf
 def compare(

@@ -23,10 +23,10 @@ from .comparison import Comparison
 from .contract import groups, labels
 from .counts import Counts, count
 from .errors import DataError
-from .explanation import EXPLAINED, SHAKEN, asked_for
+from .explanation import EXPLAINED, EXPOSED, SHAKEN, asked_for
 from .fairness import FairnessReport, fairness_report, rates_named
 from .gaps import GapReport, class_terms, gap_report, label_terms, number_terms, places_of
-from .gate import Found, Verdict, judge
+from .gate import TRIED, Found, Verdict, judge
 from .paired import compare_answers, gap_differences, term_differences
 from .rates import OTHERS, RATES
 from .registry import Registry, Version, bundle_of, open_registry, version, versions
@@ -224,14 +224,14 @@ def comparing(rules: Sequence[Rule]) -> list[Rule]:
 
 
 def rules_of(spec: RunSpec, *gates: str, otherwise: Sequence[Rule] = ()) -> list[Rule]:
-    "The rules of some gates of a spec, or of all; others, where it has none of these gates."
+    "The rules of some gates of a spec, or of all; others, where it has none of these gates. Of all: without those of a bundle that is served, which the gate of it measures."
     named = [gate for gate in gates or spec.gates if gate in spec.gates]
-    return [rule for gate in named for rule in spec.gates[gate]] if named else list(otherwise)
+    return [rule for gate in named for rule in spec.gates[gate] if gates or rule.metric not in TRIED] if named else list(otherwise)
 
 
 def asks_of_rows(rules: Sequence[Rule], evaluation: Evaluation) -> bool:
     "Whether rules speak of what neither an evaluation nor an explanation measures: the rows themselves."
-    return any(rule.measure not in evaluation.measures and rule.metric.partition("[")[0] not in (*EXPLAINED, *SHAKEN, "behaviour") for rule in rules)
+    return any(rule.measure not in evaluation.measures and rule.metric.partition("[")[0] not in (*EXPLAINED, *SHAKEN, *EXPOSED, *TRIED, "behaviour") for rule in rules)
 
 
 def incumbent_of(
@@ -271,8 +271,8 @@ class Candidate:
         "The rules of some gates of the spec, or the given ones where it has none of these gates; with what was measured already, of the candidate and of production."
         rules = rules_of(self.spec, *gates, otherwise=otherwise)
         missing = [rule for rule in rules if rule.measure not in (measured or {})]
-        data: dict[str, Found] = {**(self.inspection.values if asks_of_rows(missing, self.evaluation) else {}), **asked_for(self.bundle, self.parts.test, missing), **(measured or {})}
-        theirs = {**(asked_for(self.incumbent, self.parts.test, comparing(rules), asks=self.spec) if self.incumbent else {}), **(before or {})}
+        data: dict[str, Found] = {**(self.inspection.values if asks_of_rows(missing, self.evaluation) else {}), **asked_for(self.bundle, self.parts.test, missing, members=self.parts.train), **(measured or {})}
+        theirs = {**(asked_for(self.incumbent, self.parts.test, comparing(rules), asks=self.spec, members=self.parts.train) if self.incumbent else {}), **(before or {})}
         return verdict_of(self.spec, self.beside, *gates, otherwise=otherwise, data=data, before=theirs)
 
 

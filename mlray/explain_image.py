@@ -60,7 +60,7 @@ def lime_image(
     step = at_once or perturbations
     scores = np.concatenate([scored(score, _images(image, blank, inside, kept[at:at + step]), len(kept[at:at + step]), output) for at in range(0, perturbations, step)])
     fitted = line(kept, scores, cosine_weights(kept, 0.25))
-    said = {f"patch {n}": f"patch {n} is to be seen" for n in numbers.tolist()}
+    said = [(f"patch {n}", f"patch {n} is to be seen") for n in numbers.tolist()]
     return explanation("lime", scores[0], fitted.intercept, said, fitted.weights, fitted.errors, fitted.fidelity, fitted.unit, perturbations)
 
 

@@ -80,5 +80,5 @@ def lime_text(
     kept = absent(words_of(text, digest, "lime text"), perturbations, len(distinct))
     scores = scored(score, without(pieces, number, kept), perturbations, output)
     fitted = line(kept, scores, cosine_weights(kept, 25, 100), count)
-    said = {distinct[i]: f"“{distinct[i]}” is in the text" for i in fitted.chosen}
+    said = [(distinct[i], f"“{distinct[i]}” is in the text") for i in fitted.chosen]
     return explanation("lime", scores[0], fitted.intercept, said, fitted.weights, fitted.errors, fitted.fidelity, fitted.unit, perturbations)

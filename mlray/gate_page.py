@@ -66,10 +66,11 @@ def secrets_in(environment: Mapping[str, str]) -> dict[str, str]: # name → val
     return {n: v for n, v in environment.items() if _NAMED.search(n) and len(v) >= 8}
 
 
-def places() -> dict[str, str]: # path or host name → what to write instead
+def places(more: Mapping[str, str] | None = None) -> dict[str, str]: # path or host name → what to write instead
     "What only this machine knows by that name; the longest first."
     import mlray
-    named = {os.environ.get("MLRAY_HOME", ""): "<home>", os.environ.get("MLRAY_DATA", ""): "<data>", str(Path.cwd()): "<here>", str(Path(mlray.__file__).parents[1]): "<mlray>", sys.prefix: "<python>",
+    environment = {**os.environ, **(more or {})}
+    named = {environment.get("MLRAY_HOME", ""): "<home>", environment.get("MLRAY_DATA", ""): "<data>", str(Path.cwd()): "<here>", str(Path(mlray.__file__).parents[1]): "<mlray>", sys.prefix: "<python>",
              sys.base_prefix: "<python>", gettempdir(): "<tmp>", str(Path.home()): "~", socket.gethostname(): "<host>", socket.getfqdn(): "<host>"}
     return {k: named[k] for k in sorted(named, key=len, reverse=True) if len(k) >= (4 if "/" in k else 2) and k != "localhost"}
 

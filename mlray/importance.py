@@ -131,5 +131,5 @@ def summary(
 ) -> Summary:
     "One explanation, ready to be added to others."
     exact = lambda x: Fraction(repr(x))
-    features = {r.feature: _Sums(1, exact(r.weight), abs(exact(r.weight)), exact(r.weight) ** 2) for r in why.reasons}
+    features = {n: _Sums(1, exact(w), abs(exact(w)), exact(w) ** 2) for n, w in why.weights.items()}
     return Summary(why.method, 1, exact(why.fidelity), exact(why.stability), why.fidelity, features)

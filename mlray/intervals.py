@@ -103,9 +103,9 @@ def largest(
     d, drawn = np.abs(differences[known]), np.where(np.isfinite(draws[:, known]), draws[:, known], differences[known])
     errors = drawn.std(0)
     near = d + 2 * errors >= (d - 2 * errors).max()
-    scaled = np.divide(np.abs(drawn - differences[known])[:, near], errors[near], out=np.zeros((len(draws), near.sum())), where=errors[near] > 0)
-    half = float(np.quantile(scaled.max(1), 0.95)) * errors[near]
-    return Measure(value, max(0.0, float((d[near] - half).max())), float((d[near] + half).max()))
+    scaled = np.divide((np.where(differences[known] < 0, -1, 1) * (drawn - differences[known]))[:, near], errors[near], out=np.zeros((len(draws), near.sum())), where=errors[near] > 0)
+    below, above = float(np.quantile(scaled.max(1), 0.975)), np.quantile(np.abs(scaled), 0.95, axis=0)
+    return Measure(value, max(0.0, float((d - below * errors)[near].max())), float((d[near] + above * errors[near]).max()))
 
 
 def in_pairs(

@@ -30,14 +30,15 @@ def draws(
     "Whole numbers from raw random words, which are the same in every version of numpy."
     count = math.prod(shape)
     halves = words.random_raw((count + 1) // 2).astype("<u8").view("<u4")[:count].reshape(shape)
-    return (np.multiply(halves, np.asarray(below, np.uint64), dtype=np.uint64) >> np.uint64(32)).astype(np.uint32)
+    product = np.multiply(halves, np.asarray(below, np.uint64), dtype=np.uint64)
+    return np.right_shift(product, np.uint64(32), out=product).astype(np.uint32)
 
 
 def words_of(
-    *parts: Any, # JSON values: the row, the digest of the model, the method
+    *parts: Any, # JSON values, dates and times: the row, the digest of the model, the method
 ) -> np.random.Philox:
     "Random words that hang on these parts and on nothing else."
-    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
     return np.random.Philox(key=int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little"))
 
 
@@ -91,12 +92,13 @@ def _centred(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _moments(near: np.ndarray, score: np.ndarray, weight: np.ndarray, blocks: int) -> np.ndarray:
     "Sums of weight × feature × feature and weight × feature × score, block by block: [blocks, d + 1, d + 2], in units of the grids."
     rows, size = near.shape
-    both = np.empty((2 * size + 4, rows))
-    left, right, product = both[:size + 1], both[size + 1:], weight * score # products have 48 bits: summed in two halves of 24
-    left[:-1], left[-1], right[-2], right[-1] = near.T, 1.0, product >> _BITS, product & (2**_BITS - 1)
-    np.multiply(left, weight.astype(np.float64), out=right[:-2])
-    ends = [i * rows // blocks for i in range(blocks + 1)]
-    sums = np.stack([left[:, a:b] @ right[:, a:b].T for a, b in zip(ends, ends[1:], strict=False)])
+    ends, product, weight_ = [i * rows // blocks for i in range(blocks + 1)], weight * score, weight.astype(np.float64) # products have 48 bits: summed in two halves of 24
+    room, sums = np.empty((2 * size + 4, -(-rows // blocks))), np.empty((blocks, size + 1, size + 3))
+    for block, (a, b) in enumerate(zip(ends, ends[1:], strict=False)): # one after the other in the same room, which stays in the cache
+        left, right = room[:size + 1, :b - a], room[size + 1:, :b - a]
+        left[:-1], left[-1], right[-2], right[-1] = near[a:b].T, 1.0, product[a:b] >> _BITS, product[a:b] & (2**_BITS - 1)
+        np.multiply(left, weight_[a:b], out=right[:-2])
+        np.matmul(left, right.T, out=sums[block])
     return np.concatenate([sums[..., :-2], sums[..., -2:-1] * 2.0**_BITS + sums[..., -1:]], axis=-1)
 
 # %% ../nbs/22_local_line.ipynb #7227ec4a

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .decision import BANDS
+
 # %% ../nbs/20c_ranking.ipynb #14eef89f
 @dataclass(frozen=True)
 class Bounded:
@@ -64,7 +66,7 @@ def banded(
 def calibration(
     counts: np.ndarray, # [..., label, bin]
     scores: np.ndarray, # sums of scores, [..., label, bin]
-    bands: int = 10, # 1 to the number of bins
+    bands: int = BANDS, # 1 to the number of bins
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # mean score, share of positives, weight: each [..., band]
     "What the model said, and what was, by band of scores."
     weight = banded(counts.sum(-2), bands)
@@ -74,7 +76,7 @@ def calibration(
 def expected_calibration_error(
     counts: np.ndarray, # [..., label, bin]
     scores: np.ndarray, # sums of scores, [..., label, bin]
-    bands: int = 10, # 1 to the number of bins
+    bands: int = BANDS, # 1 to the number of bins
 ) -> np.ndarray: # [...], in [0, 1]
     "How far what the model says is from what is, on average."
     said, was, weight = calibration(counts, scores, bands)

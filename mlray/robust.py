@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 
 from .behaviour import Behaviour
+from .column import Column, bounds
 from .contract import Contract, schema
 from .display import Displayed, Table, table
 from .errors import ExplanationError, suggest
@@ -50,10 +51,11 @@ def _replaced(frame: pl.DataFrame, names: list[str], new: Callable[[str, Any, in
 
 
 def noise(contract: Contract, frame: pl.DataFrame, words: np.random.Philox, share: float = 0.05) -> Disturbed:
-    "All numbers moved by up to a share of their spread, within their limits."
-    moved = []
+    "All numbers, those of arrays too, moved by up to a share of their spread, within their limits."
+    moved: list[Any] = []
     for n in contract.features:
         column = contract.columns[n]
+        if column.type == "array" and frame[n].null_count() < frame.height: moved.append(_noisy(column, frame[n], words, share))
         if column.type not in ("integer", "number") or frame[n].null_count() == frame.height: continue
         known = frame[n].drop_nulls().cast(pl.Float64).to_numpy()
         low, high = np.percentile(known, [25, 75])
@@ -64,15 +66,23 @@ def noise(contract: Contract, frame: pl.DataFrame, words: np.random.Philox, shar
     return frame.with_columns(moved), ["numbers" if moved else ""] * frame.height
 
 
+def _noisy(column: Column, arrays: pl.Series, words: np.random.Philox, share: float) -> pl.Series:
+    known = arrays.drop_nulls().to_numpy()
+    up = (words.random_raw(known.size) >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1
+    low, high = (end if end is not None else far for end, far in zip(bounds(column), (-np.inf, np.inf), strict=True))
+    there = iter(np.clip(known + share * float(known.std()) * up.reshape(known.shape), low, high))
+    return pl.Series(arrays.name, [next(there) if is_there else None for is_there in arrays.is_not_null()], arrays.dtype)
+
+
 def missing(contract: Contract, frame: pl.DataFrame, words: np.random.Philox) -> Disturbed:
     "One value left out in each row, of those that may be."
-    names = _ones(contract, frame, ("integer", "number", "category", "boolean"), words, nullable=True)
+    names = _ones(contract, frame, ("integer", "number", "category", "boolean", "text", "array", "date", "datetime", "duration"), words, nullable=True)
     return _replaced(frame, names, lambda n, before, i: None)
 
 # %% ../nbs/23_robust.ipynb #f45fc23c
 def typo(contract: Contract, frame: pl.DataFrame, words: np.random.Philox) -> Disturbed:
-    "One category misspelt in each row: a letter left out, doubled, or changed with the next."
-    names, how, where = _ones(contract, frame, ("category",), words), draws(words, (frame.height,), 3), words.random_raw(frame.height)
+    "One category or text misspelt in each row: a letter left out, doubled, or changed with the next."
+    names, how, where = _ones(contract, frame, ("category", "text"), words), draws(words, (frame.height,), 3), words.random_raw(frame.height)
     def new(n: str, before: str, i: int) -> str:
         at = int(where[i]) % max(len(before), 1)
         return (before[:at] + before[at + 1:], before[:at + 1] + before[at:], before[:at] + before[at + 1:at + 2] + before[at:at + 1] + before[at + 2:])[how[i]]
@@ -150,6 +160,7 @@ def robustness(
     digest: str = "",                           # of the model; part of the seed
     kinds: Sequence[str] = tuple(DISTURBANCES),
     min_group: int = 30, # rows that a group's rate must be taken over
+    tolerance: float = 0.0, # an answer that moves by no more has not flipped; for numbers
 ) -> RobustnessReport:
     "Disturb every row in every way. Raises `ExplanationError` where there is no row."
     if frame.is_empty(): raise ExplanationError("There is no row to disturb.")
@@ -160,12 +171,12 @@ def robustness(
     kept = {kind: keeping(contract, rows) & np.array([n != "" for n in names]) for kind, (rows, names) in made.items()}
     asked = pl.concat([features, *(rows.filter(kept[kind]) for kind, (rows, _) in made.items())])
     answers = scored(score, asked, asked.height, output)
-    if threshold is not None: answers = answers >= threshold
+    if threshold is not None: answers = (answers >= threshold) * 1.0
     before, after, flips = answers[:frame.height], answers[frame.height:], {}
     for kind in kinds:
         count = int(kept[kind].sum())
         flips[kind] = np.zeros(frame.height, bool)
-        flips[kind][kept[kind]], after = after[:count] != before[kept[kind]], after[count:]
+        flips[kind][kept[kind]], after = np.abs(after[:count] - before[kept[kind]]) > tolerance, after[count:]
     counted = pl.concat([pl.DataFrame({"kind": kind, "feature": names, "refused": ~kept[kind], "flipped": flips[kind], **({c.name: c for c in groups} if groups is not None else {})}) for kind, (_, names) in made.items()])
     counted = counted.filter(pl.col("feature") != "")
     return RobustnessReport(_counted(counted, "kind", "feature"), {c: {g: t for (g,), t in _counted(counted, c).items()} for c in (groups.columns if groups is not None else ())}, min_group)

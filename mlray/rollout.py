@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, NoReturn
 import numpy as np
 
 from .counts import Counts, confusion, groups_of
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import DataError, SpecError, suggest
 from .fairness import spread
 from .gate import less_is_better
@@ -114,7 +114,7 @@ class Finding:
 
 # %% ../nbs/26_rollout.ipynb #62f48792
 @dataclass(frozen=True)
-class Decision:
+class Decision(Displayed):
     "What to do next, the share of requests the canary gets then, and why."
     share: float
     why: str
@@ -134,8 +134,6 @@ class Decision:
         "One line a finding."
         rows = [(f.metric, f.canary, f.champion, f"[{f.low:.3g}, {f.high:.3g}]", f.margin, f.verdict, f.why) for f in self.findings]
         return table(["metric", "canary", "champion", "worse by", "tolerated", "verdict", "why"], rows, f"{self.action}, then {self.share:.4g} of the requests: {self.why}")
-
-    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
 
 class Promote(Decision): action = "promote"

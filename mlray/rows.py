@@ -10,7 +10,7 @@ __all__ = ['Rows', 'check_sources', 'flat', 'quarantine', 'read_rows', 'Inspecti
 
 # %% ../nbs/35_rows.ipynb #a75323a1
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from .contract import Checked, Contract, check, labels
 from .display import Table, table
 from .drift import DriftReport, drift_report
 from .errors import ContractError, DataError
+from .infer import undeclared_personal
 from .leakage import LeakageReport, leakage_report
 from .profile import Profile, profile
 from .settings import Settings
@@ -112,12 +113,13 @@ class Inspection:
     checked: Mapping[str, Checked]
     drift: DriftReport          # of the training rows
     leakage: LeakageReport      # from training into test rows
+    undeclared: Mapping[str, str] = field(default_factory=dict) # features that look personal and are not declared so, with why
 
     @property
     def values(self) -> dict[str, float]:
         "Plain numbers by name, as `mlray.gate.judge` takes them."
         bad, every = sum(c.bad.height for c in self.checked.values()), sum(c.bad.height + c.good.height for c in self.checked.values())
-        return {"invalid_share": bad / every, **self.leakage.values, **self.drift.values}
+        return {"invalid_share": bad / every, "undeclared_personal_columns": float(len(self.undeclared)), **self.leakage.values, **self.drift.values}
 
     def contract_table(self) -> Table:
         "One line a broken rule."
@@ -132,4 +134,4 @@ def inspect_rows(
     "Look at rows beside those of an earlier version."
     reference = reference if reference and reference.columns else profile(rows.contract, rows.parts.train)
     drift = drift_report(reference, profile(rows.contract, rows.parts.train, reference))
-    return Inspection(rows.checked, drift, leakage_report(rows.contract, rows.parts.train, rows.parts.test))
+    return Inspection(rows.checked, drift, leakage_report(rows.contract, rows.parts.train, rows.parts.test), undeclared_personal(rows.contract, rows.parts.train))

@@ -267,8 +267,8 @@ def train(
             beside = evaluate_beside(bundle, before, rows.parts.test)
             evaluation, asked = beside.evaluation, rules_of(spec)
             data: dict[str, Found] = {**(inspect_rows(rows, before.profile if before else None).values if asks_of_rows(asked, evaluation) else {}),
-                                      **asked_for(bundle, rows.parts.test, asked), **asked_of_network(bundle, rows.parts.test, asked)}
-            theirs = {**asked_for(before, rows.parts.test, comparing(asked), asks=spec), **asked_of_network(before, rows.parts.test, comparing(asked))} if before else {}
+                                      **asked_for(bundle, rows.parts.test, asked, members=rows.parts.train), **asked_of_network(bundle, rows.parts.test, asked)}
+            theirs = {**asked_for(before, rows.parts.test, comparing(asked), asks=spec, members=rows.parts.train), **asked_of_network(before, rows.parts.test, comparing(asked), incumbent=True)} if before else {}
             verdict = verdict_of(spec, beside, data=data, before=theirs)
             run = Run(register(registry, bundle, {"values": evaluation.scorecard.values, "verdict": verdict.as_dict()}), rows, evaluation, verdict, drift, beside.comparison)
             kept.clear() # finished: the same command would do it all again, and come to the same version

@@ -115,5 +115,5 @@ def shapley(
     if pairs < 2: raise ExplanationError(f"Two pairs at least tell how sure a weight is; {pairs} was asked for.")
     row = checked_row(known.contract, row)
     mine, base, weights, errors, kept, scores, unit = _METHODS[method](score, known, row, words_of(row, digest, "shap", method), pairs, output)
-    said = {n: f"{n} = {v:.6g}" if isinstance(v, float) else known.said(n, v) if v is None or isinstance(v, bool) else f"{n} = {v}" for n, v in row.items()}
+    said = [(n, f"{n} = {v:.6g}" if isinstance(v, float) else known.said(n, v) if v is None or isinstance(v, (bool, list)) else f"{n} = {v if len(str(v)) <= 60 else str(v)[:59] + '…'}") for n, v in row.items()]
     return explanation(f"shap ({method})", mine, base, said, weights, errors, _fidelity(kept, scores, base, weights), unit, len(kept))

@@ -97,7 +97,7 @@ def _check_learning(spec: "RunSpec") -> None:
     for path, dimension in (spec.search.space if spec.search else {}).items(): check_searchable({"model": spec.model, "train": spec.train}, path, dimension)
 
 
-_OF_ROWS = ("invalid_share", "duplicate_share", "single_feature_roc_auc", "moved_share", "unmatched_columns", "population_stability_index", "jensen_shannon_distance", "cramers_v", "kolmogorov_smirnov", "wasserstein_distance",
+_OF_ROWS = ("invalid_share", "undeclared_personal_columns", "duplicate_share", "single_feature_roc_auc", "moved_share", "unmatched_columns", "population_stability_index", "jensen_shannon_distance", "cramers_v", "kolmogorov_smirnov", "wasserstein_distance",
             "outside_difference", "missing_difference", "drift_p_value")
 
 

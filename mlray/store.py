@@ -10,11 +10,14 @@ __all__ = ['write_durably', 'sync_folder', 'Store']
 
 # %% ../nbs/32_store.ipynb #7907fe19
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
+
+from .errors import RegistryError
 
 # %% ../nbs/32_store.ipynb #2d7dedda
 def write_durably(path: Path, data: bytes) -> None:
@@ -37,11 +40,16 @@ class Store:
     "Bytes by digest, on a local folder."
     root: Path
 
-    def path(self, digest: str) -> Path: return self.root / digest[:2] / digest
+    def path(self, digest: str) -> Path:
+        "Where a digest lies. Raises `RegistryError` for what is none."
+        if not re.fullmatch(r"[0-9a-f]{4,128}", digest): raise RegistryError(f"{digest[:80]!r} is no digest: hexadecimal digits in small letters. Nothing was read or written.")
+        return self.root / digest[:2] / digest
 
     def put(self, digest: str, files: Mapping[str, bytes]) -> Path:
         "Keep a folder of files under a digest."
         target = self.path(digest)
+        for name in files:
+            if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > 200: raise RegistryError(f"{name[:80]!r} is no name for a file that is kept: letters, digits, _ . and -, and no dot in front. Nothing was written.")
         if target.is_dir(): return target
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(mkdtemp(prefix=".put-", dir=self.root))

@@ -19,7 +19,7 @@ from torch import nn
 from .adversarial import AdversarialReport, adversarial
 from .bundle import Bundle
 from .errors import ExplanationError
-from .explanation import ATTACKED
+from .explanation import ATTACKED, tolerance_of
 from .features import apply
 from .gradient import native_importance
 from .importance import Importances
@@ -40,18 +40,22 @@ def attacked(
     frame: pl.DataFrame, # checked rows; more columns than the features do no harm
 ) -> AdversarialReport:
     "Rows of a bundle, attacked by FGSM and PGD, with as many threads as it was trained with."
-    if bundle.task.kind != "binary": raise ExplanationError(f"Attacks are for a decision between two; {bundle.name} predicts {bundle.task.kind}. Take flip_rate[fgsm] and flip_rate[pgd] out of its rules.")
     torch.set_num_threads(bundle.spec.train.threads)
-    return adversarial(network_of(bundle), bundle.features, bundle.contract, frame, bundle.threshold)
+    return adversarial(network_of(bundle), bundle.features, bundle.contract, frame, bundle.threshold, task=bundle.task, tolerance=tolerance_of(bundle))
 
 
 def asked_of_network(
     bundle: Bundle,
     frame: pl.DataFrame,    # checked test rows
     rules: Sequence[Rule],
+    incumbent: bool = False, # a version in production, to which others are compared: one that cannot be attacked has no such measures, and a finding says so
 ) -> dict[str, float]: # by measure, as `mlray.gate.judge` takes them
     "What rules ask of attacks; nothing where they do not."
-    return attacked(bundle, frame).values if any(rule.measure in ATTACKED for rule in rules) else {}
+    if not any(rule.measure in ATTACKED for rule in rules): return {}
+    try: return attacked(bundle, frame).values
+    except ExplanationError:
+        if incumbent: return {}
+        raise
 
 
 def own_importances(

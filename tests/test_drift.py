@@ -243,3 +243,23 @@ def test_an_identifier_is_no_leak_and_a_hidden_label_is():
     found = leakage_report(contract, rows(0, 500), rows(1, 300))
     assert found.values["single_feature_roc_auc[code]"] == 1 and found.values["single_feature_roc_auc[gap]"] == 1, "that a value is missing can be the leak"
     assert found.values["single_feature_roc_auc[id]"] == 0.5 and found.values["duplicate_share"] == 0
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=2, max_size=12), st.lists(st.integers(0, 40), min_size=2, max_size=12), st.booleans(), st.integers(0, 1000))
+def test_a_distance_lies_in_its_interval(old, new, numeric, seed):
+    column = Column(type="number") if numeric else Column(type="category")
+    contract = Contract({"x": column})
+    rows = lambda values: pl.DataFrame({"x": [v * 1.0 if numeric else str(v) for v in values]})
+    reference = profile(contract, rows(old))
+    for name, found in distances(reference.columns["x"], profile(contract, rows(new), reference).columns["x"], seed=seed).items(): assert 0 <= found.low <= found.value <= found.high, name
+
+
+@hypothesis_settings(max_examples=100, deadline=None)
+@given(st.integers(0, 5000), st.integers(1, 5000), st.integers(0, 30), st.integers(1, 30))
+def test_few_are_tested_as_fisher_does(n, m, first, second):
+    from scipy.stats import fisher_exact
+
+    from mlray.drift import _fisher
+    rows = np.array([[min(first, n), n - min(first, n)], [min(second, m), m - min(second, m)]])
+    assert _fisher(rows) == pytest.approx(fisher_exact(rows).pvalue, abs=1e-9)

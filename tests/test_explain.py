@@ -20,10 +20,12 @@ from mlray.counterfactual import counterfactual
 from mlray.errors import ContractError, ExplanationError
 from mlray.explain import Explanation, background, keeping, lime_table
 from mlray.explain_image import lime_image, squares
+from mlray.explain_row import lime_row
 from mlray.explain_text import cosine_weights, lime_text
 from mlray.explanation import explain, explain_rows, known_rows, what_if
 from mlray.importance import Summary, permutation_importance, summary
 from mlray.local_line import draws, line, on_grid, words_of
+from mlray.profile import profile
 from mlray.registry import bundle_of, open_registry
 from mlray.shapley import shapley
 
@@ -317,3 +319,83 @@ def test_summary_of_one():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Summary() + summary(why) == summary(why)
+
+
+# rows of texts, pictures, dates
+
+@pytest.fixture(scope="module")
+def shipped_run(tmp_path_factory):
+    "A run of a shipped spec, shortened."
+    from mlray.run import train
+    from mlray.settings import Settings, shipped
+    from mlray.spec import read_spec
+
+    def run_of(name: str):
+        home = tmp_path_factory.mktemp(name)
+        place = Settings(root=home, home=home / "home", tracking="disabled")
+        run = train(read_spec(shipped("configs") / f"{name}.yaml", ["train.epochs=3"]), place)
+        return place, run, bundle_of(open_registry(place), run.version)
+    return run_of
+
+
+@pytest.mark.parametrize(("name", "column"), [("digits", "pixels"), ("docstrings", "text")])
+def test_pictures_and_texts_of_a_bundle_are_explained(shipped_run, name, column):
+    from typer.testing import CliRunner
+
+    from mlray.cli import app
+    from mlray.gate_on_papermill import run_gates
+    place, run, bundle = shipped_run(name)
+    frame = run.rows.parts.test.select(bundle.contract.features)
+    row = frame.row(0, named=True)
+    for known in (known_rows(bundle), known_rows(bundle, run.rows.parts.train)):
+        why = explain(bundle, row, known=known, perturbations=1000)
+        assert why.json() == explain(bundle, row, known=known, perturbations=1000).json() and len(why.reasons) > 5 and set(why.weights) == {column} and why.stability > 0.5
+        assert set(explain(bundle, row, "shap", known, perturbations=100).weights) == {column}
+    other = what_if(bundle, row)
+    assert other.found and other.answers[0] != other.answers[1] and set(other.changes.values()) == {("there", "left out")}
+    said = CliRunner().invoke(app, ["explain", f"{name}/1", json.dumps(row), "--json"], env={"MLRAY_HOME": str(place.home)})
+    assert said.exit_code == 0 and json.loads(said.stdout)["reasons"][0]["feature"] == column
+    if column == "text": return
+    (gate,) = run_gates(open_registry(place), run.version, ["explanation"], place)
+    assert not gate.broken and {f.measure for f in gate.verdict.findings} == {"stability", "fidelity"}
+
+
+def test_a_patch_that_a_picture_hangs_on_is_found():
+    contract = Contract({"picture": Column(type="array", length=64), "t": Column(type="boolean", role="target")})
+    pictures = np.random.default_rng(0).random((400, 64))
+    known = background(contract, pl.DataFrame({"picture": pl.Series(pictures, dtype=pl.Array(pl.Float64, 64))}))
+    for at in (0, 27, 63):
+        why = lime_row(lambda f, at=at: f["picture"].to_numpy()[:, at], known, {"picture": [1.0] * 64})
+        assert why.reasons[0].said.startswith(f"picture[{at // 8}, {at % 8}]") and why.reasons[0].weight > 10 * abs(why.reasons[1].weight)
+
+
+def test_a_long_text_is_taken_in_passages():
+    contract = Contract({"note": Column(type="text"), "t": Column(type="boolean", role="target")})
+    known = background(contract, pl.DataFrame({"note": ["a b", "c"]}))
+    note = " ".join(f"word{i}" for i in range(1000))
+    why = lime_row(lambda f: f["note"].str.contains(r"\bword503\b").to_numpy() * 1.0, known, {"note": note})
+    assert len(why.reasons) == 50 and why.reasons[0].said == "“word500 … word519” is in note" and why.reasons[0].weight > 0.9
+    assert {r.feature for r in why.reasons} == {"note"} and why.weights["note"] == pytest.approx(math.fsum(r.weight for r in why.reasons))
+
+
+@pytest.mark.parametrize("value", [None, "", "…"])
+def test_no_word_is_a_value_like_any_other(value):
+    contract = Contract({"note": Column(type="text", nullable=True), "n": Column(type="number"), "t": Column(type="boolean", role="target")})
+    known = background(contract, pl.DataFrame({"note": ["ill", None, "", "well"] * 25, "n": np.arange(100.0)}))
+    why = lime_row(lambda f: f["note"].is_null().to_numpy() * 1.0, known, {"note": value, "n": 3.0})
+    assert len(why.reasons) == 2 and (abs(why.weights["note"] - 1) < 0.1 if value is None else why.weights["note"] < 0)
+
+
+def test_days_and_times_are_cut_like_numbers():
+    from datetime import date, datetime, timedelta
+    contract = Contract({"day": Column(type="date"), "moment": Column(type="datetime", time_zone="Europe/Berlin"), "local": Column(type="datetime"), "took": Column(type="duration"), "t": Column(type="boolean", role="target")})
+    days = [date(2024, 1, 1) + timedelta(days=i) for i in range(200)]
+    frame = pl.DataFrame({"day": days, "moment": [f"{d}T12:00:00+01:00" for d in days], "local": [datetime(d.year, d.month, d.day) for d in days], "took": [timedelta(minutes=i) for i in range(200)]}).with_columns(pl.col("moment").str.to_datetime(time_zone="Europe/Berlin"))
+    def late(rows): return (rows["day"] > date(2024, 4, 10)).to_numpy() * 0.5 + (rows["took"] > timedelta(minutes=100)).to_numpy() * 0.25
+    row = {"day": "2024-06-30", "moment": "2024-02-01T00:00:00Z", "local": "2024-02-01T00:00:00", "took": "PT7200S"}
+    for known in (background(contract, frame), background(contract, profile(contract, frame))):
+        why = lime_row(late, known, row)
+        assert why.weights["day"] > 0.3 and why.weights["took"] > 0.1 and abs(why.weights["moment"]) < 0.03 and why.reasons[0].said.startswith("day > 2024-0")
+        other = counterfactual(late, known, row, 0.5)
+        assert other.found and set(other.changes) == {"day"} and other.changes["day"] == (date(2024, 6, 30), date(2024, 4, 10)) and json.dumps(other.as_dict())
+        shapley(late, known, row, pairs=20)

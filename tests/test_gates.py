@@ -98,8 +98,8 @@ FORGED = "from IPython.display import display\ndisplay({'application/vnd.mlray.v
 
 @pytest.mark.parametrize(("cells", "reason"), [
     ([GOOD, RESULT], "without a finding"), ([GOOD, FORGED], "cannot be read"), ([GOOD, FORGED.replace("{'measure': 'x'}", "dict(measure='x', rule='', value=1, passed='no', why='')")], "cannot be read"),
-    ([GOOD, "def"], "SyntaxError"), ([GOOD, "import sys; sys.exit(2)"], "SystemExit"), ([GOOD, "from concurrent.futures import ThreadPoolExecutor as T\nlist(T(1).map(int, ['x']))"], "ValueError")],
-    ids=["empty result", "damaged result", "result that says no in words", "syntax", "exit 2", "error in a thread"])
+    ([GOOD, "exit()", "1 + 1"], "asked to leave"), (["quit()", GOOD], "asked to leave"), ([GOOD, "def"], "SyntaxError"), ([GOOD, "import sys; sys.exit(2)"], "SystemExit"), ([GOOD, "from concurrent.futures import ThreadPoolExecutor as T\nlist(T(1).map(int, ['x']))"], "ValueError")],
+    ids=["empty result", "damaged result", "result that says no in words", "exit() that does not stop", "quit() before the result", "syntax", "exit 2", "error in a thread"])
 def test_a_result_alone_is_not_enough(tmp_path, cells, reason):
     run = run_gate(page(tmp_path / "g.ipynb", *cells), {}, timeout=20)
     assert reason in run.broken and not run.verdict.passed
@@ -141,8 +141,52 @@ def test_a_page_keeps_no_secret_and_no_place(tmp_path, monkeypatch):
 
 
 def test_the_same_gate_twice_is_the_same_page(tmp_path):
+    from mlray.gate import results_digest
     path = page(tmp_path / "g.ipynb", GOOD)
-    assert run_gate(path, {}).page == run_gate(path, {}).page
+    first, second = run_gate(path, {}), run_gate(path, {})
+    assert first.page == second.page and results_digest(first.verdict) == results_digest(second.verdict)
+
+
+def test_a_page_too_large_to_keep_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlray.gate_on_papermill._LARGEST", 2**20)
+    run = run_gate(page(tmp_path / "g.ipynb", GOOD, "print('x' * 2_000_000)"), {})
+    assert "larger than 1 MiB" in run.broken and not run.verdict.passed and len(run.page) < 2**20
+
+
+def test_an_output_that_no_notebook_can_hold_is_a_failure(tmp_path):
+    "papermill dies of it when it saves the page."
+    odd = "from IPython.display import display\ndisplay({'application/vnd.vegalite.v6.json': {'mark': 'bar'}, 'text/plain': 7}, raw=True)"
+    run = run_gate(page(tmp_path / "g.ipynb", GOOD, odd), {})
+    assert run.broken and not run.verdict.passed
+
+
+WARM = {"good": ([GOOD], ""), "exits": (["import sys\nsys.exit(0)", GOOD], "left before its last cell"), "dies": (["import os\nos._exit(1)"], "kernel died"), "killed": (["import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"], "kernel died"),
+        "hangs": (["import time\ntime.sleep(60)"], "longer than 2 s"), "raises": ([GOOD, "1 / 0"], "ZeroDivisionError"), "leaves": ([GOOD, "exit()"], "asked to leave"),
+        "alone": (["import os, sys, numpy\nassert 'papermill' not in sys.modules and os.environ['WHERE'] == 'here' and os.environ['POLARS_MAX_THREADS'] == '1'\nnumpy.random.random()", GOOD], "")}
+
+
+def test_every_end_in_a_warm_kernel_and_nothing_left(tmp_path):
+    "One stem for all of them: what one kernel does to itself does nothing to the next."
+    from concurrent.futures import ThreadPoolExecutor
+
+    import psutil
+
+    from mlray.warm_kernels import warm_kernels
+    paths = {name: page(tmp_path / f"{name}.ipynb", *cells) for name, (cells, _) in WARM.items()}
+    with warm_kernels() as kind, ThreadPoolExecutor(3) as pool:
+        runs = dict(zip(paths, pool.map(lambda path: run_gate(path, {}, 2 if path.stem == "hangs" else 120, environment={"WHERE": "here"}, kind=kind), paths.values()), strict=True))
+        stem = next(p for p in psutil.Process().children() if "warm_kernels" in " ".join(p.cmdline()))
+    for name, (_, reason) in WARM.items(): assert (reason in runs[name].broken if reason else not runs[name].broken) and runs[name].verdict.passed == (not reason), (name, runs[name].broken)
+    assert not stem.is_running() or stem.status() == psutil.STATUS_ZOMBIE
+    assert run_gate(paths["good"], {}).page == runs["good"].page, "a page does not show how its kernel was started"
+
+
+def test_a_stem_that_dies_takes_no_verdict_with_it(tmp_path):
+    from mlray.warm_kernels import warm_kernels
+    kill = "import os, signal, time\nos.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(30)"
+    with warm_kernels() as kind:
+        first, after = (run_gate(page(tmp_path / f"{n}.ipynb", *cells), {}, kind=kind) for n, cells in (("kills", [GOOD, kill]), ("after", [GOOD])))
+    assert "kernel died" in first.broken and "starts kernels has died" in after.broken and not first.verdict.passed and not after.verdict.passed
 
 
 @pytest.fixture
@@ -218,6 +262,33 @@ def test_reports_point_at_the_cell_and_are_read_by_others(tmp_path):
     files = write_reports(runs, "a/1", tmp_path)
     shown = files["index"].read_text()
     assert "a/1: failed" in shown and all((tmp_path / f"{n}.html").stat().st_size > 500 and f"{n}.html" in shown for n in suites)
+
+
+def test_junit_is_read_by_those_who_read_pytests(tmp_path):
+    "By junitparser, beside a report that pytest has written of itself: the same elements, and none that the reader does not know."
+    import subprocess
+    import sys
+
+    from junitparser import Failure, JUnitXml
+
+    from mlray.gate import Finding, Verdict
+    from mlray.gate_on_papermill import GateRun
+    from mlray.gate_report import junit
+    runs = [GateRun("quality", Verdict((Finding("roc_auc", "at least 0.8", 0.7, False, "0.7 is below 0.8"), Finding("accuracy", "at least 0.5", 0.6, True, "kept"))), b"{}", 1.5),
+            GateRun("data", Verdict((Finding("moved_share", "at most 0.25", 0.5, False, "moved", "ada until 2030-01-01: known"),)), b"{}", 2.0), GateRun("empty", Verdict(()), b"{}", 0.1, "it shows no verdict")]
+    (tmp_path / "gates.xml").write_bytes(junit(runs, "a/1"))
+    (tmp_path / "test_x.py").write_text("def test_a(record_property):\n    record_property('x', 1)\n    assert False\ndef test_b(): pass\n")
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(tmp_path), f"--junitxml={tmp_path / 'pytest.xml'}", str(tmp_path / "test_x.py")], capture_output=True, cwd=tmp_path)
+    ours, theirs = (JUnitXml.fromfile(str(tmp_path / f"{n}.xml")) for n in ("gates", "pytest"))
+    suites = {s.name: s for s in ours}
+    assert {n: (s.tests, s.failures, s.errors) for n, s in suites.items()} == {"quality": (2, 1, 0), "data": (1, 0, 0), "empty": (1, 1, 0)}
+    assert sum(len(list(s)) for s in ours) == 4 and suites["quality"].time == 1.5
+    failed = [case for suite in ours for case in suite if any(isinstance(r, Failure) for r in case.result)]
+    assert [c.classname for c in failed] == ["gate.quality", "gate.empty"] and failed[0].result[0].message == "0.7 is below 0.8"
+    assert {p.name: p.value for p in suites["quality"].properties()}["roc_auc"] == "0.7"
+    def elements(tree): return {e.tag for e in tree.iter()}
+    import xml.etree.ElementTree as xml
+    assert elements(xml.parse(tmp_path / "gates.xml")) <= elements(xml.parse(tmp_path / "pytest.xml")) | {"properties", "property", "system-out"} and len(list(theirs)) == 1
 
 
 def test_a_report_survives_what_a_gate_may_say(tmp_path):

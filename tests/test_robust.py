@@ -1,5 +1,6 @@
 """Robustness: only lawful rows are scored, flips are counted right, attacks stay within bounds, and gates judge all of it."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -193,3 +194,14 @@ def test_a_run_and_the_gates_judge_the_same(diabetes, tmp_path):
 
 
 def _patient(): return {"age": 50, "sex": "group 1", "bmi": 25.0, "blood_pressure": 90.0, "total_cholesterol": 190.0, "ldl": 120.0, "hdl": 50.0, "cholesterol_ratio": 4.0, "triglycerides_log": 4.6, "glucose": 90.0}
+
+
+def test_an_incumbent_without_a_gradient_is_a_finding(bundle, trained):
+    from mlray.errors import ExplanationError
+    from mlray.gate import judge
+    from mlray.white_box import asked_of_network
+    trees = replace(bundle, spec=bundle.spec.model_copy(update={"model": bundle.spec.model.model_copy(update={"estimator": "sklearn.ensemble:HistGradientBoostingClassifier"})}))
+    frame, rules = trained[1].rows.parts.test.head(20), [Rule(metric="flip_rate[pgd]", within=0.1)]
+    with pytest.raises(ExplanationError, match="no gradient"): asked_of_network(trees, frame, rules)
+    (finding,) = judge(asked_of_network(bundle, frame, rules), rules, asked_of_network(trees, frame, rules, incumbent=True)).findings
+    assert not finding.passed and "production has no such measure" in finding.why

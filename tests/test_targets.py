@@ -11,10 +11,12 @@ from fastcore.test import expect_fail
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from mlray.access import new_key
+from mlray.adversarial import adversarial
 from mlray.bundle import decide, load_bundle, pack, predict
 from mlray.contract import Contract, labels
 from mlray.errors import BundleError, DataError, MlrayError, SpecError, TrainingError
 from mlray.evaluation import evaluate, read_candidate
+from mlray.explanation import Wish, explain, output_of, shaken, tolerance_of, what_if
 from mlray.gaps import class_terms, gap_report, label_terms
 from mlray.gate import less_is_better
 from mlray.loss import loss_of, pinball, row_weights, valid_loss
@@ -31,6 +33,7 @@ from mlray.service import Served, Service
 from mlray.settings import Settings, shipped
 from mlray.spec import parse_spec, read_spec
 from mlray.task import BINARY, Task
+from mlray.white_box import attacked, network_of
 
 KINDS = ("multiclass", "multilabel", "regression", "quantile")
 FEATURES = """
@@ -469,3 +472,61 @@ def test_what_needs_probabilities_of_two_classes_refuses_others(runs):
     bundle, test = bundle_of_run(settings, run), run.rows.parts.test
     values = predict(bundle, test, test.height)
     with expect_fail(MlrayError, contains="two classes only"): estimate(values, values > 150)
+
+
+# Why, what if, and how fragile: asked of every target.
+
+WISHES = {"multiclass": ("fast", None), "multilabel": ("high_glucose", None), "regression": (None, 200.0), "quantile": (None, 200.0)}
+
+
+def decision(bundle, row, schema): return decide(bundle, predict(bundle, pl.DataFrame([row], schema=schema), 1))[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_answer_is_explained_and_could_be_another(runs, kind):
+    settings, run = runs(kind)
+    bundle, frame = bundle_of_run(settings, run), run.rows.parts.test
+    features = frame.select(bundle.contract.features)
+    answer, least = WISHES[kind]
+    wish, found = Wish(answer, least), []
+    for row in features.head(6).iter_rows(named=True):
+        why = explain(bundle, row, perturbations=400)
+        place = output_of(bundle, row)
+        scores = predict(bundle, pl.DataFrame([row], schema=features.schema), 1).reshape(-1)
+        assert abs(why.score - scores[place or 0]) < 1e-3 * max(1, abs(why.score)) and set(why.weights) == set(bundle.contract.features)
+        before = decision(bundle, row, features.schema)
+        try: other = what_if(bundle, row, wish=wish)
+        except MlrayError as error:
+            assert "what was wished already" in str(error) and (before >= least if least else before == task_column(kind).values.index(answer) if kind == "multiclass" else False)
+            continue
+        if not other.found: continue
+        after = decision(bundle, row | {n: new for n, (_, new) in other.changes.items()}, features.schema)
+        label = {"multilabel": lambda d: d[1]}.get(kind, lambda d: d)
+        assert after >= least if least else label(after) == 2 if kind == "multiclass" else label(after) != label(before)
+        assert not {"age", "sex"} & set(other.changes) and other.answers[0] != other.answers[1]
+        found.append(other)
+    assert found and json.dumps(found[0].as_dict()) and "would be" in found[0].sentence
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_answer_can_be_attacked(runs, kind):
+    settings, run = runs(kind)
+    bundle, frame = bundle_of_run(settings, run), run.rows.parts.test
+    report = adversarial(network_of(bundle), bundle.features, bundle.contract, frame, bundle.threshold, (0.02, 0.5), bundle.task, tolerance_of(bundle))
+    for method in ("fgsm", "pgd"): assert report.cells[method, 0.02].flipped <= report.cells[method, 0.5].flipped > 0
+    noisy = shaken(bundle, frame)
+    assert report.cells["pgd", 0.5].flip_rate.value > noisy.values["flip_rate[noise]"] >= 0 and attacked(bundle, frame).values.keys() == {"flip_rate[fgsm]", "flip_rate[pgd]"}
+
+
+def test_a_wish_that_makes_no_sense_is_a_letter(runs):
+    for kind, wish, letter in [("regression", Wish(), "at least, or at most"), ("multiclass", Wish(at_least=3.0), "predicts no number"), ("multiclass", Wish("fsat"), "Did you mean 'fast'"), ("regression", Wish(at_least=-1e9), "wished already")]:
+        settings, run = runs(kind)
+        bundle = bundle_of_run(settings, run)
+        with expect_fail(MlrayError, contains=letter): what_if(bundle, run.rows.parts.test.select(bundle.contract.features).row(0, named=True), wish=wish)
+
+
+def test_the_gates_of_a_number_speak_of_it(runs):
+    from mlray.gate_on_papermill import run_gates
+    settings, run = runs("regression")
+    done = {g.gate: g for g in run_gates(open_registry(settings), run.version, ["explanation", "robustness"], settings)}
+    assert not any(g.broken for g in done.values()) and b"would be" in done["explanation"].page and {f.measure for f in done["robustness"].verdict.findings} == {"flip_rate[noise]"}
