@@ -44,6 +44,7 @@ Modules:
 - `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
 - `mlray.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
 - `mlray.gaps`: How far groups are apart, where answers are classes, labels or numbers
+- `mlray.garbage`: Bytes that no row names any more, taken away without taking a live one
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
 - `mlray.gate_page`: An executed notebook as proof: what it says, where it broke, and what of it may be kept

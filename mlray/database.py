@@ -155,6 +155,19 @@ class Database:
         "The chain, oldest first."
         return [Entry(**r._mapping) for r in connection.execute(EVENTS.select().order_by(EVENTS.c.seq))]
 
+    def named(self, connection: Connection) -> set[str]:
+        "Every digest that stands in a text column of any table, of those too that this code does not know."
+        found, tables = set[str](), sa.MetaData()
+        tables.reflect(connection)
+        for column in (c for t in tables.sorted_tables for c in t.columns if isinstance(c.type, sa.String)):
+            found |= set(connection.execute(sa.select(column).where(sa.func.length(column) == 64).distinct()).scalars())
+        return found
+
+    @property
+    def neighbours(self) -> list[str]:
+        "The anchors of other registries whose bytes lie in the same folder."
+        return sorted(p.stem for p in self.folder.glob("*.anchor") if p != self._anchor)
+
     def anchors(self) -> tuple[Anchor, ...]:
         "The heads that were noted here."
         return _anchors(self._anchor)

@@ -145,10 +145,10 @@ def register(
     results: Mapping[str, Any], # measures and verdict of its run; JSON values
 ) -> Version:
     "Give a bundle the next number of its name, or the one it has."
-    registry.store.put(bundle.digest, {p.name: p.read_bytes() for p in bundle.path.iterdir()})
-    load_bundle(registry.store.path(bundle.digest), bundle.digest)
+    registry.store.put(bundle.digest, files := {p.name: p.read_bytes() for p in bundle.path.iterdir()})
     mine = (VERSIONS.c.name == bundle.name, VERSIONS.c.digest == bundle.digest)
     with registry.database.change() as c:
+        load_bundle(registry.store.put(bundle.digest, files), bundle.digest)
         row = c.execute(VERSIONS.select().where(*mine)).first()
         if row is None:
             number = 1 + (c.execute(VERSIONS.select().with_only_columns(VERSIONS.c.number).where(mine[0]).order_by(VERSIONS.c.number.desc()).limit(1)).scalar() or 0)
@@ -171,6 +171,7 @@ def add_evidence(
     digest, created = hashlib.sha256(page).hexdigest(), registry._now().isoformat()
     registry.store.put(digest, {f"{gate}.ipynb": page})
     with registry.database.change() as c:
+        registry.store.put(digest, {f"{gate}.ipynb": page}) # inside the lock once more, as above
         c.execute(EVIDENCE.insert().values(digest=found.digest, gate=gate, passed=verdict.passed, verdict=verdict.as_dict(), page=digest, created=created))
         registry._log(c, "gate", str(found), digest=found.digest, gate=gate, passed=verdict.passed, page=digest)
     return Evidence(found.digest, gate, verdict, digest, created)
