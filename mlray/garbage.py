@@ -11,15 +11,20 @@ __all__ = ['GRACE', 'Garbage', 'collect_garbage']
 # %% ../nbs/33e_garbage.ipynb #b98a09cd
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
+from .database import digests_named
 from .display import Table, table
 from .errors import RegistryError, Unavailable
 from .registry import Registry
-from .store import Blob, erase, old_blobs, put_aside
+from .store import Blob, old_blobs
 
 # %% ../nbs/33e_garbage.ipynb #c627eb5a
 GRACE = 24.0 # hours that bytes are left alone in any case
+
+
+def _said(blob: Blob) -> str: return datetime.fromtimestamp(blob.time, UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -33,22 +38,22 @@ class Garbage:
 
     def as_dict(self) -> dict[str, Any]:
         "JSON values."
-        return {"taken": self.taken, "bytes": self.size, "blobs": [{"digest": b.digest, "path": b.path.name, "bytes": b.size, "hours": round(b.age / 3600, 1)} for b in self.blobs]}
+        return {"taken": self.taken, "bytes": self.size, "blobs": [{"digest": b.digest, "path": b.path.name, "bytes": b.size, "put": _said(b)} for b in self.blobs]}
 
     def table(self) -> Table:
         "One line a blob."
         said = f"{len(self.blobs)} blobs that nothing names, {self.size:,} bytes, {'taken away' if self.taken else 'still there'}"
-        return table(["blob", "bytes", "hours old"], [(b.digest[:16] or f"never whole ({b.path.name})", b.size, round(b.age / 3600, 1)) for b in self.blobs], said)
+        return table(["blob", "bytes", "put"], [(b.digest[:16] or f"never whole ({b.path.name})", b.size, _said(b)) for b in self.blobs], said)
 
 # %% ../nbs/33e_garbage.ipynb #d42a7cb1
 def _take(registry: Registry, some: Sequence[Blob], grace: float) -> list[Blob]:
     "Take the names of blobs away that are still not needed; the bytes follow once that is kept."
     with registry.database.change() as c:
-        still = {b.path for b in old_blobs(registry.store, registry.database.named(c), grace, [b.path for b in some])}
+        still = {b.path for b in old_blobs(registry.store, digests_named(c), grace, [b.path for b in some])}
         mine = [b for b in some if b.path in still]
         if whole := [b.digest for b in mine if b.digest]: registry._log(c, "gc", "store", digests=whole, bytes=sum(b.size for b in mine))
-        aside = [put_aside(registry.store, b) for b in mine]
-    for path in aside: erase(path)
+        aside = [registry.store.put_aside(b) for b in mine]
+    for path in aside: registry.store.erase(path)
     return mine
 
 
@@ -60,8 +65,8 @@ def collect_garbage(
 ) -> Garbage:
     "Take away bytes that no row names. Raises `RegistryError` where other registries keep theirs in the same place."
     if not hours >= 0: raise RegistryError(f"{hours:g} hours of grace are not understood; give 0 or more. {GRACE:g} is usual.")
-    if others := registry.database.neighbours: raise RegistryError(f"The bytes in {registry.store.root} are those of {' and '.join(others)}, too, and what only they name would be lost. Give each registry a home of its own, or leave the bytes where they are.")
-    with registry.database.change() as c: named = registry.database.named(c)
+    if others := [*registry.database.neighbours, *registry.store.neighbours()]: raise RegistryError(f"The bytes in {registry.store.root} are those of {' and '.join(others)}, too, and what only they name would be lost. Give each registry a home of its own, or leave the bytes where they are.")
+    with registry.database.change() as c: named = digests_named(c)
     found = old_blobs(registry.store, named, hours * 3600)
     if dry_run: return Garbage(found, False)
     try: return Garbage(tuple(b for at in range(0, len(found), at_once) for b in _take(registry, found[at:at + at_once], hours * 3600)), True)

@@ -28,7 +28,7 @@ from .display import Table, table
 from .errors import Conflict, RegistryError, suggest
 from .gate import Verdict
 from .settings import Settings
-from .store import Store
+from .store import open_store
 
 # %% ../nbs/33_registry.ipynb #1ceae42a
 @dataclass(frozen=True)
@@ -81,11 +81,12 @@ class Registry:
         actor: str | None = None,                   # who acts; default: the user of this process
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         policy: Policy = Policy(),
+        bytes_url: str = "",                        # where the bytes are kept, such as s3://bucket/folder; empty: in the folder
     ):
-        self.store, self.actor, self._now, self.policy = Store(Path(store)), actor or _user(), now, policy
+        self.store, self.actor, self._now, self.policy = open_store(Path(store), bytes_url, hashlib.sha256(url.rpartition("@")[2].encode()).hexdigest()[:16]), actor or _user(), now, policy
         try:
             self.store.root.mkdir(parents=True, exist_ok=True)
-            self.database = Database(url, self.store.root.parent)
+            self.database = Database(url, Path(store).parent)
         except OSError as error: raise RegistryError(f"The registry cannot be opened: {error}.") from error
 
     def _log(self, connection: Connection, action: str, about: str, **details: Any) -> None:
@@ -97,7 +98,7 @@ def open_registry(
     actor: str | None = None, # who acts; default: the user of this process
 ) -> Registry:
     "The registry of an environment, made if it is not there."
-    return Registry(settings.registry_url, settings.home / "store", actor, policy=Policy(settings.gates, settings.evidence_hours, settings.separate_promoter))
+    return Registry(settings.registry_url, settings.home / "store", actor, policy=Policy(settings.gates, settings.evidence_hours, settings.separate_promoter), bytes_url=settings.store)
 
 # %% ../nbs/33_registry.ipynb #b93922e6
 def _version(row: Any, aliases: Sequence[str] = ()) -> Version: return Version(**row._mapping, aliases=tuple(aliases))

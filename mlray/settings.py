@@ -28,6 +28,7 @@ class Settings(BaseModel):
     root: Path = Path(".")                  # the folder of settings.ini
     home: Path = Path(".mlray")             # registry, store, runs, gates, quarantine, downloads
     registry: str = ""                      # SQLAlchemy URL; empty: SQLite in `home`
+    store: str = ""                         # where bytes are kept: a URL such as s3://bucket/folder; empty: in `home`
     data: Path | None = None                # a folder that is looked in first for data files (MLRAY_DATA)
     gates: tuple[str, ...] = ("quality", "fairness") # whose passed verdict a promotion asks for
     evidence_hours: Annotated[float, Field(gt=0)] | None = None # how old that verdict may be; empty: any age

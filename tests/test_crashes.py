@@ -1,12 +1,15 @@
 """Whoever dies while the registry writes, nothing that was acknowledged is lost: kill -9 at named points and at random instants, a full disk, a clock that is off. `-m chaos` runs it in full."""
 import os
 import random
+import shutil
 import signal
 import sqlite3
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -17,12 +20,15 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+import mlray.garbage
 from mlray.audit import Entry
 from mlray.bundle import load_bundle
-from mlray.errors import MlrayError
+from mlray.database import HEAD
+from mlray.errors import MlrayError, RegistryError, Unavailable
 from mlray.garbage import collect_garbage
 from mlray.ledger import audit
 from mlray.registry import (
+    Policy,
     Registry,
     Version,
     add_evidence,
@@ -35,8 +41,9 @@ from mlray.registry import (
     rollback,
     versions,
 )
+from mlray.store import Store
 from tests.postgres import postgres
-from tests.test_registry import PASSED, POLICY, tiny
+from tests.test_registry import FAILED, GOLDEN, PASSED, POLICY, tiny
 
 CHILDREN = get_context("forkserver") # one clean process that has imported everything and used nothing; a child of it starts in milliseconds
 CHILDREN.set_forkserver_preload(["tests.test_crashes"])
@@ -120,7 +127,7 @@ def arm(point: Point) -> None:
         setattr(place, name, replaced)
 
 
-ROW, SEAL, NOTE, ANCHOR = "sql:INSERT INTO events", "commit", "mlray.database:Database._note", "os:write"
+ROW, SEAL, NOTE, ANCHOR = "sql:INSERT INTO events", "commit", "mlray.database:_note", "os:write"
 
 
 def written(does: str, *tables: str) -> list[Point]:
@@ -135,14 +142,14 @@ POINTS = [
     Point("open: before the key has its name", "open", "os:link"), Point("open: after the key has its name", "open", "os:link", "after"),
     *(Point(f"open: {side} the table {t}", "open", f"sql:CREATE TABLE {t}", side) for t in ("versions", "aliases", "moves") for side in ("before", "after")),
     Point("open: before the schema's number", "open", "sql:alembic_version", "before", 3), Point("open: before the commit", "open", SEAL), Point("open: after the commit", "open", "mlray.database:Database.log", kept=True),
-    Point("register: before its bytes", "register", "mlray.store:Store._put"), Point("register: half a file", "register", FILE, "half"), Point("register: half its third file", "register", FILE, "half", 3),
+    Point("register: before its bytes", "register", "mlray.store:_put"), Point("register: half a file", "register", FILE, "half"), Point("register: half its third file", "register", FILE, "half", 3),
     Point("register: after one file", "register", FILE, "after"), Point("register: after its files", "register", FILE, "after", 5), Point("register: before its bytes have their name", "register", NAME),
     Point("register: after its bytes have their name", "register", NAME, "after"), Point("register: before the last sync", "register", "mlray.store:sync_folder", "before", 3),
     Point("register: inside the lock", "register", "mlray.registry:load_bundle"), *written("register", "INSERT INTO versions"),
     Point("gate: half its page", "gate", FILE, "half"), Point("gate: after its page", "gate", NAME, "after"), *written("gate", "INSERT INTO evidence"),
     *written("promote", "UPDATE aliases", "INSERT INTO moves"), Point("rollback: before it reads the bytes", "rollback", "mlray.registry:load_bundle"), *written("rollback", "UPDATE aliases", "INSERT INTO moves"),
-    *written("retire", "UPDATE versions"), Point("gc: before a name is gone", "gc", "mlray.garbage:put_aside", kept=False), Point("gc: after one name is gone", "gc", "mlray.garbage:put_aside", "after"),
-    *written("gc"), Point("gc: before the bytes are gone", "gc", "mlray.garbage:erase", kept=True), Point("gc: after some bytes are gone", "gc", "mlray.garbage:erase", "after", kept=True)]
+    *written("retire", "UPDATE versions"), Point("gc: before a name is gone", "gc", "mlray.store:Store.put_aside", kept=False), Point("gc: after one name is gone", "gc", "mlray.store:Store.put_aside", "after"),
+    *written("gc"), Point("gc: before the bytes are gone", "gc", "mlray.store:Store.erase", kept=True), Point("gc: after some bytes are gone", "gc", "mlray.store:Store.erase", "after", kept=True)]
 
 
 # --- what is done --------------------------------------------------------------------------------------------------
@@ -275,7 +282,7 @@ def write_on(url: str, home: Path, seed: int, said: Connection) -> None:
         if what == "gc" and rng.random() < 0.5: registry.store.put(rng.randbytes(32).hex(), {"a": b"never registered"})
         try: said.send(("done", do(registry, what, **given)))
         except (MlrayError, IndexError): said.send(("refused", what)) # nothing to go back to, in use, nothing yet
-    
+
 
 def heard(pipe: Connection) -> list[Any]:
     "Everything that a child had said before it died."
@@ -320,8 +327,250 @@ def repeated(acknowledged: Counter, entries: tuple[Entry, ...]) -> Counter:
     return Counter({a: n for a, n in acknowledged.items() if a in before})
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(1000, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("kills", [6, pytest.param(1000, marks=pytest.mark.chaos)])
 def test_random_instants(fresh, kills):
     counted = kill_at_random(fresh, kills, each=25, seed=20261121)
     print(dict(counted))
     assert counted["kills"] == kills and counted["acknowledged"] > 0 and counted["lost"] == 0 and counted["unanswered"] <= 2 * kills
+
+
+# --- garbage -------------------------------------------------------------------------------------------------------
+
+def test_garbage_is_what_nobody_names(fresh):
+    url, home = fresh()
+    registry = opened(url, home)
+    v = register(registry, tiny(home / "made", 1), {})
+    page = add_evidence(registry, v, "quality", PASSED, b"{}").page
+    promote(registry, v)
+    second = register(registry, tiny(home / "made", 2), {})
+    retire(registry, second, "slow")
+    orphan = registry.store.put("ab" * 32, {"a": b"1", "b": b"22"})
+    half = registry.store.root / ".put-killed"
+    half.mkdir()
+    for old in (orphan, half, registry.store.path(v.digest), registry.store.path(page)): os.utime(old, (1e9, 1e9))
+    young = registry.store.put("cd" * 32, {"a": b"1"})
+    looked = collect_garbage(registry, dry_run=True)
+    assert {b.path for b in looked.blobs} == {orphan, half} and looked.size == 3 and not looked.taken and orphan.is_dir()
+    assert {b.path for b in collect_garbage(registry).blobs} == {orphan, half} and young.is_dir() and not orphan.exists() and not half.exists()
+    assert not collect_garbage(registry).blobs and [told(e) for e in whole(registry, url)][-1] == ("gc", "store", ["ab" * 32])
+    assert [b.digest for b in collect_garbage(registry, hours=0).blobs] == ["cd" * 32] and len(list(registry.store.root.glob("??/*"))) == 3
+    (home / "other.anchor").write_text("")
+    with pytest.raises(RegistryError, match="those of other, too"): collect_garbage(registry, hours=0)
+    with pytest.raises(RegistryError, match="give 0 or more"): collect_garbage(registry, hours=-1)
+
+
+def test_bytes_that_are_named_while_garbage_is_collected_stay(fresh, monkeypatch):
+    url, home = fresh()
+    mine, theirs = opened(url, home), opened(url, home, "grace")
+    one, two, three = (tiny(home / "made", seed) for seed in (1, 2, 3))
+    for b in (one, two): mine.store.put(b.digest, {p.name: p.read_bytes() for p in b.path.iterdir()})
+    real, met = mlray.garbage._take, []
+
+    def late(*args: Any) -> Any: # what was found to be garbage is registered before it is taken
+        met.append(register(theirs, one, {}))
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlray.garbage._take", late)
+        assert [b.digest for b in collect_garbage(mine, hours=0).blobs] == [two.digest] and met
+    put, took = Store.put, []
+
+    def early(store: Store, digest: str, files: Any) -> Path: # bytes that were put are taken before they are named
+        path = put(store, digest, files)
+        if not took: took.append(collect_garbage(mine, hours=0))
+        return path
+
+    monkeypatch.setattr(Store, "put", early)
+    assert register(theirs, three, {}).number == 2 and [b.digest for b in took[0].blobs] == [three.digest]
+    whole(mine, url)
+    took.clear()
+    page = add_evidence(theirs, versions(mine)[0], "quality", PASSED, b"page").page
+    assert [b.digest for b in took[0].blobs] == [page] and whole(mine, url)
+
+
+def collect_when_told(url: str, home: Path, said: Connection) -> None:
+    registry, taken = opened(url, home, "sweeper"), 0
+    said.send("ready")
+    while said.recv() == "now":
+        taken += sum(bool(b.digest) for b in collect_garbage(registry, hours=0).blobs)
+        said.send(taken)
+
+
+@pytest.mark.parametrize("rounds", [5, pytest.param(300, marks=pytest.mark.chaos)])
+def test_registrations_race_with_collection(fresh, rounds):
+    "Each registration begins together with a collection that leaves nothing alone for being young."
+    url, home = fresh()
+    registry, bundles = opened(url, home), [tiny(home / "made", seed) for seed in range(rounds)]
+    here, there = CHILDREN.Pipe()
+    sweeper = CHILDREN.Process(target=collect_when_told, args=(url, home, there))
+    sweeper.start()
+    assert here.recv() == "ready"
+    for at, bundle in enumerate(bundles):
+        for garbage in (f"{at + 1:064x}", bundle.digest): registry.store.put(garbage, {p.name: p.read_bytes() for p in bundle.path.iterdir()}) # somebody died before it was registered
+        here.send("now")
+        add_evidence(registry, register(registry, bundle, {}), "quality", PASSED, f"{at}".encode())
+        taken = here.recv()
+    here.send("stop")
+    sweeper.join()
+    print({"registered": rounds, "taken": taken})
+    assert sweeper.exitcode == 0 and taken + len(collect_garbage(registry, hours=0).blobs) >= rounds and len(versions(registry)) == rounds and whole(registry, url)
+
+
+# --- bytes behind a URL --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[tuple[str, Any]]:
+    "The URL of a folder in a bucket, and a client to look at it."
+    pytest.importorskip("moto", reason="pip install 'mlray[dev]'")
+    import logging
+
+    import boto3
+    from moto.server import ThreadedMotoServer
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}.items(): environment.setenv(name, value)
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+        client.create_bucket(Bucket="blobs")
+        yield "s3://blobs/models", client
+    server.stop()
+
+
+def keys(client: Any) -> set[str]: return {o["Key"].removeprefix("models/") for o in client.list_objects_v2(Bucket="blobs").get("Contents", []) if not o["Key"].endswith("/")}
+
+
+def test_bytes_in_a_bucket(bucket, tmp_path, monkeypatch):
+    url, client = bucket
+    database = f"sqlite:///{tmp_path}/shared/registry.db"
+    at = lambda name: Registry(database, tmp_path / name / "store", name, policy=POLICY, bytes_url=url)
+    monkeypatch.setenv("MLRAY_AUDIT_KEY", "k" * 32)
+    ada, grace = at("ada"), at("grace")
+    v = register(ada, tiny(tmp_path, 1), {})
+    page = add_evidence(ada, v, "quality", PASSED, b"page").page
+    assert not list(grace.store.root.iterdir()) and bundle_of(grace, v).digest == v.digest, "another machine fetches what it reads"
+    assert (grace.store.path(page) / "quality.ipynb").read_bytes() == b"page" and promote(grace, v) == 1
+    grace.store.put("cd" * 32, {"a": b"never registered"})
+    client.put_object(Bucket="blobs", Key=f"models/ef/{'ef' * 32}/model.onnx", Body=b"half a blob")
+    assert not collect_garbage(ada).blobs and [b.digest for b in collect_garbage(ada, hours=0).blobs] == ["cd" * 32]
+    assert {k.split("/")[1] for k in keys(client) if k[0] != "."} == {v.digest, page, "ef" * 32}
+    client.delete_object(Bucket="blobs", Key=f"models/{v.digest[:2]}/{v.digest}/model.onnx") # somebody took a file of it
+    far = at("edsger")
+    assert not far.store.path(v.digest).exists()
+    assert register(ada, tiny(tmp_path / "again", 1), {}).number == 1 and bundle_of(far, v).digest == v.digest, "what is not whole is put again"
+    other = Registry(f"sqlite:///{tmp_path}/other/registry.db", tmp_path / "other/store", policy=POLICY, bytes_url=url)
+    register(other, tiny(tmp_path, 2), {})
+    with pytest.raises(RegistryError, match="what only they name would be lost"): collect_garbage(ada, hours=0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    before = len(versions(ada))
+    with pytest.raises(Unavailable, match="could not be used"): register(at("barbara"), tiny(tmp_path, 3), {})
+    assert len(versions(ada)) == before
+    with pytest.raises(RegistryError, match="Give a folder, or a URL"): Registry(database, tmp_path / "x/store", bytes_url="ftpx://nowhere/x")
+
+
+# --- migrations ----------------------------------------------------------------------------------------------------
+
+def dumped(url: str) -> dict[str, Any]:
+    "Everything in a database, its tables and their columns included."
+    engine, tables = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://")), sa.MetaData()
+    with engine.connect() as c:
+        tables.reflect(c)
+        found = {t.name: ([x.name for x in t.columns], sorted(map(repr, c.execute(t.select())))) for t in tables.sorted_tables}
+    engine.dispose()
+    return found
+
+
+def of_the_first_schema(url: str, home: Path) -> None:
+    "The golden database of schema 0001, in a database of either kind."
+    home.mkdir(parents=True)
+    with sqlite3.connect(home / "golden.db") as golden: golden.executescript((GOLDEN / "registry_0001.sql").read_text())
+    golden.close()
+    if url.startswith("sqlite"): return shutil.copy(home / "golden.db", url.removeprefix("sqlite:///")) and None
+    source, target, tables = sa.create_engine(f"sqlite:///{home}/golden.db"), sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://")), sa.MetaData()
+    with source.connect() as a, target.begin() as b:
+        tables.reflect(a)
+        tables.create_all(b)
+        for t in tables.sorted_tables:
+            if rows := [r._asdict() for r in a.execute(t.select())]: b.execute(t.insert(), rows)
+    for engine in (source, target): engine.dispose()
+
+
+def open_and_die(url: str, home: Path, nth: int) -> None:
+    arm(Point("", "open", "sql:", nth=nth))
+    opened(url, home)
+
+
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.chaos)])
+def test_a_migration_killed_half_way_has_not_been(fresh, step):
+    url, home = fresh()
+    of_the_first_schema(url, home)
+    before, kills = dumped(url), 0
+    for nth in range(2, 1000, step):
+        process = CHILDREN.Process(target=open_and_die, args=(url, home, nth))
+        process.start()
+        process.join()
+        if process.exitcode == 0: break
+        assert process.exitcode == -signal.SIGKILL and dumped(url) == before, f"half migrated, at statement {nth}"
+        kills += 1
+    print({"kills": kills})
+    registry = opened(url, home)
+    assert kills >= 30 // step and dumped(url)["alembic_version"] == (["version_num"], [repr((HEAD,))]) and not audit(registry).faults and [v.number for v in versions(registry)] == [2, 1]
+
+
+# --- no room, and no time ------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    if os.geteuid() != 0: pytest.skip("mounting a small disk needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)], capture_output=True).returncode: pytest.skip("mount is not allowed here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_is_a_letter_and_changes_nothing(small_disk, tmp_path):
+    url = f"sqlite:///{small_disk}/registry.db"
+    registry = opened(url, small_disk)
+    for seed in (1, 2): add_evidence(registry, register(registry, tiny(tmp_path, seed), {}), "quality", PASSED, b"{}")
+    second, first = versions(registry)
+    promote(registry, first)
+    bundle, filler, letters = tiny(tmp_path, 3), small_disk / "filler", Counter()
+    changes = [lambda: register(registry, bundle, {}), lambda: add_evidence(registry, first, "quality", FAILED, b"another page"), lambda: promote(registry, second), lambda: retire(registry, second, "w" * 9000)]
+    before = whole(registry, url)
+    for left in range(0, 5):
+        for change in changes:
+            filler.write_bytes(bytes(max(shutil.disk_usage(small_disk).free // 4096 - left, 0) * 4096))
+            try: change()
+            except Unavailable as error: letters[str(error).split(" ")[1]] += 1
+            else: letters["done"] += 1
+            filler.unlink()
+            after = whole(registry, url)
+            assert after[:len(before)] == before and len(after) - len(before) in (0, 1) and not list(registry.store.root.glob(".*"))
+            if left == 0: assert after == before, "there was no room for it"
+            before = after
+    print(dict(letters))
+    assert letters["store"] >= 2 and letters["registry"] >= 2
+    assert register(registry, bundle, {}).number == 3 and whole(registry, url)
+
+
+def test_order_is_that_of_the_audit_and_never_of_the_clock(fresh):
+    url, home = fresh()
+    rng, real, off = random.Random(1), datetime.now(UTC), [0.0]
+    registry = Registry(url, home / "store", "ada", lambda: real + timedelta(days=off[0]), POLICY)
+    found = [register(registry, tiny(home / "made", seed), {}) for seed in range(3)]
+    for turn in range(20):
+        off[0] = rng.choice([-3650.0, 0.0, 3650.0])
+        v = found[turn % 3]
+        add_evidence(registry, v, "quality", FAILED, b"{}")
+        add_evidence(registry, v, "quality", PASSED, b"{}") # the newest counts, whenever it says it was
+        assert promote(registry, v) == turn + 1 and versions(registry)[2 - turn % 3].aliases == ("production",)
+    entries = whole(registry, url)
+    assert [e.details["generation"] for e in entries if e.action == "promote"] == list(range(1, 21)) and [e.created for e in entries] != sorted(e.created for e in entries)
+    young = registry.store.put("ab" * 32, {"a": b"1"})
+    off[0] = 3650.0
+    assert not collect_garbage(registry).blobs and young.is_dir(), "how old bytes are, their own disk says"
+    strict = Registry(url, home / "store", "ada", lambda: real, Policy(("quality",), evidence_hours=24))
+    add_evidence(registry, found[0], "quality", PASSED, b"{}")
+    with pytest.raises(RegistryError, match="not of the last 24 hours"): promote(strict, found[0])
