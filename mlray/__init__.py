@@ -10,6 +10,7 @@ Modules:
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
 - `mlray.calibration`: Scores that can be taken at their word: fitted on validation rows, shipped in the graph
+- `mlray.card`: A version's papers, made from what is known of it: the model card, as Markdown, as a page, as JSON
 - `mlray.chart`: Plots as plain SVG: values with their intervals, lines, points, bars
 - `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line

@@ -28,7 +28,7 @@ from .contract import Checked, Contract, check, labels
 from .data import Source
 from .declared import declared
 from .errors import ContractError, MlrayError, TrainingError, Unavailable
-from .evaluation import evaluate_beside, incumbent_of, verdict_of
+from .evaluation import evaluate_beside, incumbent_of, results_of, verdict_of
 from .features import Features, Matrix, apply
 from .fitting import Average, copied, make_optimizer, one_pass, seed_of
 from .fitting_privately import budget_of, private_pass
@@ -272,7 +272,7 @@ def federate(
             bundle, before = _bundle(spec, plan, state, about, apply(plan.features, rows.parts.test, rows.parts.test.height), Path(scratch) / "bundle"), incumbent_of(registry, spec.name)
             beside = evaluate_beside(bundle, before, rows.parts.test)
             evaluation, verdict = beside.evaluation, verdict_of(spec, beside)
-            run = Run(register(registry, bundle, {"values": evaluation.scorecard.values, "verdict": verdict.as_dict()}), rows, evaluation, verdict, comparison=beside.comparison)
+            run = Run(register(registry, bundle, results_of(evaluation, verdict, rows)), rows, evaluation, verdict, comparison=beside.comparison)
             kept.clear()
     except BaseException as error:
         tracker.finish({"error": f"{type(error).__name__}: {error}"})

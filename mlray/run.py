@@ -34,7 +34,7 @@ from .declared import declared
 from .drift import DriftReport, drift_report
 from .errors import BundleError, TrainingError
 from .estimator_graph import answer
-from .evaluation import Evaluation, asks_of_rows, comparing, evaluate_beside, incumbent_of, rules_of, verdict_of
+from .evaluation import Evaluation, asks_of_rows, comparing, evaluate_beside, incumbent_of, results_of, rules_of, verdict_of
 from .explanation import asked_for
 from .features import Matrix, apply, learn
 from .fitting_privately import budget_of
@@ -270,7 +270,7 @@ def train(
                                       **asked_for(bundle, rows.parts.test, asked), **asked_of_network(bundle, rows.parts.test, asked)}
             theirs = {**asked_for(before, rows.parts.test, comparing(asked), asks=spec), **asked_of_network(before, rows.parts.test, comparing(asked))} if before else {}
             verdict = verdict_of(spec, beside, data=data, before=theirs)
-            run = Run(register(registry, bundle, {"values": evaluation.scorecard.values, "verdict": verdict.as_dict()}), rows, evaluation, verdict, drift, beside.comparison)
+            run = Run(register(registry, bundle, results_of(evaluation, verdict, rows)), rows, evaluation, verdict, drift, beside.comparison)
             kept.clear() # finished: the same command would do it all again, and come to the same version
     except BaseException as error:
         tracker.finish({"error": f"{type(error).__name__}: {error}"})
