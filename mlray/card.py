@@ -107,7 +107,7 @@ class Paper:
         for s in self.sections:
             parts += [f'<h2 id="{at[s.title]}">{escape(s.title)}</h2>', *(f"<p>{escape(p)}</p>" for p in s.text), *(f'<div class="wide">{t._repr_html_()}</div>' for t in s.tables)]
             parts += [f"<p>{escape(why)}:</p><pre>{escape(line)}</pre>" for why, line in s.commands] + [f'<p class="missing"><b>Missing:</b> {escape(m)}</p>' for m in s.missing]
-        head = f"""<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
+        head = """<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
         return f'<!doctype html>\n<html lang="en"><head>{head}<title>{escape(self.title)}</title><style>{_STYLE}</style></head>\n<body><main>\n' + "\n".join(parts) + "\n</main></body></html>\n"
 
     def _repr_markdown_(self) -> str: return self.markdown().partition("---\n")[2].partition("---\n")[2] if self.front else self.markdown()

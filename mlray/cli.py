@@ -7,8 +7,8 @@ stdout is one JSON value. Exit codes: 0 done, 1 a verdict or check failed, 2 the
 
 # %% auto #0
 __all__ = ['app', 'Env', 'Json', 'Spec', 'Overrides', 'Reference', 'Port', 'Workers', 'audit_app', 'registry_app', 'key_app',
-           'check', 'train', 'tune', 'reproduce', 'gate', 'promote', 'rollback', 'retire', 'row_of', 'serve', 'ask',
-           'models', 'show', 'explain', 'audit_list', 'audit_verify', 'registry_gc', 'key_create', 'demo', 'main']
+           'check', 'train', 'tune', 'reproduce', 'gate', 'promote', 'rollback', 'retire', 'serve', 'ask', 'models',
+           'show', 'explain', 'card', 'data', 'audit_list', 'audit_verify', 'registry_gc', 'key_create', 'demo', 'main']
 
 # %% ../nbs/59_cli.ipynb #2580d77e
 import json
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from . import shown
 from mlray.commands import (
     ask_service,
     create_key,
@@ -29,6 +30,7 @@ from mlray.commands import (
     find_version,
     gate_version,
     propose_contract,
+    report_gates,
     reproduce_version,
     settings_of,
     stderr,
@@ -41,11 +43,10 @@ from mlray.commands import (
 from .errors import MlrayError, ServingError, suggest
 
 if TYPE_CHECKING:
-    from mlray.settings import Settings
-    from mlray.spec import RunSpec
+    pass
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-_NOT_BUILT = frozenset({"approve", "card", "cluster", "console", "doctor", "export", "lab", "monitor", "new", "predict", "retrain", "schedule"})
+_NOT_BUILT = frozenset({"approve", "cluster", "console", "doctor", "export", "lab", "monitor", "new", "predict", "retrain", "schedule"})
 
 
 class _Commands(TyperGroup):
@@ -91,23 +92,15 @@ def check(spec: Spec, overrides: Overrides = None, infer: Annotated[bool, typer.
     from mlray.spec import read_spec
     from mlray.survey import survey
     read, settings = read_spec(spec, overrides or ()), settings_of(env)
-    if new or accept: return _check_new(read, settings, accept, as_json)
+    if new or accept:
+        batch, kept = take_batch(read, settings, accept)
+        value, faces = shown.batch_shown(batch, kept)
+        _show(as_json, value, *faces)
+        raise typer.Exit(1 if batch and kept is None else 0)
     found = {part: survey(read, part, settings) for part in read.data.sources}
-    kept = [str(s.quarantine) for s in found.values() if s.quarantine]
-    _show(as_json, {**{part: s.as_dict() for part, s in found.items()}, "quarantine": kept}, *(f for part, s in found.items() for f in (part, s.table() if s.problems else s.table().title)), *(f"bad rows: {p}" for p in kept))
+    value, faces = shown.sources_shown(found)
+    _show(as_json, value, *faces)
     if any(s.problems for s in found.values()): raise typer.Exit(1)
-
-
-def _check_new(spec: "RunSpec", settings: "Settings", anyway: bool, as_json: bool) -> None:
-    found, kept = take_batch(spec, settings, anyway)
-    if found is None: return _show(as_json, {"good": 0, "bad": 0, "accepted": False, "reasons": []}, "nothing new")
-    batch, checked = found.batch, found.batch.checked
-    said = f"{batch.late} rows are late" + f"; {batch.lost} messages were deleted before they were read" * bool(batch.lost)
-    verdict = f"accepted: {batch.mark.rows} rows in {batch.mark.batches} batches, read up to {batch.mark.source_version}" if kept is not None else \
-        f"not accepted: {'; '.join(found.reasons)}. The mark was not moved; `mlray check SPEC --new --accept` takes it all the same."
-    _show(as_json, found.as_dict() | {"accepted": kept is not None, "quarantine": [str(p) for p in kept or ()]}, checked.table() if checked.problems else checked.table().title, said,
-          *([found.drift.table()] if found.drift and found.drift.moved else []), verdict, *(f"bad rows: {p}" for p in kept or ()))
-    if kept is None: raise typer.Exit(1)
 
 
 @app.command()
@@ -146,15 +139,10 @@ def gate(version: Reference, gates: Annotated[list[str] | None, typer.Option("--
     settings = settings_of(env)
     registry, found = find_version(version, settings)
     gated = gate_version(registry, found, list(dict.fromkeys(gates or settings.gates)), settings, again)
-    from mlray.gate_report import tell_github, write_reports
-    runs, pages = list(gated.values()), settings.home / "gates" / found.name / str(found.number)
-    files = write_reports(runs, str(found), pages)
-    if junit: junit.write_bytes(files["junit"].read_bytes())
-    for line in tell_github(runs, str(found), settings.root): typer.echo(line, err=True)
-    passed = all(g.verdict.passed for g in gated.values())
-    _show(as_json, {"version": str(found), "passed": passed, "gates": {name: {**g.verdict.as_dict(), "reused": g.reused, "broken": g.broken} for name, g in gated.items()}, "pages": str(pages), **{what: str(path) for what, path in files.items()}},
-          *(face for name, g in gated.items() for face in (f"{name}{f' (evidence of {g.reused[:16]})' if g.reused else ''}", g.verdict.table())), f"pages: {files['index']}")
-    if not passed: raise typer.Exit(1)
+    pages, files = report_gates(gated, found, settings, junit)
+    value, faces = shown.gates_shown(str(found), gated, pages, files)
+    _show(as_json, value, *faces)
+    if not value["passed"]: raise typer.Exit(1)
 
 
 @app.command()
@@ -188,14 +176,6 @@ def retire(version: Reference, why: Annotated[str, typer.Option("--why", help="O
     _show(as_json, {"version": str(done), "retired": done.retired, "successor": instead}, f"{done} is retired" + (f"; use {instead}" if instead else ""))
 
 # %% ../nbs/59_cli.ipynb #5fff6aa1
-def row_of(
-    text: str, # JSON, or - for stdin
-) -> Any:
-    "A row, or rows, from the command line."
-    try: return json.loads(sys.stdin.read() if text == "-" else text)
-    except ValueError as error: raise ServingError(f"The row is not JSON: {error}. Write it as '{{\"age\": 39, …}}'.") from error
-
-
 @app.command()
 def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Models; of each the version in production.")], port: Port = None, env: Env = None) -> None:
     "Serve the versions in production until Ctrl-C."
@@ -217,55 +197,56 @@ def ask(name: Annotated[str, typer.Argument(help="A model.")], row: Annotated[st
     "Ask the running service; the key comes from MLRAY_API_KEY."
     key = os.environ.get("MLRAY_API_KEY")
     if not key: raise ServingError("Set MLRAY_API_KEY to an API key; `mlray key create` makes one.")
-    rows = row_of(row)
+    rows = shown.row_of(row)
     said = ask_service(name, rows if isinstance(rows, list) else [rows], url or settings_of(env).url, key)
-    _show(as_json, said, _predictions_table(said))
-
-
-def _predictions_table(said: dict[str, Any]) -> Any:
-    "One line a row, whatever kind of answer it is."
-    from mlray.display import table
-    names = list(said["predictions"][0])
-    return table(names, [tuple(p[n] for n in names) for p in said["predictions"]], f"{said['model']}/{said['version']}")
+    _show(as_json, said, shown.predictions_table(said))
 
 # %% ../nbs/59_cli.ipynb #751712c8
 @app.command()
 def models(name: Annotated[str | None, typer.Argument(help="Of one model only.")] = None, env: Env = None, as_json: Json = False) -> None:
     "List versions, newest first."
-    from mlray.display import table
     from mlray.registry import open_registry, versions
-    every = versions(open_registry(settings_of(env)), name)
-    value = [{"version": str(v), "aliases": list(v.aliases), "digest": v.digest, "created": v.created, "actor": v.actor, "retired": v.retired} for v in every]
-    _show(as_json, value, table(["version", "aliases", "digest", "created", "by"], [(str(v), ", ".join(v.aliases) or "retired" * bool(v.retired), v.digest[:12], v.created[:19], v.actor) for v in every]))
+    value, faces = shown.versions_shown(versions(open_registry(settings_of(env)), name))
+    _show(as_json, value, *faces)
 
 
 @app.command()
 def show(version: Reference, env: Env = None, as_json: Json = False) -> None:
     "What a version is, where it came from, and what is proved about it."
-    from mlray.display import table
-    from mlray.registry import bundle_of, evidence
-    registry, found = find_version(version, settings_of(env))
-    bundle, proved = bundle_of(registry, found), evidence(registry, found)
-    about = {"version": str(found), "aliases": list(found.aliases), "digest": found.digest, "created": found.created, "actor": found.actor, "spec_id": found.spec_id,
-             "size": bundle.size, "provenance": dict(bundle.provenance)}
-    read = [(f"{part} source", f"{s['rows']} rows, {s['version'] or s['digest']}") for part, s in bundle.provenance.get("sources", {}).items()]
-    spent = bundle.provenance.get("privacy")
-    private = [("privacy", f"ε {spent['epsilon']:.2f} at δ {spent['delta']:g} of each training row, in {spent['steps']} steps with noise of {spent['noise_multiplier']:.2f} clips")] if spent else []
-    made = [(k.replace("_", " "), v) for k, v in bundle.provenance.items() if k not in ("sources", "privacy")]
-    lines = table(["", str(found)], [("aliases", found.aliases), ("digest", found.digest), ("created", f"{found.created[:19]} by {found.actor}"), ("spec", found.spec_id), ("bytes", f"{bundle.size:,}"), *made, *private, *read])
-    _show(as_json, about | {"evidence": {g: {**e.verdict.as_dict(), "page": e.page, "created": e.created} for g, e in proved.items()}},
-          lines, *(face for g, e in proved.items() for face in (g, e.verdict.table())))
+    value, faces = shown.version_shown(version, settings_of(env))
+    _show(as_json, value, *faces)
 
 
 @app.command()
 def explain(version: Reference, row: Annotated[str, typer.Argument(metavar="JSON", help="A row; - reads stdin.")],
             method: Annotated[str, typer.Option("--method", help="lime, shap, or counterfactual: the smallest change that flips the answer.")] = "lime", env: Env = None, as_json: Json = False) -> None:
     "Why a version answers a row as it does; the same row gives the same bytes."
-    asked = row_of(row)
+    asked = shown.row_of(row)
     if isinstance(asked, list): raise MlrayError(f"One row is explained at a time; {len(asked)} were given.")
     why = explain_version(version, asked, method, settings_of(env))
     _show(as_json, why.as_dict(), why.table())
     if method == "counterfactual" and not why.found: raise typer.Exit(1)
+
+# %% ../nbs/59_cli.ipynb #1f4ab9a0
+@app.command()
+def card(version: Reference, form: Annotated[str, typer.Option("--format", help="md, html or json.")] = "md", data_sheet: Annotated[bool, typer.Option("--data-sheet", help="The rows behind it instead.")] = False,
+         runbook: Annotated[bool, typer.Option("--runbook", help="What to type, with its names.")] = False, compliance: Annotated[bool, typer.Option("--compliance", help="GDPR and EU AI Act: what there is, and what is missing.")] = False,
+         out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write a file there instead.")] = None, env: Env = None, as_json: Json = False) -> None:
+    "A version's papers: the model card, or another."
+    paper = shown.paper_of(version, [k for k, asked in (("data-sheet", data_sheet), ("runbook", runbook), ("compliance", compliance)) if asked], settings_of(env))
+    if out is None: return typer.echo(shown.written(paper, "json" if as_json else form), nl=False)
+    path = shown.write_paper(paper, form, out)
+    _show(as_json, {"version": paper.version, "kind": paper.kind, "path": str(path), "missing": list(paper.missing)}, f"{path}: {len(paper.missing)} things are missing" if paper.missing else str(path))
+
+
+@app.command()
+def data(name: Annotated[str | None, typer.Argument(help="A data set, a model, a version, or the beginning of a fingerprint.")] = None, env: Env = None, as_json: Json = False) -> None:
+    "What versions were made of: data sets, their states, and what came of them."
+    from mlray.catalogue import catalogue, data_sets
+    from mlray.registry import open_registry
+    found = catalogue(open_registry(settings_of(env)))
+    meant = data_sets(found, name) if name else None
+    _show(as_json, found.as_dict() if meant is None else [s.as_dict() for s in meant], *(found.tables() if meant is None else [t for s in meant for t in s.tables()]))
 
 # %% ../nbs/59_cli.ipynb #e71dbd38
 audit_app = typer.Typer(invoke_without_command=True, help="Who did what: lists it; `verify` checks it.", rich_markup_mode=None)

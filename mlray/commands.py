@@ -7,12 +7,13 @@ not given. How results are printed is `mlray.cli`'s business."""
 
 # %% auto #0
 __all__ = ['stderr', 'settings_of', 'tracker_of', 'backend_on', 'propose_contract', 'take_batch', 'train_run', 'tune_run',
-           'reproduce_version', 'find_version', 'explain_version', 'gate_version', 'versions_to_serve',
+           'reproduce_version', 'find_version', 'explain_version', 'gate_version', 'report_gates', 'versions_to_serve',
            'deploy_versions', 'until_stopped', 'ask_service', 'create_key', 'demonstrate']
 
 # %% ../nbs/58_commands.ipynb #d3866d23
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -171,6 +172,16 @@ def gate_version(registry: "Registry", found: "Version", gates: Sequence[str], s
         stderr().print(f"  {run.gate}: {'✓ passed' if run.verdict.passed else '✗ failed'} {f'(evidence of {run.reused[:16]}; nothing has changed since)' if run.reused else f'in {run.seconds:.1f} s'}" + (f" ({run.broken})" if run.broken else ""))
         done[run.gate] = run
     return {gate: done[gate] for gate in gates}
+
+# %% ../nbs/58_commands.ipynb #feb9d1bf
+def report_gates(gated: "Mapping[str, GateRun]", found: "Version", settings: "Settings", junit: "Path | None" = None) -> "tuple[Path, dict[str, Path]]":
+    "Pages and reports of gates: their folder, and the files by what they are; GitHub is told on stderr."
+    from mlray.gate_report import tell_github, write_reports
+    runs, pages = list(gated.values()), settings.home / "gates" / found.name / str(found.number)
+    files = write_reports(runs, str(found), pages)
+    if junit: junit.write_bytes(files["junit"].read_bytes())
+    for line in tell_github(runs, str(found), settings.root): print(line, file=sys.stderr)
+    return pages, files
 
 # %% ../nbs/58_commands.ipynb #8a9524bc
 def versions_to_serve(names: Sequence[str], settings: "Settings") -> list["Version"]:

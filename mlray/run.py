@@ -34,7 +34,16 @@ from .declared import declared
 from .drift import DriftReport, drift_report
 from .errors import BundleError, TrainingError
 from .estimator_graph import answer
-from .evaluation import Evaluation, asks_of_rows, comparing, evaluate_beside, incumbent_of, results_of, rules_of, verdict_of
+from mlray.evaluation import (
+    Evaluation,
+    asks_of_rows,
+    comparing,
+    evaluate_beside,
+    incumbent_of,
+    results_of,
+    rules_of,
+    verdict_of,
+)
 from .explanation import asked_for
 from .features import Matrix, apply, learn
 from .fitting_privately import budget_of
