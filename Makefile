@@ -7,7 +7,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c cluster/con
 export WANDB_SILENT ?= true
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: demo test chaos lab clean
+.PHONY: demo test chaos docs lab clean
 demo: $(VENV)/ready
 	$(BIN)/mlray demo
 
@@ -18,6 +18,10 @@ test: $(VENV)/ready
 
 chaos: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m chaos tests
+
+# the documentation site, in .site; read it with: python -m http.server -d .site
+docs: $(VENV)/ready
+	$(BIN)/python tests/site.py
 
 # JupyterLab lives in an environment of its own: a package it brings would slow every Ray process that shares it
 lab: $(VENV)/ready $(VENV)-lab/ready

@@ -6,6 +6,7 @@ Modules:
 - `mlray.access`: Who may do what: keys, roles, actions
 - `mlray.adversarial`: How little it takes when somebody tries: FGSM and PGD on the numbers of a row
 - `mlray.answer`: What one prediction looks like on the wire, for each kind of target
+- `mlray.attestation`: What is signed here, by whom, and whether it is enough
 - `mlray.audit`: A chain that breaks if it is touched
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
@@ -29,22 +30,26 @@ Modules:
 - `mlray.decision`: From a score to a decision: calibration, threshold and fairness, as intent
 - `mlray.declared`: Rows to numbers without having seen a row: encoders that follow from the contract alone
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
+- `mlray.doctor`: What is wrong with this machine or cluster, and how to mend it
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
 - `mlray.errors`: One family of errors, each a short letter to a tired person
 - `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
 - `mlray.estimator`: Models of scikit-learn, LightGBM and XGBoost: the same rows, the same graph
 - `mlray.estimator_graph`: Fitted estimators of scikit-learn, LightGBM and XGBoost as ONNX graphs that keep the laws
 - `mlray.evaluation`: What a bundle does with rows it has not learned from
+- `mlray.examination`: The facts of this machine, gathered without changing anything
 - `mlray.explain`: Why this answer: a straight line through the model's answers nearby, the same to the byte for the same row
 - `mlray.explain_image`: Which parts of an image an answer hangs on
 - `mlray.explain_on_ray`: Many rows explained at once, on Ray Data
 - `mlray.explain_text`: Which words an answer hangs on
 - `mlray.explanation`: A bundle's answers, explained and shaken
+- `mlray.faces`: What commands show: one value for programs, tables for people
 - `mlray.fairness`: How good for whom: every group metric from one table of counts
 - `mlray.feature`: How a column becomes numbers, and columns made from others
 - `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
 - `mlray.federate_on_ray`: Learning from rows that stay with their holders
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
+- `mlray.first_look`: A file with rows, looked at for the first time: how it is written, and a spec to begin with
 - `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
 - `mlray.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
 - `mlray.gaps`: How far groups are apart, where answers are classes, labels or numbers
@@ -55,6 +60,7 @@ Modules:
 - `mlray.gate_report`: What gates found, for those who read it elsewhere: JUnit, GitHub, a summary, pages
 - `mlray.gradient`: What the network itself says: what each feature adds to the logit
 - `mlray.haproxy`: Close what is left open in front of a service
+- `mlray.harmless`: May a graph be run: one that only computes, of its inputs, within bounds
 - `mlray.importance`: What a model hangs on, over many rows: permutation importance, and explanations that add up
 - `mlray.imported`: What a spec names by where it is imported from
 - `mlray.infer`: A first contract, from rows, for a person to correct
@@ -73,10 +79,16 @@ Modules:
 - `mlray.network_inputs`: What was learned about the rows, as the first layers of a network
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
 - `mlray.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
+- `mlray.papers_cli`: The commands of papers, data sets and the registry's own upkeep
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
+- `mlray.project`: A project as it is to be written: its spec, its source, its gates
+- `mlray.project_folder`: A new project in its folder: all of it, or nothing
+- `mlray.project_pages`: The notebooks of a new project
+- `mlray.proof`: A version, checked from the bytes up by somebody who trusts nobody here
+- `mlray.proof_cli`: The commands of proof: sign, verify, who signs, and the audit
 - `mlray.ranking`: Ranking and calibration from score bins, each with the bound of what the bins hide
 - `mlray.rates`: What a confusion matrix says: every rate, for one matrix or a million
 - `mlray.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
@@ -91,6 +103,7 @@ Modules:
 - `mlray.runbook`: What to type when this model is let out, looked after, in trouble, or at its end
 - `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
 - `mlray.samples`: Real rows that are there without a download
+- `mlray.schema`: The JSON Schema of a spec, so that an editor completes and corrects while one writes
 - `mlray.score`: How good: every measure with its interval, over all rows and by group
 - `mlray.score_of_classes`: How good, where one of several classes is right, or any of several labels
 - `mlray.score_of_counts`: A scorecard from counts alone: no row is seen again
@@ -101,10 +114,11 @@ Modules:
 - `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
 - `mlray.shapley`: Why this answer: the score, shared out among the features so that the shares add up
-- `mlray.shown`: What a command prints: one JSON value, or its faces
+- `mlray.signature`: Who says so: signed statements that anybody can check, offline, with stock tools
 - `mlray.slices`: Where a model does worst: a search through slices of up to three conditions, corrected for having searched
 - `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a topic, from a function
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
+- `mlray.statement`: What is claimed, in a form that others read: in-toto statements
 - `mlray.store`: Bytes under their digest, on the disk when it says so
 - `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all
 - `mlray.survey`: All rows of a source held against the contract, piece by piece: more than fit into memory
@@ -113,11 +127,13 @@ Modules:
 - `mlray.text`: A text as the runs of words and characters in it, hashed
 - `mlray.threshold`: Where the line is drawn: one line that does best by what was asked, or one for each group
 - `mlray.topic`: A Kafka topic as rows: from an offset to the end that it had when it was opened
+- `mlray.trace_on_openlineage`: What ran, on which rows, and what came of it, told to a lineage server
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
 - `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
+- `mlray.vouching`: What the commands `sign`, `verify` and `signer` do
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
 - `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances"""
 

@@ -7,7 +7,8 @@ next; the command line prints it and leaves with its exit code, without a traceb
 
 # %% auto #0
 __all__ = ['MlrayError', 'Unavailable', 'SpecError', 'SettingsError', 'ContractError', 'DataError', 'TrainingError',
-           'BundleError', 'RegistryError', 'Conflict', 'ExplanationError', 'GateError', 'ServingError', 'suggest']
+           'BundleError', 'RegistryError', 'Conflict', 'ExplanationError', 'GateError', 'SignatureError',
+           'ServingError', 'suggest']
 
 # %% ../nbs/00_errors.ipynb #1bc895db
 from collections.abc import Iterable
@@ -35,6 +36,7 @@ class RegistryError(MlrayError): "A version, alias or key that does not exist, o
 class Conflict(Unavailable): "Somebody else moved the alias first."
 class ExplanationError(MlrayError): "An answer that cannot be explained: no rows to compare with, or scores that are no numbers."
 class GateError(MlrayError): "A gate that could not be run."
+class SignatureError(MlrayError): "A key that cannot sign, or a signature that does not hold."
 class ServingError(MlrayError): "A service that cannot start or be reached."
 
 # %% ../nbs/00_errors.ipynb #30c4fa3f

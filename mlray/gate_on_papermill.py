@@ -15,14 +15,15 @@ import logging
 import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from importlib.metadata import distributions
+from importlib.metadata import distributions, version as installed
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,6 +41,7 @@ from .gate_page import kept, notebook_digest, nowhere, page_bytes, places, secre
 from .registry import Evidence, Registry, Version, add_evidence, bundle_of, evidence, versions
 from .rows import read_rows
 from .settings import Settings, shipped
+from .statement import Conditions
 
 # %% ../nbs/47_gate_on_papermill.ipynb #607e2313
 def gate_path(
@@ -47,7 +49,7 @@ def gate_path(
     settings: Settings,
 ) -> Path:
     "The notebook of a gate. Raises `GateError`."
-    if not re.fullmatch(r"\w[\w-]*", gate): raise GateError(f"{gate!r} is no name of a gate: letters, digits, - and _. A gate is a notebook in nbs/gates, named without folder and ending.")
+    if not re.fullmatch(r"\w[\w-]{0,49}", gate): raise GateError(f"{gate[:80]!r} is no name of a gate: at most 50 letters, digits, - and _. A gate is a notebook in nbs/gates, named without folder and ending.")
     folders = [settings.root / "nbs" / "gates", shipped("gates")]
     for folder in folders:
         if (path := folder / f"{gate}.ipynb").is_file(): return path
@@ -82,6 +84,7 @@ class GateRun:
     broken: str = ""    # why the notebook did not run to its end; empty when it did
     reused: str = ""    # when its evidence was made, if that is what this is (ISO 8601)
     notebook: Path | None = None # what was executed
+    started: str = ""   # ISO 8601, UTC
 
 # %% ../nbs/47_gate_on_papermill.ipynb #a71d986a
 _ENCRYPTED = Config({"KernelManager": {"transport_encryption": "required"}}) # a kernel's ports are open to everyone on the machine
@@ -97,7 +100,7 @@ def run_gate(
     "Execute one gate. Raises `GateError` for wrong parameters, before a kernel starts."
     check_parameters(path, parameters)
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    started, broken = time.monotonic(), ""
+    started, since, broken = time.monotonic(), datetime.now(UTC).isoformat(), ""
     with TemporaryDirectory() as scratch:
         out = Path(scratch) / path.name
         try: papermill.execute_notebook(str(path), str(out), dict(parameters), progress_bar=False, execution_timeout=timeout, config=_ENCRYPTED,
@@ -115,7 +118,7 @@ def run_gate(
     try: shown = sum(verdicts(page), Verdict(()))
     except ValueError: shown = Verdict(())
     verdict = shown + Verdict((Finding("notebook", "runs to its end and shows a verdict", None, False, broken),)) if broken else shown
-    return GateRun(path.stem, verdict, page_bytes(page), time.monotonic() - started, broken, notebook=path)
+    return GateRun(path.stem, verdict, page_bytes(page), time.monotonic() - started, broken, notebook=path, started=since)
 
 # %% ../nbs/47_gate_on_papermill.ipynb #fbf5af05
 @lru_cache(maxsize=1)
@@ -145,6 +148,29 @@ def _proved(registry: Registry, proof: Evidence, inputs: Mapping[str, Any], path
     about = read["metadata"].get("mlray", {})
     if about.get("inputs") != inputs or about.get("broken") or sum(verdicts(read), Verdict(())) != proof.verdict: return None
     return GateRun(proof.gate, proof.verdict, page, 0.0, reused=proof.created, notebook=path)
+
+# %% ../nbs/47_gate_on_papermill.ipynb #4787a3a9
+_LOCKS = ("uv.lock", "poetry.lock", "pdm.lock", "pylock.toml", "requirements.lock", "requirements.txt", "cluster/constraints.txt")
+
+
+def _source(root: Path) -> dict[str, Any] | None:
+    "The git commit of a folder, and whether files were changed or added since; None where git knows neither."
+    git = lambda *words: subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=30, stdin=subprocess.DEVNULL).stdout.strip()
+    try: return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError): return None
+
+
+def _conditions(registry: Registry, settings: Settings, parameters: Mapping[str, Any], shared: Mapping[str, Any]) -> Conditions:
+    "What all gates of a version run on, with and under."
+    lock = next((name for name in _LOCKS if (settings.root / name).is_file()), None)
+    return Conditions(parameters=parameters, rows=shared.get("rows", {}), source=_source(settings.root), software=_software(),
+                      lock={"name": lock, "sha256": hashlib.sha256((settings.root / lock).read_bytes()).hexdigest()} if lock else None,
+                      runner={"actor": registry.actor, "mlray": installed("mlray"), "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"})
+
+
+def _of_run(shared: Conditions, run: GateRun, notebook: str) -> Conditions:
+    "Those of one gate."
+    return replace(shared, notebook=notebook, started=run.started, finished=(datetime.fromisoformat(run.started) + timedelta(seconds=run.seconds)).isoformat())
 
 # %% ../nbs/47_gate_on_papermill.ipynb #207170f3
 @contextmanager
@@ -180,9 +206,10 @@ def run_gates(
         (pages / f"{run.gate}.ipynb").write_bytes(run.page)
         yield run
     open_ = [path for path in paths if path not in proved]
+    conditions, before = _conditions(registry, settings, parameters, shared), {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in open_}
     with _environment(settings), ThreadPoolExecutor(max(1, min(len(open_), os.cpu_count() or 1))) as pool:
         for done in as_completed([pool.submit(run_gate, path, parameters, timeout, inputs[path]) for path in open_]):
             run = done.result()
             (pages / f"{run.gate}.ipynb").write_bytes(run.page)
-            add_evidence(registry, found, run.gate, run.verdict, run.page)
+            add_evidence(registry, found, run.gate, run.verdict, run.page, _of_run(conditions, run, before[run.gate]))
             yield run

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .audit import Entry, Fault, verify
-from .database import ALIASES, EVIDENCE, KEYS, MOVES, VERSIONS, Connection, audit_key
+from .database import ALIASES, EVIDENCE, KEYS, MOVES, SIGNATURES, VERSIONS, Connection, audit_key
 from .display import Table, table
 from .registry import Registry
 
@@ -39,10 +39,15 @@ def _told(entries: Sequence[Entry]) -> dict[tuple[Any, ...], int]:
     said: dict[tuple[Any, ...], int] = {}
     digests: dict[str, str] = {}
     aliases: dict[tuple[str, str], tuple[Any, ...]] = {}
+    seals: dict[tuple[str, str], tuple[Any, ...]] = {} # about and signer → the newest
     for e in entries:
         d = e.details
         if e.action == "register": said["version", e.object, d["digest"]], digests[e.object] = e.seq, d["digest"]
-        if e.action == "gate": said["evidence", digests.get(e.object), d["gate"], d["passed"], d["page"]] = e.seq
+        if e.action == "gate": said["evidence", digests.get(e.object), d["gate"], d["passed"], d["page"], d.get("statement")] = e.seq
+        for about, signer, envelope in d.get("signatures", ()):
+            said.pop(seals.get((about, signer), ()), None)
+            seals[about, signer] = ("signature", about, signer, envelope)
+            said[seals[about, signer]] = e.seq
         if e.action == "key": said["key", e.object, d["role"], d.get("sha256")] = e.seq
         if e.action in ("promote", "rollback"):
             name, new = e.object.rpartition("/")[0], d["generation"]
@@ -58,7 +63,8 @@ def _held(c: Connection, said: Mapping[tuple[Any, ...], int]) -> set[tuple[Any, 
     versions = c.execute(VERSIONS.select()).all()
     older = {k[1] for k in said if k[0] == "key" and k[3] is None} # sealed before the hash was told
     return ({("version", f"{r.name}/{r.number}", r.digest) for r in versions} | {("retired", f"{r.name}/{r.number}") for r in versions if r.retired}
-            | {("evidence", r.digest, r.gate, r.passed, r.page) for r in c.execute(EVIDENCE.select())} | {("key", r.id, r.role, None if r.id in older else r.sha256) for r in c.execute(KEYS.select())}
+            | {("evidence", r.digest, r.gate, r.passed, r.page, r.statement) for r in c.execute(EVIDENCE.select())} | {("key", r.id, r.role, None if r.id in older else r.sha256) for r in c.execute(KEYS.select())}
+            | {("signature", r.about, r.signer, r.envelope) for r in c.execute(SIGNATURES.select())}
             | {("move", r.name, r.alias, r.generation, f"{r.name}/{r.number}", r.under) for r in c.execute(MOVES.select())}
             | {("alias", r.name, r.alias, r.generation, f"{r.name}/{r.number}") for r in c.execute(ALIASES.select())})
 

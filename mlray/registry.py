@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from .access import Key
-from .bundle import Bundle, load_bundle
+from .attestation import Attestor, enter, unsigned
+from .bundle import Bundle, digests_of, load_bundle
 from .database import ALIASES, EVIDENCE, KEYS, MOVES, VERSIONS, Connection, Database
 from .display import Table, table
 from .errors import Conflict, RegistryError, suggest
 from .gate import Verdict
 from .settings import Settings
+from .statement import Conditions, bundle_statement, gate_statement
 from .store import open_store
 
 # %% ../nbs/33_registry.ipynb #1ceae42a
@@ -56,6 +58,7 @@ class Evidence:
     verdict: Verdict
     page: str       # digest of the executed notebook in the store
     created: str
+    statement: str | None = None # digest of the in-toto statement in the store; None: it is older than statements
 
 # %% ../nbs/33_registry.ipynb #0b49b2f9
 def _user() -> str:
@@ -69,6 +72,7 @@ class Policy:
     gates: tuple[str, ...] = ("quality", "fairness")    # whose newest verdict must have passed
     evidence_hours: float | None = None                 # how old it may be; None: any age
     separate_promoter: bool = False                     # whether who registered a version may not promote it to production
+    signature: bool = False                             # whether the bundle and that evidence must be signed by somebody who is trusted
 
 
 class Registry:
@@ -81,9 +85,11 @@ class Registry:
         actor: str | None = None,                   # who acts; default: the user of this process
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         policy: Policy = Policy(),
+        signers: str | Path | None = None,          # folder of those who are trusted to sign; default: `signers`, beside the store
         bytes_url: str = "",                        # where the bytes are kept, such as s3://bucket/folder; empty: in the folder
     ):
         self.store, self.actor, self._now, self.policy = open_store(Path(store), bytes_url, hashlib.sha256(url.rpartition("@")[2].encode()).hexdigest()[:16]), actor or _user(), now, policy
+        self.attestor = Attestor(self.store, Path(signers or Path(store).parent / "signers"))
         try:
             self.store.root.mkdir(parents=True, exist_ok=True)
             self.database = Database(url, Path(store).parent)
@@ -98,7 +104,7 @@ def open_registry(
     actor: str | None = None, # who acts; default: the user of this process
 ) -> Registry:
     "The registry of an environment, made if it is not there."
-    return Registry(settings.registry_url, settings.home / "store", actor, policy=Policy(settings.gates, settings.evidence_hours, settings.separate_promoter), bytes_url=settings.store)
+    return Registry(settings.registry_url, settings.home / "store", actor, policy=Policy(settings.gates, settings.evidence_hours, settings.separate_promoter, settings.signature == "required"), signers=settings.signers, bytes_url=settings.store)
 
 # %% ../nbs/33_registry.ipynb #b93922e6
 def _version(row: Any, aliases: Sequence[str] = ()) -> Version: return Version(**row._mapping, aliases=tuple(aliases))
@@ -152,11 +158,12 @@ def register(
         load_bundle(registry.store.put(bundle.digest, files), bundle.digest)
         row = c.execute(VERSIONS.select().where(*mine)).first()
         if row is None:
+            seals = registry.attestor.sign(bundle.digest, bundle_statement(bundle.name, digests_of(bundle.path, bundle.digest)))
             number = 1 + (c.execute(VERSIONS.select().with_only_columns(VERSIONS.c.number).where(mine[0]).order_by(VERSIONS.c.number.desc()).limit(1)).scalar() or 0)
             c.execute(VERSIONS.insert().values(
                 name=bundle.name, number=number, digest=bundle.digest, spec_id=bundle.spec.id, rows_digest=str(bundle.provenance.get("train_rows", "")),
                 results=dict(results), created=registry._now().isoformat(), actor=registry.actor))
-            registry._log(c, "register", f"{bundle.name}/{number}", digest=bundle.digest)
+            registry._log(c, "register", f"{bundle.name}/{number}", digest=bundle.digest, **({"signatures": enter(c, seals, registry._now().isoformat())} if seals else {}))
             row = c.execute(VERSIONS.select().where(*mine)).one()
     return _version(row)
 
@@ -167,15 +174,19 @@ def add_evidence(
     gate: str,
     verdict: Verdict,
     page: bytes,    # the executed notebook
+    conditions: Conditions = Conditions(), # under which it ran  # noqa: B008 (frozen)
 ) -> Evidence:
-    "Keep what a gate found out."
+    "Keep what a gate found out, as a statement too."
     digest, created = hashlib.sha256(page).hexdigest(), registry._now().isoformat()
     registry.store.put(digest, {f"{gate}.ipynb": page})
+    said = gate_statement(str(found), found.digest, gate, verdict, digest, conditions)
     with registry.database.change() as c:
         registry.store.put(digest, {f"{gate}.ipynb": page}) # inside the lock once more, as above
-        c.execute(EVIDENCE.insert().values(digest=found.digest, gate=gate, passed=verdict.passed, verdict=verdict.as_dict(), page=digest, created=created))
-        registry._log(c, "gate", str(found), digest=found.digest, gate=gate, passed=verdict.passed, page=digest)
-    return Evidence(found.digest, gate, verdict, digest, created)
+        statement = registry.attestor.keep(said)
+        seals = registry.attestor.sign(statement, said)
+        c.execute(EVIDENCE.insert().values(digest=found.digest, gate=gate, passed=verdict.passed, verdict=verdict.as_dict(), page=digest, statement=statement, created=created))
+        registry._log(c, "gate", str(found), digest=found.digest, gate=gate, passed=verdict.passed, page=digest, statement=statement, **({"signatures": enter(c, seals, created)} if seals else {}))
+    return Evidence(found.digest, gate, verdict, digest, created, statement)
 
 
 def evidence(
@@ -185,7 +196,7 @@ def evidence(
     "What is proved about a version."
     with registry.database.change() as c:
         rows = c.execute(EVIDENCE.select().where(EVIDENCE.c.digest == found.digest).order_by(EVIDENCE.c.id)).all()
-    return {r.gate: Evidence(r.digest, r.gate, Verdict.from_dict(r.verdict), r.page, r.created) for r in rows}
+    return {r.gate: Evidence(r.digest, r.gate, Verdict.from_dict(r.verdict), r.page, r.created, r.statement) for r in rows}
 
 # %% ../nbs/33_registry.ipynb #c3ef0788
 def generation(
@@ -211,6 +222,7 @@ def _refusals(c: Connection, registry: Registry, found: Version, alias: str, gat
     if failed: why.append(f"it failed the gate {' and '.join(failed)}. `mlray show {found}` has the findings")
     if stale: why.append(f"the verdict of the gate {' and '.join(stale)} is not of the last {policy.evidence_hours:g} hours. Run `mlray gate {found}` again")
     if own: why.append(f"{row.actor} registered it, and another person has to promote it")
+    if policy.signature: why += [f"{doubt}. `mlray sign {found}` signs it" for doubt in unsigned(c, registry.attestor, found.name, found.digest, gates)]
     return why
 
 

@@ -33,6 +33,8 @@ class Settings(BaseModel):
     gates: tuple[str, ...] = ("quality", "fairness") # whose passed verdict a promotion asks for
     evidence_hours: Annotated[float, Field(gt=0)] | None = None # how old that verdict may be; empty: any age
     separate_promoter: bool = False         # whether who registered a version may not promote it to production
+    signature: Literal["optional", "required"] = "optional" # whether a promotion asks for signatures of the bundle and its evidence
+    signers: Path | None = None             # folder of those who are trusted to sign; empty: `signers` in `home`
     tracking: Literal["offline", "online", "disabled"] = "offline" # W&B
     project: str = "mlray"                  # W&B project
     ray: str = "local"                      # `local`, or the address of a cluster that runs
@@ -118,7 +120,7 @@ def read_settings(
     if isinstance(found.get("gates"), str): found["gates"] = tuple(str(found["gates"]).replace(",", " ").split())
     root = path.parent if path else start
     settings = _valid({**found, "env": env, "root": root}, str(path or "MLRAY_* variables"))
-    beside = {"home": root / settings.home.expanduser()} | ({"data": Path.cwd() / settings.data.expanduser()} if settings.data else {})
+    beside = {"home": root / settings.home.expanduser()} | ({"data": Path.cwd() / settings.data.expanduser()} if settings.data else {}) | ({"signers": root / settings.signers.expanduser()} if settings.signers else {})
     return settings.model_copy(update=beside)
 
 # %% ../nbs/02_settings.ipynb #9a1f7331

@@ -11,6 +11,7 @@ __all__ = ['UNFINISHED', 'write_durably', 'sync_folder', 'Blob', 'Store', 'old_b
 # %% ../nbs/32_store.ipynb #7907fe19
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -68,15 +69,20 @@ class Store:
     "Bytes by digest, on a local folder."
     root: Path
 
-    def folder(self, digest: str) -> Path: return self.root / digest[:2] / digest
+    def folder(self, digest: str) -> Path:
+        "Where a digest lies here. Raises `RegistryError` for what is none."
+        if not re.fullmatch(r"[0-9a-f]{4,128}", digest): raise RegistryError(f"{digest[:80]!r} is no digest: hexadecimal digits in small letters. Nothing was read or written.")
+        return self.root / digest[:2] / digest
 
     def path(self, digest: str) -> Path:
-        "A folder with the files of a digest, to read."
+        "A folder with the files of a digest, to read. Raises `RegistryError` for what is none."
         return self.folder(digest)
 
     def put(self, digest: str, files: Mapping[str, bytes]) -> Path:
         "Keep a folder of files under a digest; what is there already is young again. Raises `Unavailable` when the disk does not take it."
         target = self.folder(digest)
+        for name in files:
+            if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > 200: raise RegistryError(f"{name[:80]!r} is no name for a file that is kept: letters, digits, _ . and -, and no dot in front. Nothing was written.")
         with suppress(FileNotFoundError):
             os.utime(target)
             return target

@@ -76,6 +76,11 @@ def readme() -> str:
     return "\n\n".join("".join(c["source"]).strip() for c in cells if c["cell_type"] == "markdown").replace("#| export\n\n", "") + "\n"
 
 
+def schema() -> str:
+    "configs/schema.json, from the declarations of a spec; by the package that lies here."
+    return subprocess.run([sys.executable, "-c", "import json; from mlray.schema import spec_schema; print(json.dumps(spec_schema(), indent=1, ensure_ascii=False))"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True).stdout
+
+
 def tool(*command: str) -> int:
     "A checker that prints for itself."
     done = subprocess.run([sys.executable, "-m", *command] if command[0] != "lint-imports" else [str(Path(sys.executable).with_name(command[0])), *command[1:]],
@@ -92,6 +97,7 @@ def fix() -> None:
         _nbdev_clean(notebook)
         if nb2str(notebook) != path.read_text(): path.write_text(nb2str(notebook))
     (ROOT / "README.md").write_text(readme())
+    (ROOT / "configs/schema.json").write_text(schema())
 
 
 if __name__ == "__main__":
@@ -99,6 +105,7 @@ if __name__ == "__main__":
     if "--fix" in sys.argv: fix()
     checks = {"notebooks and package": out_of_step, "notebooks clean": unclean,
               "README": lambda: 0 if (ROOT / "README.md").read_text() == readme() else finding("README.md", "differs from nbs/index.ipynb: run python tests/checks.py --fix"),
+              "configs/schema.json": lambda: 0 if (ROOT / "configs/schema.json").is_file() and (ROOT / "configs/schema.json").read_text() == schema() else finding("configs/schema.json", "differs from the declarations of a spec: run python tests/checks.py --fix"),
               "ruff": lambda: tool("ruff", "check", "-q", "nbs", "mlray", "tests"), "mypy": lambda: tool("mypy"), "import-linter": lambda: tool("lint-imports")}
     failed = 0
     for name, check in checks.items():

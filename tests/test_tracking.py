@@ -17,9 +17,21 @@ BLOCK = 32768
 
 
 def records(path: Path):
-    "The records of a .wandb file: a LevelDB log behind a seven-byte header."
+    "The records of a .wandb file, once W&B has written its end: `finish` returns before that."
+    from google.protobuf.message import DecodeError
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try: found = list(_records(path.read_bytes()))
+        except DecodeError: found = [] # cut within a record
+        if found and found[-1].WhichOneof("record_type") == "exit": return found
+        time.sleep(0.05)
+    raise AssertionError(f"W&B never finished {path}")
+
+
+def _records(data: bytes):
+    "The records in it: a LevelDB log behind a seven-byte header."
     from wandb.proto.wandb_internal_pb2 import Record
-    data, at, part = path.read_bytes(), 7, b""
+    at, part = 7, b""
     while at + 7 <= len(data):
         if BLOCK - at % BLOCK < 7: at += BLOCK - at % BLOCK; continue
         _, size, kind = struct.unpack("<IHB", data[at:at + 7])

@@ -1,0 +1,90 @@
+"""The documentation site, from the notebooks: what they say, what they define, what their stored outputs show.
+
+    python tests/site.py [FOLDER]    default .site; open index.html there, no server and no network needed for reading
+"""
+import base64
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+CHAPTERS = {"0": "Values", "1": "Learning", "2": "Judgement", "3": "One process", "4": "Vendors", "5": "The door"}
+FOLDERS = {"tutorials": "Tutorials", "gates": "Gates", "benchmarks": "Benchmarks", "explanations": "Explanations"}
+
+
+def pages() -> dict[Path, str]: # notebook → page
+    "Where each notebook's page lies: modules by their name, the rest by their folder."
+    found = {p: p.relative_to(ROOT / "nbs") for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts}
+    return {p: str(at.with_name(re.sub(r"^\d+[a-z]?_", "", at.stem) + ".md")) for p, at in found.items()}
+
+
+def linked(text: str, page: str, modules: dict[str, str], notebooks: dict[str, str]) -> str:
+    "Prose whose `mlray.rows` and nbs/….ipynb lead to their pages."
+    up = "../" * page.count("/")
+    text = re.sub(r"(?<!\[)`mlray\.(\w+)(\.\w+)?`(?!\])", lambda m: f"[{m[0]}]({up}{modules[m[1]]})" if m[1] in modules and modules[m[1]] != page else m[0], text)
+    text = re.sub(r"\]\((?:\.\./)*(?:nbs/)?([\w/.-]+\.ipynb)\)", lambda m: f"]({up}{notebooks[m[1]]})" if m[1] in notebooks else m[0], text)
+    return text.replace('{target="_blank"}', "").replace("](nbs/llms.txt)", "](llms.txt)")
+
+
+def shown(cell: dict, page: str, out: Path) -> Iterator[str]:
+    "The stored outputs of a cell, each in the richest form that stands alone."
+    joined = lambda value: value if isinstance(value, str) else "".join(value)
+    for number, output in enumerate(cell.get("outputs", ())):
+        data = output.get("data", {})
+        picture = next((k for k in ("image/svg+xml", "image/png") if k in data), None)
+        if "text" in output: yield f"```text\n{joined(output['text']).rstrip()}\n```"
+        elif picture:
+            name = f"{cell['id']}-{number}.{'svg' if 'svg' in picture else 'png'}"
+            (out / page).parent.mkdir(parents=True, exist_ok=True)
+            (out / page).with_name(name).write_bytes(joined(data[picture]).encode() if "svg" in picture else base64.b64decode(joined(data[picture])))
+            yield f"![what the cell shows]({name})"
+        elif "text/markdown" in data: yield joined(data["text/markdown"])
+        elif "text/html" in data: yield "<div class='shown'>\n" + re.sub(r"\n\s*\n", "\n", joined(data["text/html"])) + "\n</div>"
+        elif "text/plain" in data: yield f"```text\n{joined(data['text/plain'])}\n```"
+
+
+def markdown(notebook: Path, page: str, modules: dict[str, str], notebooks: dict[str, str], out: Path) -> str:
+    "A notebook as a page."
+    blocks = []
+    for cell in json.loads(notebook.read_text())["cells"]:
+        source = re.sub(r"(?m)\A(\s*#\|.*\n?)+", "", "".join(cell["source"])).strip()
+        if cell["cell_type"] == "markdown": blocks.append(linked(source, page, modules, notebooks))
+        elif cell["cell_type"] == "code" and source:
+            blocks.append(f"```python\n{source}\n```")
+            blocks.extend(shown(cell, page, out))
+    return "\n\n".join(b for b in blocks if b) + "\n"
+
+
+def build(site: Path) -> None:
+    "Write the whole site."
+    found = pages()
+    modules = {Path(page).stem: page for notebook, page in found.items() if notebook.parent.name == "nbs"}
+    notebooks = {str(notebook.relative_to(ROOT / "nbs")): page for notebook, page in found.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "pages"
+        for notebook, page in found.items():
+            (out / page).parent.mkdir(parents=True, exist_ok=True)
+            (out / page).write_text(markdown(notebook, page, modules, notebooks, out))
+        shutil.copyfile(ROOT / "nbs/llms.txt", out / "llms.txt")
+        parts: dict[str, list[str]] = {}
+        for notebook, page in found.items():
+            if page != "index.md": parts.setdefault(FOLDERS.get(notebook.parent.name) or CHAPTERS[notebook.name[0]], []).append(page)
+        order = [FOLDERS["tutorials"], FOLDERS["explanations"], *CHAPTERS.values(), FOLDERS["gates"], FOLDERS["benchmarks"]]
+        palette = [{"scheme": scheme, "primary": "indigo", "media": f"(prefers-color-scheme: {light})"} for scheme, light in (("default", "light"), ("slate", "dark"))]
+        settings = {"site_name": "mlray", "docs_dir": "pages", "site_dir": "site", "use_directory_urls": False, "nav": [{"mlray": "index.md"}, *({title: parts[title]} for title in order if title in parts)],
+                    "theme": {"name": "material", "font": False, "features": ["navigation.indexes", "content.code.copy", "toc.follow", "search.highlight"], "palette": palette}, "plugins": ["search"],
+                    "markdown_extensions": ["tables", "admonition", "attr_list", "md_in_html", "pymdownx.highlight", "pymdownx.superfences", {"toc": {"permalink": True}}]}
+        (Path(scratch) / "mkdocs.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        subprocess.run([sys.executable, "-m", "zensical", "build", "-f", str(Path(scratch) / "mkdocs.yml")], check=True, stdout=subprocess.DEVNULL)
+        shutil.rmtree(site, ignore_errors=True)
+        shutil.move(Path(scratch) / "site", site)
+
+
+if __name__ == "__main__": build(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / ".site"))
