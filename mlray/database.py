@@ -7,7 +7,7 @@ is: one transaction, together with its entry in the audit. It knows nothing of b
 
 # %% auto #0
 __all__ = ['HEAD', 'Connection', 'VERSIONS', 'ALIASES', 'MOVES', 'EVIDENCE', 'SIGNATURES', 'KEYS', 'EVENTS', 'audit_key',
-           'digests_named', 'Database']
+           'digests_named', 'Database', 'neighbours']
 
 # %% ../nbs/32a_database.ipynb #e4c887a1
 import json
@@ -181,11 +181,6 @@ class Database:
         "The chain, oldest first."
         return [Entry(**r._mapping) for r in connection.execute(EVENTS.select().order_by(EVENTS.c.seq))]
 
-    @property
-    def neighbours(self) -> list[str]:
-        "The anchors of other registries whose bytes lie in the same folder."
-        return sorted(p.stem for p in self.folder.glob("*.anchor") if p != self._anchor)
-
     def anchors(self) -> tuple[Anchor, ...]:
         "The heads that were noted here."
         return _anchors(self._anchor)
@@ -198,3 +193,8 @@ class Database:
             last = seal(audit_key(self.folder, make=True), last, row.created, row.actor, row.action, row.object, row.details)
             connection.execute(EVENTS.update().where(EVENTS.c.seq == row.seq).values(seq=last.seq, prev=last.prev, mac=last.mac))
         if last: connection.info["sealed"] = last
+
+# %% ../nbs/32a_database.ipynb #1c1c1c26
+def neighbours(database: Database) -> list[str]:
+    "Other registries whose bytes lie in the same folder, by their anchors."
+    return sorted(p.stem for p in database.folder.glob("*.anchor") if p != database._anchor)

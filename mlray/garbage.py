@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from .database import digests_named
+from .database import digests_named, neighbours
 from .display import Table, table
 from .errors import RegistryError, Unavailable
 from .registry import Registry
@@ -65,7 +65,7 @@ def collect_garbage(
 ) -> Garbage:
     "Take away bytes that no row names. Raises `RegistryError` where other registries keep theirs in the same place."
     if not hours >= 0: raise RegistryError(f"{hours:g} hours of grace are not understood; give 0 or more. {GRACE:g} is usual.")
-    if others := [*registry.database.neighbours, *registry.store.neighbours()]: raise RegistryError(f"The bytes in {registry.store.root} are those of {' and '.join(others)}, too, and what only they name would be lost. Give each registry a home of its own, or leave the bytes where they are.")
+    if others := [*neighbours(registry.database), *registry.store.neighbours()]: raise RegistryError(f"The bytes in {registry.store.root} are those of {' and '.join(others)}, too, and what only they name would be lost. Give each registry a home of its own, or leave the bytes where they are.")
     with registry.database.change() as c: named = digests_named(c)
     found = old_blobs(registry.store, named, hours * 3600)
     if dry_run: return Garbage(found, False)

@@ -191,7 +191,8 @@ def whole(registry: Registry, url: str) -> tuple[Entry, ...]:
     assert not found.faults, found.faults
     for v in versions(registry):
         bundle_of(registry, v)
-        for proof in evidence(registry, v).values(): assert (registry.store.path(proof.page) / "quality.ipynb").stat().st_size
+        for proof in evidence(registry, v).values():
+            for digest, name in ((proof.page, "quality.ipynb"), (proof.statement, "statement.json")): registry.attestor.read(digest, name)
     return found.entries
 
 
@@ -276,6 +277,7 @@ def write_on(url: str, home: Path, seed: int, said: Connection) -> None:
     for turn in range(10_000):
         what = rng.choices(["register", "gate", "promote", "rollback", "retire", "gc"], [4, 3, 4, 2, 1, 1])[0]
         mine = [v for v in versions(registry, "tiny") if not v.retired and evidence(registry, v)]
+        if not mine and turn < 2: what = ("register", "gate")[turn] # so that there is something to do the other things with
         given: dict[str, Any] = {"version": rng.choice(mine)} if mine and what in ("promote", "retire") else {}
         if what == "register": given["bundle"] = tiny(home / f"made{seed}", turn + 1000 * seed).path
         if what == "gate": given["page"] = f"{seed} {turn}".encode()
@@ -306,12 +308,13 @@ def kill_at_random(fresh: Callable, kills: int, each: int, seed: int) -> Counter
         for here, there in pipes:
             there.close()
             assert here.recv() == "ready"
-        time.sleep(rng.uniform(0, 0.15)) # any instant will do
+        early = [[pipe.recv() for _ in range(rng.randrange(3))] for pipe, _ in pipes] # some changes, and then any instant will do
+        time.sleep(rng.uniform(0, 0.05))
         for w in writers: os.kill(w.pid, signal.SIGKILL)
         for w in writers:
             w.join()
             assert w.exitcode == -signal.SIGKILL
-        acknowledged = Counter(repr(answer) for here, _ in pipes for kind, answer in heard(here) if kind == "done" and answer != ("gc", "store", []))
+        acknowledged = Counter(repr(answer) for (here, _), told_early in zip(pipes, early, strict=True) for kind, answer in (*told_early, *heard(here)) if kind == "done" and answer != ("gc", "store", []))
         after = whole(registry, url)
         assert after[:len(before)] == before, "what was there has changed"
         new = Counter(repr(told(e)) for e in after[len(before):] if e.action != "refuse")
@@ -340,20 +343,20 @@ def test_garbage_is_what_nobody_names(fresh):
     url, home = fresh()
     registry = opened(url, home)
     v = register(registry, tiny(home / "made", 1), {})
-    page = add_evidence(registry, v, "quality", PASSED, b"{}").page
+    proof = add_evidence(registry, v, "quality", PASSED, b"{}")
     promote(registry, v)
     second = register(registry, tiny(home / "made", 2), {})
     retire(registry, second, "slow")
     orphan = registry.store.put("ab" * 32, {"a": b"1", "b": b"22"})
     half = registry.store.root / ".put-killed"
     half.mkdir()
-    for old in (orphan, half, registry.store.path(v.digest), registry.store.path(page)): os.utime(old, (1e9, 1e9))
+    for old in (orphan, half, *(registry.store.path(d) for d in (v.digest, proof.page, proof.statement))): os.utime(old, (1e9, 1e9))
     young = registry.store.put("cd" * 32, {"a": b"1"})
     looked = collect_garbage(registry, dry_run=True)
     assert {b.path for b in looked.blobs} == {orphan, half} and looked.size == 3 and not looked.taken and orphan.is_dir()
     assert {b.path for b in collect_garbage(registry).blobs} == {orphan, half} and young.is_dir() and not orphan.exists() and not half.exists()
     assert not collect_garbage(registry).blobs and [told(e) for e in whole(registry, url)][-1] == ("gc", "store", ["ab" * 32])
-    assert [b.digest for b in collect_garbage(registry, hours=0).blobs] == ["cd" * 32] and len(list(registry.store.root.glob("??/*"))) == 3
+    assert [b.digest for b in collect_garbage(registry, hours=0).blobs] == ["cd" * 32] and {p.name for p in registry.store.root.glob("??/*")} == {v.digest, second.digest, proof.page, proof.statement}
     (home / "other.anchor").write_text("")
     with pytest.raises(RegistryError, match="those of other, too"): collect_garbage(registry, hours=0)
     with pytest.raises(RegistryError, match="give 0 or more"): collect_garbage(registry, hours=-1)
@@ -448,13 +451,14 @@ def test_bytes_in_a_bucket(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("MLRAY_AUDIT_KEY", "k" * 32)
     ada, grace = at("ada"), at("grace")
     v = register(ada, tiny(tmp_path, 1), {})
-    page = add_evidence(ada, v, "quality", PASSED, b"page").page
+    proof = add_evidence(ada, v, "quality", PASSED, b"page")
+    page = proof.page
     assert not list(grace.store.root.iterdir()) and bundle_of(grace, v).digest == v.digest, "another machine fetches what it reads"
     assert (grace.store.path(page) / "quality.ipynb").read_bytes() == b"page" and promote(grace, v) == 1
     grace.store.put("cd" * 32, {"a": b"never registered"})
     client.put_object(Bucket="blobs", Key=f"models/ef/{'ef' * 32}/model.onnx", Body=b"half a blob")
     assert not collect_garbage(ada).blobs and [b.digest for b in collect_garbage(ada, hours=0).blobs] == ["cd" * 32]
-    assert {k.split("/")[1] for k in keys(client) if k[0] != "."} == {v.digest, page, "ef" * 32}
+    assert {k.split("/")[1] for k in keys(client) if k[0] != "."} == {v.digest, page, proof.statement, "ef" * 32}
     client.delete_object(Bucket="blobs", Key=f"models/{v.digest[:2]}/{v.digest}/model.onnx") # somebody took a file of it
     far = at("edsger")
     assert not far.store.path(v.digest).exists()
