@@ -91,6 +91,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'mlray/calibration.py')},
             'mlray.card': { 'mlray.card.Dossier': ('card.html#dossier', 'mlray/card.py'),
                             'mlray.card.Dossier.about': ('card.html#dossier.about', 'mlray/card.py'),
+                            'mlray.card.Dossier.approvals': ('card.html#dossier.approvals', 'mlray/card.py'),
                             'mlray.card.Dossier.happened': ('card.html#dossier.happened', 'mlray/card.py'),
                             'mlray.card.Dossier.personal': ('card.html#dossier.personal', 'mlray/card.py'),
                             'mlray.card.Dossier.results': ('card.html#dossier.results', 'mlray/card.py'),

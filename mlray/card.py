@@ -130,6 +130,11 @@ class Dossier:
     def about(self) -> About: return self.bundle.spec.about
     @property
     def personal(self) -> list[str]: return [n for n, c in self.bundle.contract.columns.items() if c.personal]
+    @property
+    def approvals(self) -> list[Entry]:
+        "Those that were not withdrawn."
+        back = {seq for e in self.happened("withdraw") for seq in e.details.get("approvals", ())}
+        return [e for e in self.happened("approve") if e.seq not in back]
     def happened(self, *actions: str) -> list[Entry]:
         "What the audit tells of this version."
         return [e for e in self.entries if e.object == str(self.version) and (not actions or e.action in actions)]
@@ -250,12 +255,12 @@ def _limits(found: Dossier) -> Section:
 
 
 def _approvals(found: Dossier) -> Section:
-    given = found.happened("approve")
+    given = found.approvals
     lines = [(e.actor, e.created[:19], ", ".join(f"{k} {v}" for k, v in e.details.items()), e.seq) for e in given]
     asked = ", ".join(f"{k.replace('_', ' ')} {', '.join(v) if isinstance(v, list | tuple) else v}" for k, v in found.policy.items() if v not in (None, False, (), "", 0))
-    out = [(e.action, e.details.get("alias", ""), e.actor, e.created[:19], e.seq) for e in found.happened("promote", "rollback", "refuse", "retire")]
+    out = [(e.action, e.details.get("alias", ""), e.actor, e.created[:19], e.seq) for e in found.happened("promote", "rollback", "refuse", "withdraw", "deprecate", "retire")]
     return Section("Who let it out", (f"Production asks for: {asked or 'nothing'}.",), (*([table(["by", "when", "what", "row"], lines, "Approvals")] if lines else []), *([table(["what", "alias", "by", "when", "row"], out, "Releases")] if out else [])),
-                   missing=() if lines else ("an approval: the audit has none of this version",))
+                   missing=() if lines else ("an approval: the audit has none of this version that holds",))
 
 
 def _evidence(found: Dossier) -> Section:

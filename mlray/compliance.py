@@ -112,7 +112,7 @@ def _logged(found: Dossier) -> Shown: return [f"{len(found.happened())} rows of 
 
 
 def _overseen(found: Dossier) -> Shown:
-    approved = found.happened("approve")
+    approved = found.approvals
     return _split(_told(found, "oversight", "who oversees it"), (bool(approved), f"approved by {', '.join(sorted({e.actor for e in approved}))}", "an approval in the audit"),
                   (bool(found.policy.get("separate_promoter")), "who registers a version cannot promote it to production", "two pairs of eyes: the policy lets who registered a version promote it (`separate_promoter`)"), (True, f"`mlray rollback {found.version.name}` takes it back", ""))
 

@@ -116,12 +116,21 @@ def test_what_is_said_and_proved_is_not_missing(home, diabetes):
     for gate in ("quality", "fairness", "explanation", "robustness", "data"): add_evidence(registry, new, gate, PASSED, gate.encode())
     promote(registry, new)
     after = papers(home, "diabetes@production")
-    assert {m for m in after["card"].missing} == {"an approval: the audit has none of this version"} and not after["data-sheet"].missing
+    assert {m for m in after["card"].missing} == {"an approval: the audit has none of this version that holds"} and not after["data-sheet"].missing
     assert len(after["compliance"].missing) < len(before["compliance"].missing) and all(n in after["card"].markdown() for n in ("the owner", "one; two", "the oversight"))
     assert after["card"].front["license"] == "the licence" and any(e[0] == "promote" for s in after["card"].sections if s.title == "Who let it out" for e in s.tables[0].rows)
     add_evidence(registry, new, "fairness", judge({"roc_auc": 0.7}, [Rule(metric="roc_auc", at_least=0.8)]), b"again")
     failed = papers(home, "diabetes/2")
     assert "The gate fairness has failed." in failed["card"].markdown() and any("it has failed" in m and "Art. 10" in m for m in failed["compliance"].missing)
+
+
+def test_an_approval_that_was_withdrawn_is_none(home):
+    registry = open_registry(home)
+    with registry.database.change() as c: registry._log(c, "approve", "diabetes/1", alias="production", role="owner", note="it is good")
+    assert "| it is good" in papers(home)["card"].markdown() or "note it is good" in papers(home)["card"].markdown()
+    assert not any("approval" in m for paper in papers(home).values() for m in paper.missing)
+    with registry.database.change() as c: registry._log(c, "withdraw", "diabetes/1", alias="production", approvals=[registry.database.entries(c)[-1].seq], note="it is not")
+    assert any("approval" in m for m in papers(home)["card"].missing) and any("approval" in m for m in papers(home)["compliance"].missing)
 
 
 def test_no_article_is_called_fulfilled(home):
