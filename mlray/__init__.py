@@ -2,6 +2,7 @@
 
 Modules:
 
+- `mlray.about`: What only people can say of a model: who answers for it, what it is for, what its rows are
 - `mlray.accepted`: How far a growing source has been read, and the rows that came of it
 - `mlray.access`: Who may do what: keys, roles, actions
 - `mlray.adversarial`: How little it takes when somebody tries: FGSM and PGD on the numbers of a row
@@ -13,6 +14,8 @@ Modules:
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
 - `mlray.calibration`: Scores that can be taken at their word: fitted on validation rows, shipped in the graph
+- `mlray.card`: A version's papers, made from what is known of it: the model card, as Markdown, as a page, as JSON
+- `mlray.catalogue`: Every data set that a version was made of, and what came of it
 - `mlray.chart`: Plots as plain SVG: values with their intervals, lines, points, bars
 - `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line
@@ -20,10 +23,12 @@ Modules:
 - `mlray.column`: What one column of a table may hold, and what it is for
 - `mlray.commands`: What each command does, with its vendors chosen
 - `mlray.comparison`: Two models on the same rows: how far apart, and whether that can be chance
+- `mlray.compliance`: What GDPR and the EU AI Act ask, the evidence there is, and what is missing
 - `mlray.contract`: What a row must look like, said once and held everywhere
 - `mlray.counterfactual`: What would have to be different for another answer: the smallest change that flips it
 - `mlray.counts`: One small table that stands for all rows: slices × label × decision × score bin; tables add
 - `mlray.data`: Which rows: their sources, and how they are divided
+- `mlray.data_sheet`: The rows behind a version: what they are, where they came from, what was done to them
 - `mlray.database`: One transaction, one line of audit, on SQLite or PostgreSQL
 - `mlray.decision`: From a score to a decision: calibration, threshold and fairness, as intent
 - `mlray.declared`: Rows to numbers without having seen a row: encoders that follow from the contract alone
@@ -54,6 +59,7 @@ Modules:
 - `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
 - `mlray.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
 - `mlray.gaps`: How far groups are apart, where answers are classes, labels or numbers
+- `mlray.garbage`: Bytes that no row names any more, taken away without taking a live one
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
 - `mlray.gate_on_ray`: Gates as tasks of a cluster: each with the CPUs, GPUs and memory that it asks for
@@ -89,6 +95,7 @@ Modules:
 - `mlray.outbox`: What others are to be told, kept until they have heard it
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
 - `mlray.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
+- `mlray.papers_cli`: The commands of papers, data sets and the registry's own upkeep
 - `mlray.pieces`: Rows that pass by in pieces, and a bounded sample that stands for all of them
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.policy`: What an environment asks of a version that is let out
@@ -117,6 +124,7 @@ Modules:
 - `mlray.rollout_run`: From windows to a decision about a canary
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
+- `mlray.runbook`: What to type when this model is let out, looked after, in trouble, or at its end
 - `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
 - `mlray.samples`: Real rows that are there without a download
 - `mlray.schema`: The JSON Schema of a spec, so that an editor completes and corrects while one writes

@@ -37,6 +37,7 @@ from mlray.commands import (
     versions_to_serve,
 )
 from .errors import MlrayError, ServingError, suggest
+from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 from .release_cli import release_app
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-_NOT_BUILT = frozenset({"card", "cluster", "console", "export", "lab", "predict", "retrain", "schedule"})
+_NOT_BUILT = frozenset({"cluster", "console", "export", "lab", "predict", "retrain", "schedule"})
 
 
 class _Commands(TyperGroup):
@@ -62,6 +63,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 
 app.add_typer(release_app)
 app.add_typer(proof_app)
+app.add_typer(papers_app)
 app.add_typer(audit_app, name="audit")
 Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, such as configs/adult.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Changes to the spec, such as train.epochs=5.")]

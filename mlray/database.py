@@ -7,7 +7,7 @@ is: one transaction, together with its entry in the audit. It knows nothing of b
 
 # %% auto #0
 __all__ = ['HEAD', 'Connection', 'VERSIONS', 'ALIASES', 'MOVES', 'EVIDENCE', 'SIGNATURES', 'KEYS', 'APPROVALS', 'REQUESTS',
-           'OUTBOX', 'ENVIRONMENTS', 'EVENTS', 'audit_key', 'Database']
+           'OUTBOX', 'ENVIRONMENTS', 'EVENTS', 'audit_key', 'digests_named', 'Database', 'neighbours']
 
 # %% ../nbs/32a_database.ipynb #e4c887a1
 import json
@@ -98,17 +98,27 @@ def audit_key(
     if make and not environ.get("MLRAY_AUDIT_KEY") and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".audit.key-{secrets.token_hex(4)}"
-        with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileExistsError): os.link(part, path) # somebody else made one first: theirs
-        part.unlink()
+        try:
+            with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+                file.write(secrets.token_hex(32))
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(FileExistsError): os.link(part, path) # somebody else made one first: theirs
+        finally: part.unlink(missing_ok=True)
     try: text = environ.get("MLRAY_AUDIT_KEY") or path.read_text()
     except FileNotFoundError: raise RegistryError(f"The audit has begun, and its key is not here. Set MLRAY_AUDIT_KEY to it, or bring back {path}.") from None
     if len(text) < 32: raise RegistryError(f"The key of the audit has {len(text)} characters; at least 32 are asked for. `openssl rand -hex 32` makes one.")
     if not environ.get("MLRAY_AUDIT_KEY") and path.stat().st_mode & 0o077: raise RegistryError(f"{path} can be read by others. `chmod 600 {path}`, and think about who has read it.")
     return text.encode()
+
+
+def _note(path: Path, entry: Entry) -> None:
+    "Add the head of a chain to a file of anchors."
+    handle = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+    try:
+        os.write(handle, f"\n{json.dumps({'seq': entry.seq, 'mac': entry.mac})}".encode()) # one write, so that writers side by side do not mix; on a line of its own, whatever a crash has left of the last
+        os.fsync(handle)
+    finally: os.close(handle)
 
 
 def _anchors(path: Path) -> tuple[Anchor, ...]:
@@ -120,6 +130,15 @@ def _anchors(path: Path) -> tuple[Anchor, ...]:
         with suppress(ValueError, KeyError, TypeError): found.append(Anchor(**json.loads(line)))
     return tuple(found)
 
+# %% ../nbs/32a_database.ipynb #da73d08e
+def digests_named(connection: Connection) -> set[str]:
+    "Every digest that stands in a text column of any table, of those too that this code does not know."
+    found, tables = set[str](), sa.MetaData()
+    tables.reflect(connection)
+    for column in (c for t in tables.sorted_tables for c in t.columns if isinstance(c.type, sa.String)):
+        found |= set(connection.execute(sa.select(column).where(sa.func.length(column) == 64).distinct()).scalars())
+    return found
+
 # %% ../nbs/32a_database.ipynb #278df5c4
 class Database:
     "A registry's tables, with their audit."
@@ -129,6 +148,7 @@ class Database:
         url: str,       # SQLAlchemy URL
         folder: Path,   # where the key and the anchors are
     ):
+        folder.mkdir(parents=True, exist_ok=True)
         self._engine, self.folder = _engine(url), folder
         self.shown = (at := self._engine.url).render_as_string(hide_password=True)
         self._anchor = folder / (f"{'-'.join(str(p) for p in (at.host, at.port, at.database) if p).replace('/', '-')}.anchor" if at.host else f"{Path(at.database or 'registry').name}.anchor")
@@ -148,7 +168,9 @@ class Database:
         except sa.exc.DatabaseError as error:
             raise RegistryError(f"{self.shown} is not a registry that can be read: {error.orig}.") from error
         except UnicodeEncodeError as error: raise RegistryError(f"{error.object[:80]!r} has a character that no text may have (half of a pair). Nothing was changed.") from error
-        if entry: self._note(entry)
+        except OSError as error: raise Unavailable(f"The registry did not take the change: {error}. Nothing was changed.") from error
+        with suppress(OSError): # the change is kept, whatever becomes of its anchor; the next one vouches for it, too
+            if entry: _note(self._anchor, entry)
 
     def log(self, connection: Connection, created: str, actor: str, action: str, about: str, details: Mapping[str, Any]) -> Entry:
         "Seal what a transaction does, inside it."
@@ -168,14 +190,6 @@ class Database:
         "The heads that were noted here."
         return _anchors(self._anchor)
 
-    def _note(self, entry: Entry) -> None:
-        line = json.dumps({"seq": entry.seq, "mac": entry.mac}) + "\n"
-        handle = os.open(self._anchor, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
-        try:
-            os.write(handle, line.encode()) # one write: writers side by side do not mix
-            os.fsync(handle)
-        finally: os.close(handle)
-
     def _adopt(self, connection: Connection) -> None:
         "Seal the rows of a schema that had no chain, as they are found."
         old = connection.execute(EVENTS.select().order_by(EVENTS.c.seq)).all()
@@ -184,3 +198,8 @@ class Database:
             last = seal(audit_key(self.folder, make=True), last, row.created, row.actor, row.action, row.object, row.details)
             connection.execute(EVENTS.update().where(EVENTS.c.seq == row.seq).values(seq=last.seq, prev=last.prev, mac=last.mac))
         if last: connection.info["sealed"] = last
+
+# %% ../nbs/32a_database.ipynb #1c1c1c26
+def neighbours(database: Database) -> list[str]:
+    "Other registries whose bytes lie in the same folder, by their anchors."
+    return sorted(p.stem for p in database.folder.glob("*.anchor") if p != database._anchor)

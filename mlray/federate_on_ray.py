@@ -28,7 +28,7 @@ from .contract import Checked, Contract, check, labels
 from .data import Source
 from .declared import declared, declared_scale
 from .errors import ContractError, MlrayError, TrainingError, Unavailable
-from .evaluation import evaluate_beside, incumbent_of, verdict_of
+from .evaluation import evaluate_beside, incumbent_of, results_of, verdict_of
 from .features import Features, Matrix, apply
 from .fitting import Average, copied, make_optimizer, one_pass, seed_of
 from .fitting_privately import budget_of, private_pass
@@ -279,7 +279,7 @@ def federate(
             tracker.note(f"measuring on {rows.parts.test.height} test rows")
             beside = evaluate_beside(bundle, before, rows.parts.test)
             evaluation, verdict = beside.evaluation, verdict_of(spec, beside)
-            results, came = {"values": evaluation.scorecard.values, "verdict": verdict.as_dict()}, lineage_of(bundle, kept.folder.name, tracker.where(), settings.root)
+            results, came = results_of(evaluation, verdict, rows), lineage_of(bundle, kept.folder.name, tracker.where(), settings.root)
             run = Run(register(registry, bundle, results, came), rows, evaluation, verdict, comparison=beside.comparison)
             kept.clear()
     except BaseException as error:

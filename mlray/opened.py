@@ -10,6 +10,7 @@ __all__ = ['user_here', 'Registry', 'add_key', 'revoke_key', 'keys', 'open_regis
 
 # %% ../nbs/32e_opened.ipynb #a639082f
 import getpass
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from .errors import RegistryError, suggest
 from .oidc import issuer_of
 from .policy import Policy, windows
 from .settings import Settings
-from .store import Store
+from .store import open_store
 
 # %% ../nbs/32e_opened.ipynb #782727f2
 def user_here() -> str:
@@ -46,13 +47,15 @@ class Registry:
         caller: Caller | None = None,               # who acts, with roles; default: `actor`, who may do everything
         mirrors: tuple[str, ...] = (),              # who is told of changes, through the outbox
         signers: str | Path | None = None,          # folder of those who are trusted to sign; default: `signers`, beside the store
+        bytes_url: str = "",                        # where the bytes are kept, such as s3://bucket/folder; empty: in the folder
     ):
-        self.store, self._now, self.policy, self.mirrors = Store(Path(store)), now, policy, mirrors
-        self.attestor = Attestor(self.store, Path(signers or self.store.root.parent / "signers"))
+        self._now, self.policy, self.mirrors = now, policy, mirrors
+        self.store = open_store(Path(store), bytes_url, hashlib.sha256(url.rpartition("@")[2].encode()).hexdigest()[:16])
+        self.attestor = Attestor(self.store, Path(signers or Path(store).parent / "signers"))
         self.caller = caller or Caller(actor or user_here())
         try:
             self.store.root.mkdir(parents=True, exist_ok=True)
-            self.database = Database(url, self.store.root.parent)
+            self.database = Database(url, Path(store).parent)
         except OSError as error: raise RegistryError(f"The registry cannot be opened: {error}.") from error
 
     @property
@@ -103,7 +106,7 @@ def open_registry(
     presented: str | None = None, # an API key or a token; default: MLRAY_API_KEY
 ) -> Registry:
     "The registry of an environment, made if it is not there. Where `access = keys`, its caller is who bears the key."
-    registry = Registry(settings.registry_url, settings.home / "store", actor, policy=policy_of(settings), mirrors=settings.mirrors, signers=settings.signers)
+    registry = Registry(settings.registry_url, settings.home / "store", actor, policy=policy_of(settings), mirrors=settings.mirrors, signers=settings.signers, bytes_url=settings.store)
     if settings.access == "keys": registry.caller = _bearer(registry, settings, presented or os.environ.get("MLRAY_API_KEY") or "")
     return registry
 

@@ -114,7 +114,7 @@ def register(
     once: str | None = None,    # a key with which it is done once, however often it is asked for
 ) -> Version:
     "Give a bundle the next number of its name, or the one it has."
-    registry.store.put(bundle.digest, {p.name: p.read_bytes() for p in bundle.path.iterdir()})
+    registry.store.put(bundle.digest, files := {p.name: p.read_bytes() for p in bundle.path.iterdir()})
     load_bundle(registry.store.path(bundle.digest), bundle.digest)
     seals = registry.attestor.sign(bundle.digest, bundle_statement(bundle.name, digests_of(bundle.path, bundle.digest)))
     mine, told = (VERSIONS.c.name == bundle.name, VERSIONS.c.digest == bundle.digest), dict(lineage or {})
@@ -122,6 +122,7 @@ def register(
 
     def do(deed: Deed) -> dict[str, Any]:
         c = deed.connection
+        load_bundle(registry.store.put(bundle.digest, files), bundle.digest) # inside the lock once more: garbage that was being collected meanwhile is there again
         if c.execute(VERSIONS.select().where(*mine)).first(): return {}
         number = 1 + (c.execute(VERSIONS.select().with_only_columns(VERSIONS.c.number).where(mine[0]).order_by(VERSIONS.c.number.desc()).limit(1)).scalar() or 0)
         c.execute(VERSIONS.insert().values(
@@ -156,6 +157,8 @@ def add_evidence(
     seals = registry.attestor.sign(statement, said)
 
     def do(deed: Deed) -> dict[str, Any]:
+        registry.store.put(digest, {f"{gate}.ipynb": page}) # inside the lock once more, as above
+        registry.attestor.keep(said)
         deed.connection.execute(EVIDENCE.insert().values(digest=found.digest, gate=gate, passed=verdict.passed, verdict=verdict.as_dict(), page=digest, statement=statement, created=created))
         deed.log("gate", str(found), digest=found.digest, gate=gate, passed=verdict.passed, page=digest, statement=statement, **({"signatures": enter(deed.connection, seals, created)} if seals else {}))
         return {}

@@ -142,7 +142,7 @@ def key_revoke(id: Annotated[str, typer.Argument(help="The public part: the eigh
     shown(as_json, {"id": done.id, "revoked": done.revoked}, f"{done.id} is revoked")
 
 # %% ../nbs/58b_release_cli.ipynb #1204507f
-registry_app = typer.Typer(no_args_is_help=True, help="Copies of the registry for others: mirror, export.", rich_markup_mode=None)
+registry_app = typer.Typer(no_args_is_help=True, help="The registry itself: copies for others, upkeep.", rich_markup_mode=None)
 release_app.add_typer(registry_app, name="registry")
 
 

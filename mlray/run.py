@@ -36,7 +36,16 @@ from .deed import Ask
 from .drift import DriftReport, drift_report
 from .errors import BundleError, SpecError, TrainingError
 from .estimator_graph import answer
-from .evaluation import Evaluation, asks_of_rows, comparing, evaluate_beside, incumbent_of, rules_of, verdict_of
+from mlray.evaluation import (
+    Evaluation,
+    asks_of_rows,
+    comparing,
+    evaluate_beside,
+    incumbent_of,
+    results_of,
+    rules_of,
+    verdict_of,
+)
 from .explanation import asked_for
 from .features import Matrix, apply, learn
 from .fitting_privately import budget_of
@@ -292,7 +301,7 @@ def train(
                                       **asked_for(bundle, rows.parts.test, asked, members=rows.parts.train), **asked_of_network(bundle, rows.parts.test, asked)}
             theirs = {**asked_for(before, rows.parts.test, comparing(asked), asks=spec, members=rows.parts.train), **asked_of_network(before, rows.parts.test, comparing(asked), incumbent=True)} if before else {}
             verdict = verdict_of(spec, beside, data=data, before=theirs)
-            results, came = {"values": evaluation.scorecard.values, "verdict": verdict.as_dict()}, lineage_of(bundle, kept.folder.name, tracker.where(), settings.root)
+            results, came = results_of(evaluation, verdict, rows), lineage_of(bundle, kept.folder.name, tracker.where(), settings.root)
             run = Run(register(registry, bundle, results, came), rows, evaluation, verdict, drift, beside.comparison)
             kept.clear() # finished: the same command would do it all again, and come to the same version
     except BaseException as error:

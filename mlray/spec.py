@@ -19,6 +19,7 @@ from typing import Annotated, Any, Self, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from .about import About
 from .behaviour import Behaviour
 from .column import Age, Column, Part
 from .data import Data, Federation
@@ -192,6 +193,7 @@ class RunSpec(Part):
     rollout: Rollout = Rollout()
     monitor: Monitor = Monitor()
     search: Search | None = None        # for `mlray tune`
+    about: About = About()              # for the papers
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
@@ -206,7 +208,7 @@ class RunSpec(Part):
     @property
     def id(self) -> str:
         "Twelve hex digits that name this intent."
-        values = self.model_dump(mode="json", exclude={"monitor"} | ({"search"} if not self.search else set())) # how it is watched changes nothing of what it is
+        values = self.model_dump(mode="json", exclude={"about", "monitor"} | ({"search"} if not self.search else set())) # how it is watched changes nothing of what it is
         values["contract"] = [(n, {k: v for k, v in c.items() if k != "journal"}) for n, c in values["contract"].items()] # the order of columns means something
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
