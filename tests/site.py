@@ -30,7 +30,7 @@ def linked(text: str, page: str, modules: dict[str, str], notebooks: dict[str, s
     up = "../" * page.count("/")
     text = re.sub(r"(?<!\[)`mlray\.(\w+)(\.\w+)?`(?!\])", lambda m: f"[{m[0]}]({up}{modules[m[1]]})" if m[1] in modules and modules[m[1]] != page else m[0], text)
     text = re.sub(r"\]\((?:\.\./)*(?:nbs/)?([\w/.-]+\.ipynb)\)", lambda m: f"]({up}{notebooks[m[1]]})" if m[1] in notebooks else m[0], text)
-    return text.replace('{target="_blank"}', "").replace("](nbs/llms.txt)", "](llms.txt)")
+    return text.replace('{target="_blank"}', "")
 
 
 def shown(cell: dict, page: str, out: Path) -> Iterator[str]:
@@ -50,6 +50,15 @@ def shown(cell: dict, page: str, out: Path) -> Iterator[str]:
         elif "text/plain" in data: yield f"```text\n{joined(data['text/plain'])}\n```"
 
 
+def bring(text: str, page: str, out: Path) -> None:
+    "Files of the repository that a page leads to come along."
+    for at in re.findall(r"\]\(([\w/.-]+)\)", text):
+        source, goal = ROOT / Path(page).parent / at, (out / page).parent / at
+        if source.is_file() and source.suffix not in (".md", ".ipynb"):
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, goal)
+
+
 def markdown(notebook: Path, page: str, modules: dict[str, str], notebooks: dict[str, str], out: Path) -> str:
     "A notebook as a page."
     blocks = []
@@ -59,7 +68,9 @@ def markdown(notebook: Path, page: str, modules: dict[str, str], notebooks: dict
         elif cell["cell_type"] == "code" and source:
             blocks.append(f"```python\n{source}\n```")
             blocks.extend(shown(cell, page, out))
-    return "\n\n".join(b for b in blocks if b) + "\n"
+    text = "\n\n".join(b for b in blocks if b) + "\n"
+    bring(text, page, out)
+    return text
 
 
 def build(site: Path) -> None:
@@ -72,7 +83,6 @@ def build(site: Path) -> None:
         for notebook, page in found.items():
             (out / page).parent.mkdir(parents=True, exist_ok=True)
             (out / page).write_text(markdown(notebook, page, modules, notebooks, out))
-        shutil.copyfile(ROOT / "nbs/llms.txt", out / "llms.txt")
         parts: dict[str, list[str]] = {}
         for notebook, page in found.items():
             if page != "index.md": parts.setdefault(FOLDERS.get(notebook.parent.name) or CHAPTERS[notebook.name[0]], []).append(page)
