@@ -115,7 +115,6 @@ def register(
 ) -> Version:
     "Give a bundle the next number of its name, or the one it has."
     registry.store.put(bundle.digest, files := {p.name: p.read_bytes() for p in bundle.path.iterdir()})
-    load_bundle(registry.store.path(bundle.digest), bundle.digest)
     seals = registry.attestor.sign(bundle.digest, bundle_statement(bundle.name, digests_of(bundle.path, bundle.digest)))
     mine, told = (VERSIONS.c.name == bundle.name, VERSIONS.c.digest == bundle.digest), dict(lineage or {})
     packages, parent = told.pop("packages", None), bundle.provenance.get("parent")
