@@ -6,6 +6,7 @@ Modules:
 - `mlray.access`: Who may do what: keys, roles, actions
 - `mlray.adversarial`: How little it takes when somebody tries: FGSM and PGD on the numbers of a row
 - `mlray.answer`: What one prediction looks like on the wire, for each kind of target
+- `mlray.arrow`: Rows in bulk: an Arrow IPC stream in, an Arrow IPC stream out
 - `mlray.audit`: A chain that breaks if it is touched
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
@@ -60,14 +61,19 @@ Modules:
 - `mlray.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
 - `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
 - `mlray.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates
+- `mlray.meters`: What a replica counts, for Prometheus
 - `mlray.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
 - `mlray.mixture`: Two means from their sums, compared at every look
+- `mlray.mlflow`: What an MLflow client sends to `/invocations`
 - `mlray.model`: Fitting a network: training as a generator of epochs
 - `mlray.moments`: Means of anything a column can hold, from sums that add: errors of a regression, cost, latency
 - `mlray.network`: Numbers to scores: TabM and its simpler relatives, and the graph they become
 - `mlray.network_inputs`: What was learned about the rows, as the first layers of a network
+- `mlray.open_inference`: The Open Inference Protocol v2: a tensor a column
+- `mlray.openapi`: The routes, described for people and programs
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
 - `mlray.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
+- `mlray.plan`: What is to be served, read from the registry, and followed as it changes
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
@@ -81,6 +87,7 @@ Modules:
 - `mlray.robust`: How fragile: which answers flip when rows are slightly wrong, for whom, and what the contract catches first
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
 - `mlray.rollout_policy`: How a new version takes over, as intent
+- `mlray.routes`: One table of everything that can be asked
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
 - `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
@@ -92,8 +99,10 @@ Modules:
 - `mlray.search`: What to try next, and what was found
 - `mlray.search_space`: Where to look for better values, as intent
 - `mlray.serve_on_ray`: HTTP in front of the service, on Ray Serve
-- `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
+- `mlray.served`: One version that answers: rows of any kind in, scores out
+- `mlray.service`: Answer a request: check the key, check the rows, choose a version, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
+- `mlray.shadow`: A version that answers too, and that nobody waits for
 - `mlray.shapley`: Why this answer: the score, shared out among the features so that the shares add up
 - `mlray.slices`: Where a model does worst: a search through slices of up to three conditions, corrected for having searched
 - `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a topic, from a function
@@ -108,11 +117,13 @@ Modules:
 - `mlray.topic`: A Kafka topic as rows: from an offset to the end that it had when it was opened
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
+- `mlray.traffic`: Which version answers whom
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
 - `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
-- `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances"""
+- `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances
+- `mlray.wire`: What goes over the wire, in words that every route shares"""
 
 __version__ = "0.1.0"
 

@@ -155,6 +155,17 @@ class Database:
         "The chain, oldest first."
         return [Entry(**r._mapping) for r in connection.execute(EVENTS.select().order_by(EVENTS.c.seq))]
 
+    def head(self) -> int:
+        "The number of the last act, read without a lock; nothing has changed while it stays. Raises `Unavailable`."
+        try:
+            connection = self._engine.raw_connection()
+            try:
+                cursor = connection.cursor()
+                cursor.execute("SELECT max(seq) FROM events")
+                return cursor.fetchone()[0] or 0
+            finally: connection.close() # rolls back, so that no transaction stays open
+        except (sa.exc.DBAPIError, self._engine.dialect.loaded_dbapi.Error, OSError) as error: raise Unavailable(f"The registry cannot be read: {error}.") from error
+
     def anchors(self) -> tuple[Anchor, ...]:
         "The heads that were noted here."
         return _anchors(self._anchor)

@@ -45,6 +45,11 @@ class Settings(BaseModel):
     host: str = "127.0.0.1"                 # HTTP
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     replicas: Annotated[int, Field(ge=1)] = 1
+    rate: Annotated[float, Field(gt=0)] | None = None # requests a second of one API key; empty: as many as it likes
+    max_queued: Annotated[int, Field(ge=1)] = 1024 # requests that wait in front of the replicas; more get 503
+    shadow_queued: Annotated[int, Field(ge=1)] = 256 # requests that wait for a shadow; more are dropped, and counted
+    tls_cert: Path | None = None            # PEM; with both, HTTPS
+    tls_key: Path | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -66,7 +71,7 @@ class Settings(BaseModel):
     @property
     def url(self) -> str:
         "Where the service answers."
-        return f"http://{self.host}:{self.port}"
+        return f"http{'s' * bool(self.tls_cert)}://{self.host}:{self.port}"
 
 # %% ../nbs/02_settings.ipynb #302a10c3
 _KEYS = frozenset(Settings.model_fields) - {"env", "root"}
