@@ -14,6 +14,7 @@ Modules:
 - `mlray.chart`: Plots as plain SVG: values with their intervals, lines, points, bars
 - `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line
+- `mlray.client`: Ask a service from Python, and not give up too soon
 - `mlray.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
 - `mlray.column`: What one column of a table may hold, and what it is for
 - `mlray.commands`: What each command does, with its vendors chosen

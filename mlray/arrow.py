@@ -59,7 +59,7 @@ def stream_of_answer(
     about: Mapping[str, str],           # who made it
 ) -> bytes:
     "An answer as an Arrow IPC stream; several numbers a row are columns of their own, such as `scores.fast`."
-    columns = {}
+    columns: dict[str, pa.Array] = {}
     for name, values in parts.items():
         many = values.T if values.ndim == 2 else values[None]
         names = [f"{name}.{n}" for n in task.names] if values.ndim == 2 else [name]

@@ -7,8 +7,8 @@ stdout is one JSON value. Exit codes: 0 done, 1 a verdict or check failed, 2 the
 
 # %% auto #0
 __all__ = ['app', 'Env', 'Json', 'Spec', 'Overrides', 'Reference', 'Port', 'Workers', 'audit_app', 'key_app', 'check', 'train',
-           'tune', 'reproduce', 'gate', 'promote', 'rollback', 'retire', 'row_of', 'serve', 'ask', 'models', 'show',
-           'explain', 'audit_list', 'audit_verify', 'key_create', 'demo', 'main']
+           'tune', 'reproduce', 'gate', 'promote', 'rollback', 'retire', 'row_of', 'serve', 'traffic', 'ask', 'models',
+           'show', 'explain', 'audit_list', 'audit_verify', 'key_create', 'demo', 'main']
 
 # %% ../nbs/59_cli.ipynb #2580d77e
 import json
@@ -30,6 +30,7 @@ from mlray.commands import (
     gate_version,
     propose_contract,
     reproduce_version,
+    set_traffic,
     settings_of,
     stderr,
     take_batch,
@@ -202,13 +203,22 @@ def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Mo
     settings = settings_of(env, port=port)
     from mlray.cluster_on_ray import cluster
     from mlray.serve_on_ray import check_port, undeploy
-    found = versions_to_serve(names, settings)
+    found, references = versions_to_serve(names, settings)
     if settings.ray == "local": check_port(settings)
     with cluster(settings):
-        deploy_versions(found, settings)
+        deploy_versions(references, settings)
         typer.echo(f"{', '.join(map(str, found))} at {settings.url} (Ctrl-C stops)")
         until_stopped()
         if settings.ray != "local": undeploy()
+
+
+@app.command()
+def traffic(name: Annotated[str, typer.Argument(help="A model.")], canary: Annotated[str | None, typer.Option("--canary", help="Share of the version in canary, such as 10%.")] = None, env: Env = None, as_json: Json = False) -> None:
+    "Who gets which version; replicas that run follow within two seconds."
+    from mlray.display import table
+    told = set_traffic(name, canary, settings_of(env))
+    shares = {"production": 1 - told["share"] * bool(told["canary"]), "canary": told["share"], "shadow": 0.0, "previous": 0.0}
+    _show(as_json, told, table(["for", "version", "share"], [(role, f"{name}/{told[role]}", f"{share:.0%}") for role, share in shares.items() if told[role]]))
 
 
 @app.command()

@@ -162,7 +162,8 @@ class Database:
             try:
                 cursor = connection.cursor()
                 cursor.execute("SELECT max(seq) FROM events")
-                return cursor.fetchone()[0] or 0
+                row = cursor.fetchone()
+                return row[0] or 0 if row else 0
             finally: connection.close() # rolls back, so that no transaction stays open
         except (sa.exc.DBAPIError, self._engine.dialect.loaded_dbapi.Error, OSError) as error: raise Unavailable(f"The registry cannot be read: {error}.") from error
 

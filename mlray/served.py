@@ -39,7 +39,7 @@ def fits(
     if kind == "integer": return dtype.is_integer()
     if kind == "number": return dtype.is_numeric() and not dtype.is_decimal()
     if kind == "boolean": return dtype == pl.Boolean
-    if kind == "array": return isinstance(dtype, (pl.List, pl.Array)) and dtype.inner is not None and dtype.inner.is_numeric() # type: ignore[union-attr]
+    if kind == "array": return isinstance(dtype, (pl.List, pl.Array)) and dtype.inner is not None and dtype.inner.is_numeric()
     if kind in ("date", "datetime", "duration"): return dtype.base_type() == {"date": pl.Date, "datetime": pl.Datetime, "duration": pl.Duration}[kind]
     return isinstance(dtype, _WORDS)
 
@@ -66,7 +66,7 @@ class Served:
     def row(self) -> Any:
         "The type of one row: the features, and the id columns if somebody sends them."
         contract = self.bundle.contract
-        with_ids = contract.columns | {n: contract.columns[n].model_copy(update={"nullable": True}) for n in self.ids}
+        with_ids = dict(contract.columns) | {n: contract.columns[n].model_copy(update={"nullable": True}) for n in self.ids}
         return row_type(Contract(with_ids, contract.rules), f"{self.bundle.name} row", (*contract.features, *self.ids))
 
     @cached_property
