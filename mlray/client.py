@@ -121,7 +121,7 @@ def _headers(key: str) -> dict[str, str]: return {"authorization": f"Bearer {key
 class Client:
     "Asks a service, and waits."
 
-    def __init__(self, url: str, key: str, patience: Patience = Patience(), verify: Any = True, transport: httpx.BaseTransport | None = None): # noqa: B008 (frozen)
+    def __init__(self, url: str, key: str, patience: Patience = Patience(), verify: Any = True, transport: httpx.BaseTransport | None = None):
         self.url, self.patience, self._http = url, patience, httpx.Client(base_url=url, headers=_headers(key), verify=verify, transport=transport)
 
     def __enter__(self) -> Self: return self
@@ -151,7 +151,7 @@ class Client:
 class AsyncClient:
     "Asks a service, on an event loop."
 
-    def __init__(self, url: str, key: str, patience: Patience = Patience(), verify: Any = True, transport: httpx.AsyncBaseTransport | None = None): # noqa: B008 (frozen)
+    def __init__(self, url: str, key: str, patience: Patience = Patience(), verify: Any = True, transport: httpx.AsyncBaseTransport | None = None):
         self.url, self.patience, self._http = url, patience, httpx.AsyncClient(base_url=url, headers=_headers(key), verify=verify, transport=transport)
 
     async def __aenter__(self) -> Self: return self
