@@ -28,6 +28,7 @@ from mlray.commands import (
     explain_version,
     find_version,
     gate_version,
+    predictions_table,
     propose_contract,
     reproduce_version,
     set_traffic,
@@ -215,10 +216,7 @@ def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Mo
 @app.command()
 def traffic(name: Annotated[str, typer.Argument(help="A model.")], canary: Annotated[str | None, typer.Option("--canary", help="Share of the version in canary, such as 10%.")] = None, env: Env = None, as_json: Json = False) -> None:
     "Who gets which version; replicas that run follow within two seconds."
-    from mlray.display import table
-    told = set_traffic(name, canary, settings_of(env))
-    shares = {"production": 1 - told["share"] * bool(told["canary"]), "canary": told["share"], "shadow": 0.0, "previous": 0.0}
-    _show(as_json, told, table(["for", "version", "share"], [(role, f"{name}/{told[role]}", f"{share:.0%}") for role, share in shares.items() if told[role]]))
+    _show(as_json, *set_traffic(name, canary, settings_of(env)))
 
 
 @app.command()
@@ -229,14 +227,7 @@ def ask(name: Annotated[str, typer.Argument(help="A model.")], row: Annotated[st
     if not key: raise ServingError("Set MLRAY_API_KEY to an API key; `mlray key create` makes one.")
     rows = row_of(row)
     said = ask_service(name, rows if isinstance(rows, list) else [rows], url or settings_of(env).url, key)
-    _show(as_json, said, _predictions_table(said))
-
-
-def _predictions_table(said: dict[str, Any]) -> Any:
-    "One line a row, whatever kind of answer it is."
-    from mlray.display import table
-    names = list(said["predictions"][0])
-    return table(names, [tuple(p[n] for n in names) for p in said["predictions"]], f"{said['model']}/{said['version']}")
+    _show(as_json, said, predictions_table(said))
 
 # %% ../nbs/59_cli.ipynb #751712c8
 @app.command()

@@ -8,7 +8,8 @@ not given. How results are printed is `mlray.cli`'s business."""
 # %% auto #0
 __all__ = ['stderr', 'settings_of', 'tracker_of', 'backend_on', 'propose_contract', 'take_batch', 'train_run', 'tune_run',
            'reproduce_version', 'find_version', 'explain_version', 'gate_version', 'versions_to_serve',
-           'deploy_versions', 'until_stopped', 'ask_service', 'set_traffic', 'create_key', 'demonstrate']
+           'deploy_versions', 'until_stopped', 'ask_service', 'set_traffic', 'predictions_table', 'create_key',
+           'demonstrate']
 
 # %% ../nbs/58_commands.ipynb #d3866d23
 import json
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from mlray.display import Table
     from mlray.gate_on_papermill import GateRun
     from mlray.registry import Registry, Version
     from mlray.reproduce import Reproduction
@@ -203,8 +205,9 @@ def ask_service(name: str, rows: Sequence[Any], url: str, key: str, verify: "str
     with Client(url, key, verify=verify) as client: return client.predict(name, rows).as_dict()
 
 
-def set_traffic(name: str, canary: str | None, settings: "Settings") -> dict[str, Any]:
+def set_traffic(name: str, canary: str | None, settings: "Settings") -> tuple[dict[str, Any], "Table"]:
     "Which version gets how much of a model's traffic, after giving the canary its share."
+    from mlray.display import table
     from mlray.plan import plan_of, set_share
     from mlray.registry import open_registry
     registry = open_registry(settings)
@@ -214,7 +217,15 @@ def set_traffic(name: str, canary: str | None, settings: "Settings") -> dict[str
         except ValueError as error: raise SpecError(f"--canary {canary!r} is no share. Write 10% or 0.1.") from error
         set_share(registry, name, share)
     (traffic,) = plan_of(registry, [name]).traffic
-    return vars(traffic)
+    shares = {"production": 1 - traffic.share, "canary": traffic.share, "shadow": 0.0, "previous": 0.0}
+    return vars(traffic), table(["for", "version", "share"], [(role, f"{name}/{getattr(traffic, role)}", f"{share:.0%}") for role, share in shares.items() if getattr(traffic, role)])
+
+
+def predictions_table(said: dict[str, Any]) -> Any:
+    "One line a row, whatever kind of answer it is."
+    from mlray.display import table
+    names = list(said["predictions"][0])
+    return table(names, [tuple(p[n] for n in names) for p in said["predictions"]], f"{said['model']}/{said['version']}")
 
 
 def create_key(role: str, settings: "Settings") -> str:

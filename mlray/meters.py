@@ -9,10 +9,13 @@ address are two series and not one that jumps. No label ever holds anything that
 __all__ = ['TEXT', 'Meters']
 
 # %% ../nbs/39g_meters.ipynb #8f1c6c04
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from .traffic import Traffic
 
 # %% ../nbs/39g_meters.ipynb #702d18dd
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -42,4 +45,15 @@ class Meters:
         self.of = cache(self._of) # looking up labels costs more than counting
 
     def _of(self, metric: str, *labels: str) -> Any: return getattr(self, metric).labels(*labels, self.replica)
+
+    def tell(self, traffic: Iterable[Traffic]) -> None:
+        "Which versions are loaded now, and for what."
+        self.share.clear()
+        self.info.clear()
+        self.of.cache_clear()
+        for t in traffic:
+            self.of("share", t.model).set(t.share)
+            for role in ("production", "canary", "shadow", "previous"):
+                if version := getattr(t, role): self.of("info", t.model, version, role).set(1)
+
     def text(self) -> bytes: return generate_latest(self.kept)

@@ -72,7 +72,7 @@ class _Infer(msgspec.Struct):
 
 _decode = msgspec.json.Decoder(_Infer).decode
 
-
+# %% ../nbs/39b_open_inference.ipynb #ad746cbf
 def _wrong(message: str) -> Refused: return Refused(422, "wrong_shape", message)
 
 
@@ -115,7 +115,7 @@ def _values(tensor: _Tensor, column: Column | None, raw: bytes | None) -> list[A
     if not 1 <= len(shape) <= 3 or rows < 0 or inner != width or len(values) != rows * width: raise _wrong(f"A tensor's shape is [rows{f', {width}' if width > 1 else ''}], and its data has as many values.")
     return [values[i:i + width] for i in range(0, len(values), width)] if column and column.length else values
 
-
+# %% ../nbs/39b_open_inference.ipynb #b08998ce
 def rows_of_tensors(
     served: Served,
     body: bytes,

@@ -20,7 +20,7 @@ from .column import Column, bounds
 from .contract import Contract
 from .open_inference import inputs_of, outputs_of
 from .routes import PUBLIC, ROUTES, Route
-from .service import Line, Service
+from .service import Line, Service, line_of
 from .wire import Refusal
 
 # %% ../nbs/39k_openapi.ipynb #8b24b22d
@@ -73,7 +73,7 @@ _PARAMETERS = [{"name": n, "in": "header", "required": False, "schema": {"type":
 
 def _operation(route: Route, name: str, schemas: Mapping[str, tuple[Any, Any]], service: Service) -> dict[str, Any]:
     "One route of one model."
-    line = service.line(name) if name else None
+    line = line_of(service, name) if name else None
     sent, said = schemas[name] if name else ({}, {})
     posts = route.method == "POST"
     answer: Any = {"type": "object"}
@@ -96,7 +96,7 @@ def _operation(route: Route, name: str, schemas: Mapping[str, tuple[Any, Any]], 
 
 def describe(service: Service) -> dict[str, Any]: # OpenAPI 3.1
     "The routes of a service, with every column of every model."
-    lines = {n: m if isinstance(m, Line) else service.line(n) for n, m in service.models.items()}
+    lines = {n: m if isinstance(m, Line) else line_of(service, n) for n, m in service.models.items()}
     types = [Refusal, *(s.production.decoder.type for s in lines.values()), *(s.production.answer_type for s in lines.values())]
     (_, *both), parts = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     schemas = {n: (both[i], both[len(lines) + i]) for i, n in enumerate(lines)}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from .access import Key
 from .bundle import load_bundle
-from .database import ALIASES, EVENTS, MOVES, VERSIONS, Connection
+from .database import ALIASES, EVENTS, MOVES, VERSIONS, Connection, head
 from .errors import MlrayError, RegistryError
 from .registry import Registry, keys, version
 from .served import Served
@@ -138,7 +138,7 @@ class Watcher(threading.Thread):
 
     def look(self, registry: Registry) -> None:
         "Use a new plan, if there is one."
-        if registry.database.head() == self.seq: return
+        if head(registry.database) == self.seq: return
         plan = plan_of(registry, self.references)
         self.use(plan)
         self.seq = plan.seq

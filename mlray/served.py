@@ -156,6 +156,16 @@ def rows_of_records(
     try: return served.taken(msgspec.convert(records, list[served.row], strict=True), **more)  # type: ignore[name-defined]
     except msgspec.ValidationError: raise complaint(served, records) from None
 
+# %% ../nbs/39a_served.ipynb #6dff82fe
+def _odd(served: Served, frame: pl.DataFrame) -> tuple[list[str], list[Problem]]:
+    "Features that are not there, and columns that are wrong as a whole."
+    columns = served.features.columns
+    absent = [n for n in columns if n not in frame.columns]
+    odd = [Problem(0, "", "this column is not a feature of this model") for n in frame.columns if n not in columns and n not in served.ids]
+    odd += [Problem(0, n, "this feature") for n in absent if not columns[n].nullable]
+    odd += [Problem(0, n, f"a column of type {c.type}") for n, c in columns.items() if n in frame.columns and not fits(c.type, frame.schema[n])]
+    return absent, odd
+
 
 def rows_of_frame(
     served: Served,
@@ -164,10 +174,7 @@ def rows_of_frame(
     "Rows in bulk. Raises `Refused`."
     contract, names = served.features, served.bundle.contract.features
     bounded(served, frame.height, served.bundle.spec.serve.max_bulk_rows)
-    odd = [Problem(0, "", "this column is not a feature of this model") for n in frame.columns if n not in names and n not in served.ids]
-    absent = [n for n in names if n not in frame.columns]
-    odd += [Problem(0, n, "this feature") for n in absent if not contract.columns[n].nullable]
-    odd += [Problem(0, n, f"a column of type {contract.columns[n].type}") for n in names if n in frame.columns and not fits(contract.columns[n].type, frame.schema[n])]
+    absent, odd = _odd(served, frame)
     if odd: raise Refused(422, "contract", "The columns are not those of the model's contract.", odd)
     whole = frame.with_columns(pl.lit(None).alias(n) for n in absent)
     nan = [n for n in names if whole.schema[n].is_float() and whole[n].is_nan().any()]

@@ -7,7 +7,7 @@ that should answer cannot, the one before it does, and after that the rules of t
 
 # %% auto #0
 __all__ = ['Scorer', 'Listener', 'Asked', 'Answered', 'Journal', 'NullJournal', 'in_process', 'nobody', 'at_once', 'Line',
-           'alone', 'Service', 'worded', 'explained']
+           'alone', 'Service', 'admitted', 'line_of', 'worded', 'explained']
 
 # %% ../nbs/39h_service.ipynb #8a8b9990
 import time
@@ -137,98 +137,104 @@ class Service:
         "Do what is asked, or say why not."
         start = self.now()
         try:
-            caller = self.admitted(asked)
-            reply = await self.predicted(asked, caller, start) if asked.route in ("predict", "infer", "invoke") else self.told(asked, caller)
+            caller = admitted(self, asked)
+            reply = await _predicted(self, asked, caller, start) if asked.route in ("predict", "infer", "invoke") else _told(self, asked)
         except Refused as no: reply = no.reply(asked.request_id, plain=asked.route in ("infer", "metadata", "model_ready", "server"))
         known = asked.model if asked.model in self.models else ""
         self.meters.of("requests", asked.route, known, str(reply.status)).inc()
         self.meters.of("seconds", asked.route).observe(self.now() - start)
         return reply
 
-    def admitted(self, asked: Asked) -> Key:
-        "Whose request this is. Raises `Refused` for those who may not, or not yet."
-        key = key_of(asked.presented, self.keys) if asked.presented else None
-        if key is None: raise Refused(401, "no_key", "Send a valid API key as `Authorization: Bearer mlr_…`.", headers={"WWW-Authenticate": "Bearer"})
-        if asked.action not in ROLES[key.role]: raise Refused(403, "not_allowed", f"This key's role does not allow {asked.action}.")
-        if asked.wanted and "predict:override" not in ROLES[key.role]: raise Refused(403, "not_allowed", "This key's role does not allow choosing a version.")
-        if wait := self.rates.wait(key.id, self.now()):
-            self.meters.of("limited").inc()
-            raise Refused(429, "too_many", "This key has asked too often.", headers={"Retry-After": str(int(wait) + 1)})
-        return key
+# %% ../nbs/39h_service.ipynb #7222821a
+def admitted(service: Service, asked: Asked) -> Key:
+    "Whose request this is. Raises `Refused` for those who may not, or not yet."
+    key = key_of(asked.presented, service.keys) if asked.presented else None
+    if key is None: raise Refused(401, "no_key", "Send a valid API key as `Authorization: Bearer mlr_…`.", headers={"WWW-Authenticate": "Bearer"})
+    if asked.action not in ROLES[key.role]: raise Refused(403, "not_allowed", f"This key's role does not allow {asked.action}.")
+    if asked.wanted and "predict:override" not in ROLES[key.role]: raise Refused(403, "not_allowed", "This key's role does not allow choosing a version.")
+    if wait := service.rates.wait(key.id, service.now()):
+        service.meters.of("limited").inc()
+        raise Refused(429, "too_many", "This key has asked too often.", headers={"Retry-After": str(int(wait) + 1)})
+    return key
 
-    def line(self, model: str) -> Line:
-        "A model, or the only one. Raises `Refused`."
-        if not model and len(self.models) == 1: (model,) = self.models
-        if not model: raise Refused(422, "which_model", "Several models are served here; say which with ?model=NAME.")
-        found = self.models.get(model)
-        if found is None: raise Refused(404, "no_model", "There is no model of this name here.")
-        return found if isinstance(found, Line) else alone(model, found)
 
-    def chosen(self, asked: Asked, caller: Key, line: Line, rows: Rows) -> Choice:
-        "Which version answers."
-        wanted = asked.wanted or asked.version
-        if wanted and wanted not in line.versions: raise Refused(404, "no_version", "This version is not loaded.")
-        if asked.version and asked.version != line.traffic.production and "predict:override" not in ROLES[caller.role]: raise Refused(403, "not_allowed", "This key's role does not allow choosing a version.")
-        return choose(line.traffic, asked.routing or rows.subject or asked.request_id, wanted or None)
+def line_of(service: Service, model: str) -> Line:
+    "A model, or the only one. Raises `Refused`."
+    if not model and len(service.models) == 1: (model,) = service.models
+    if not model: raise Refused(422, "which_model", "Several models are served here; say which with ?model=NAME.")
+    found = service.models.get(model)
+    if found is None: raise Refused(404, "no_model", "There is no model of this name here.")
+    return found if isinstance(found, Line) else alone(model, found)
 
-    async def predicted(self, asked: Asked, caller: Key, start: float) -> Reply:
-        "Scores, as the route says them."
-        if asked.kind not in _JSON and not (asked.kind == ARROW and asked.route == "predict"): raise Refused(415, "wrong_type", f"Send application/json, or to :predict {ARROW}.")
-        line, read = self.line(asked.model), _READERS[asked.route]
-        first = line.versions.get(asked.wanted or asked.version, line.production)
-        rows = read(first, asked)
-        choice = self.chosen(asked, caller, line, rows)
-        served, scores, arm, rows = await self.scored(line, choice, (first, rows), lambda s: read(s, asked), start)
-        by = served.version if scores is not None and arm != "rules" else ""
-        why: Arm = choice.arm if arm == "chosen" else "fallback"
-        done = Answered(asked.request_id, line.traffic.model, served, by, why, caller.id, self.now() - start, rows, scores)
-        try: self.journal.write(done)
-        except MlrayError: raise Refused(503, "not_journaled", "The answer could not be written down, and is not given.", headers={"Retry-After": "1"}) from None
-        self.meters.of("predictions", line.traffic.model, by, why).inc(rows.count)
-        if choice.shadow in line.versions and by: self.listen(line.traffic.model, line.versions[str(choice.shadow)], rows, scores)
-        return worded(asked, done)
 
-    async def scored(self, line: Line, choice: Choice, known: tuple[Served, Rows], read: Callable[[Served], Rows], start: float) -> tuple[Served, np.ndarray, str, Rows]:
-        "The first who can answer: the one chosen, others, rules."
-        first, rows = known
-        end, why, model = start + first.bundle.spec.serve.timeout_s, "no_answer", line.traffic.model
-        order = [line.versions[v] for v in (choice.version, *choice.instead) if v in line.versions]
-        for i, served in enumerate(order):
-            left = (end - self.now()) / (2 if i + 1 < len(order) else 1) # the next one needs time too
-            try:
-                mine = rows if served.bundle.spec.contract == first.bundle.spec.contract else read(served)
-                scores = await self.score(model, served, mine, choice.arm, left)
-                if scores is not None:
-                    if i: self.meters.of("fallbacks", model).inc()
-                    return served, scores, "instead" if i else "chosen", mine
-                why = "nonfinite_prediction"
-            except Refused:
-                if not i: raise
-                why = "no_answer"
-            except TimeoutError: why = "too_late"
-            except Exception: why = "no_answer" # whatever a graph raises: the caller has done nothing wrong
-            self.meters.of("failures", model, served.version, why).inc()
-        if choice.arm != "override" and (scores := scores_of_rules(line.production, rows)) is not None:
-            self.meters.of("fallbacks", model).inc()
-            return line.production, scores, "rules", rows
-        said = "The model has no finite answer to a row." if why == "nonfinite_prediction" else "No version could answer in time."
-        raise Refused(503, why, said, headers={} if why == "nonfinite_prediction" else {"Retry-After": "1"})
+def _chosen(asked: Asked, caller: Key, line: Line, rows: Rows) -> Choice:
+    "Which version answers."
+    wanted = asked.wanted or asked.version
+    if wanted and wanted not in line.versions: raise Refused(404, "no_version", "This version is not loaded.")
+    if asked.version and asked.version != line.traffic.production and "predict:override" not in ROLES[caller.role]: raise Refused(403, "not_allowed", "This key's role does not allow choosing a version.")
+    return choose(line.traffic, asked.routing or rows.subject or asked.request_id, wanted or None)
 
-    def told(self, asked: Asked, caller: Key) -> Reply:
-        "What is not a prediction."
-        if asked.route == "metrics": return Reply(200, self.meters.text(), {"content-type": TEXT})
-        if asked.route == "models": return Reply(200, encode({"models": sorted(self.models)}))
-        if asked.route == "server": return Reply(200, encode({"name": "mlray", "version": "", "extensions": ["binary_tensor_data"]}))
-        line = self.line(asked.model)
-        if asked.version and asked.version not in line.versions: raise Refused(404, "no_version", "This version is not loaded.")
-        served = line.versions[asked.version or line.traffic.production]
-        if asked.route == "explain": return explained(asked, served)
-        if asked.route == "metadata": return Reply(200, metadata(line.traffic.model, sorted(line.versions, key=int), served))
-        if asked.route == "model_ready": return Reply(200, encode({"name": line.traffic.model, "ready": True}))
-        if asked.route == "card":
-            if not served.card: raise Refused(404, "no_card", "This version has no card.")
-            return Reply(200, served.card.encode(), {"content-type": "text/markdown; charset=utf-8"})
-        return Reply(200, encode({"name": line.traffic.model, "ready": True, "traffic": {k: v for k, v in vars(line.traffic).items() if k != "model"}, "digest": served.bundle.digest}))
+# %% ../nbs/39h_service.ipynb #3b5e57b7
+async def _scored(service: Service, line: Line, choice: Choice, known: tuple[Served, Rows], read: Callable[[Served], Rows], start: float) -> tuple[Served, np.ndarray, str, Rows]:
+    "The first who can answer: the one chosen, others, rules."
+    first, rows = known
+    end, why, model = start + first.bundle.spec.serve.timeout_s, "no_answer", line.traffic.model
+    order = [line.versions[v] for v in (choice.version, *choice.instead) if v in line.versions]
+    for i, served in enumerate(order):
+        left = (end - service.now()) / (2 if i + 1 < len(order) else 1) # the next one needs time too
+        try:
+            mine = rows if served.bundle.spec.contract == first.bundle.spec.contract else read(served)
+            scores = await service.score(model, served, mine, choice.arm, left)
+            if scores is not None:
+                if i: service.meters.of("fallbacks", model).inc()
+                return served, scores, "instead" if i else "chosen", mine
+            why = "nonfinite_prediction"
+        except Refused:
+            if not i: raise
+            why = "no_answer"
+        except TimeoutError: why = "too_late"
+        except Exception: why = "no_answer" # whatever a graph raises: the caller has done nothing wrong
+        service.meters.of("failures", model, served.version, why).inc()
+    if choice.arm != "override" and (scores := scores_of_rules(line.production, rows)) is not None:
+        service.meters.of("fallbacks", model).inc()
+        return line.production, scores, "rules", rows
+    said = "The model has no finite answer to a row." if why == "nonfinite_prediction" else "No version could answer in time."
+    raise Refused(503, why, said, headers={} if why == "nonfinite_prediction" else {"Retry-After": "1"})
+
+
+async def _predicted(service: Service, asked: Asked, caller: Key, start: float) -> Reply:
+    "Scores, as the route says them."
+    if asked.kind not in _JSON and not (asked.kind == ARROW and asked.route == "predict"): raise Refused(415, "wrong_type", f"Send application/json, or to :predict {ARROW}.")
+    line, read = line_of(service, asked.model), _READERS[asked.route]
+    first = line.versions.get(asked.wanted or asked.version, line.production)
+    rows = read(first, asked)
+    choice = _chosen(asked, caller, line, rows)
+    served, scores, arm, rows = await _scored(service, line, choice, (first, rows), lambda s: read(s, asked), start)
+    by = served.version if scores is not None and arm != "rules" else ""
+    why: Arm = choice.arm if arm == "chosen" else "fallback"
+    done = Answered(asked.request_id, line.traffic.model, served, by, why, caller.id, service.now() - start, rows, scores)
+    try: service.journal.write(done)
+    except MlrayError: raise Refused(503, "not_journaled", "The answer could not be written down, and is not given.", headers={"Retry-After": "1"}) from None
+    service.meters.of("predictions", line.traffic.model, by, why).inc(rows.count)
+    if choice.shadow in line.versions and by: service.listen(line.traffic.model, line.versions[str(choice.shadow)], rows, scores)
+    return worded(asked, done)
+
+# %% ../nbs/39h_service.ipynb #3dff8ba3
+def _told(service: Service, asked: Asked) -> Reply:
+    "What is not a prediction."
+    if asked.route == "metrics": return Reply(200, service.meters.text(), {"content-type": TEXT})
+    if asked.route == "models": return Reply(200, encode({"models": sorted(service.models)}))
+    if asked.route == "server": return Reply(200, encode({"name": "mlray", "version": "", "extensions": ["binary_tensor_data"]}))
+    line = line_of(service, asked.model)
+    if asked.version and asked.version not in line.versions: raise Refused(404, "no_version", "This version is not loaded.")
+    served = line.versions[asked.version or line.traffic.production]
+    if asked.route == "explain": return explained(asked, served)
+    if asked.route == "metadata": return Reply(200, metadata(line.traffic.model, sorted(line.versions, key=int), served))
+    if asked.route == "model_ready": return Reply(200, encode({"name": line.traffic.model, "ready": True}))
+    if asked.route == "card":
+        if not served.card: raise Refused(404, "no_card", "This version has no card.")
+        return Reply(200, served.card.encode(), {"content-type": "text/markdown; charset=utf-8"})
+    return Reply(200, encode({"name": line.traffic.model, "ready": True, "traffic": {k: v for k, v in vars(line.traffic).items() if k != "model"}, "digest": served.bundle.digest}))
 
 # %% ../nbs/39h_service.ipynb #bd4efa15
 def worded(asked: Asked, done: Answered) -> Reply:

@@ -225,7 +225,7 @@ def test_a_stranger_cannot_lift_the_time_limit_nor_hold_a_connection(stack, rows
 
 def test_traffic_follows_the_registry_while_it_is_asked(stack, rows):
     "Canary, override, shadow, promotion and roll-back, each within two seconds and without an error."
-    registry, (one, two, three), (row,) = stack.registry, stack.versions, rows.head(1).to_dicts()
+    registry, (_, two, three), (row,) = stack.registry, stack.versions, rows.head(1).to_dicts()
     promote(registry, two, "canary")
     promote(registry, three, "shadow")
     set_share(registry, "diabetes", 0.1)
