@@ -63,6 +63,11 @@ class Served:
         return tuple(n for n, c in self.bundle.contract.columns.items() if c.role == "id")
 
     @cached_property
+    def names(self) -> tuple[str, ...]:
+        "The features, in order."
+        return tuple(self.bundle.contract.features)
+
+    @cached_property
     def row(self) -> Any:
         "The type of one row: the features, and the id columns if somebody sends them."
         contract = self.bundle.contract
@@ -90,8 +95,8 @@ class Served:
 
     def taken(self, rows: Sequence[Any], **more: Any) -> Rows:
         "Decoded rows, by column."
-        names = self.bundle.contract.features
-        subject = next((v for i in range(len(self.ids)) if (v := getattr(rows[0], f"f{len(names) + i}")) is not None), "")
+        names, ids = self.names, self.ids
+        subject = next((v for i in range(len(ids)) if (v := getattr(rows[0], f"f{len(names) + i}")) is not None), "") if ids else ""
         return Rows({n: [getattr(r, f"f{i}") for r in rows] for i, n in enumerate(names)}, len(rows), str(subject), **more)
 
     def scores(self, rows: Rows) -> np.ndarray | None:
