@@ -1346,6 +1346,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mlray.served.Served.features': ('served.html#served.features', 'mlray/served.py'),
                               'mlray.served.Served.ids': ('served.html#served.ids', 'mlray/served.py'),
                               'mlray.served.Served.named': ('served.html#served.named', 'mlray/served.py'),
+                              'mlray.served.Served.names': ('served.html#served.names', 'mlray/served.py'),
                               'mlray.served.Served.predictions': ('served.html#served.predictions', 'mlray/served.py'),
                               'mlray.served.Served.row': ('served.html#served.row', 'mlray/served.py'),
                               'mlray.served.Served.scores': ('served.html#served.scores', 'mlray/served.py'),
