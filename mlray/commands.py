@@ -8,7 +8,8 @@ not given. How results are printed is `mlray.cli`'s business."""
 # %% auto #0
 __all__ = ['stderr', 'settings_of', 'tracker_of', 'backend_on', 'propose_contract', 'take_batch', 'lineage_to', 'train_run',
            'supply_of', 'tune_run', 'reproduce_version', 'find_version', 'explain_version', 'gates_on', 'gate_version',
-           'versions_to_serve', 'deploy_versions', 'until_stopped', 'ask_service', 'create_key', 'demonstrate']
+           'versions_to_serve', 'deploy_versions', 'until_stopped', 'ask_service', 'set_traffic', 'create_key',
+           'demonstrate']
 
 # %% ../nbs/58_commands.ipynb #d3866d23
 import json
@@ -18,13 +19,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .errors import ExplanationError, GateError, ServingError, SpecError, Unavailable, suggest
+from .errors import ExplanationError, GateError, ServingError, SpecError, suggest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
 
+    from mlray.display import Table
     from mlray.gate_on_papermill import GateRun, Runner
     from mlray.registry import Registry, Version
     from mlray.reproduce import Reproduction
@@ -224,19 +226,20 @@ def gate_version(registry: "Registry", found: "Version", gates: Sequence[str], s
     return {gate: done[gate] for gate in gates}
 
 # %% ../nbs/58_commands.ipynb #8a9524bc
-def versions_to_serve(names: Sequence[str], settings: "Settings") -> list["Version"]:
-    "Of each name the version in production, unless it names another."
-    return [find_version(name if "@" in name or "/" in name else f"{name}@production", settings)[1] for name in names]
+def versions_to_serve(names: Sequence[str], settings: "Settings") -> tuple[list["Version"], list[str]]:
+    "Of each name the version in production, unless it names another; and what of it is followed: a model, or one version for good."
+    found = [find_version(name if "@" in name or "/" in name else f"{name}@production", settings)[1] for name in names]
+    return found, [v.name if name.partition("@")[2] == "production" or not ({"@", "/"} & set(name)) else str(v) for name, v in zip(names, found, strict=True)]
 
 
-def deploy_versions(found: Sequence["Version"], settings: "Settings") -> None:
-    "Put versions up, inside a cluster; returns when they answer."
-    from mlray.registry import keys, open_registry
-    from mlray.serve_on_ray import Model, deploy
-    registry = open_registry(settings)
-    known = keys(registry)
-    if not known: raise ServingError("There is no API key yet, so nobody could ask. Make one: `mlray key create --role predictor`.")
-    deploy([Model(v.name, str(v.number), str(registry.store.path(v.digest).resolve()), v.digest) for v in found], known, settings)
+def deploy_versions(references: Sequence[str], settings: "Settings") -> None:
+    "Put models up, inside a cluster; returns when they answer."
+    from mlray.plan import plan_of
+    from mlray.registry import open_registry
+    from mlray.serve_on_ray import deploy
+    plan = plan_of(open_registry(settings), references)
+    if not plan.keys: raise ServingError("There is no API key yet, so nobody could ask. Make one: `mlray key create --role predictor`.")
+    deploy(plan, references, settings)
 
 
 def until_stopped() -> None:
@@ -247,16 +250,26 @@ def until_stopped() -> None:
     except KeyboardInterrupt: stderr().print("stopping …")
 
 
-def ask_service(name: str, rows: Sequence[Any], url: str, key: str) -> Any:
+def ask_service(name: str, rows: Sequence[Any], url: str, key: str, verify: "str | bool" = True) -> Any:
     "One request to a running service."
-    import httpx
-    try: answer = httpx.post(f"{url}/v1/models/{name}:predict", json={"instances": list(rows)}, headers={"authorization": f"Bearer {key}"}, timeout=30)
-    except httpx.HTTPError as error: raise Unavailable(f"Nothing answers at {url} ({error}). Start it with `mlray serve {name}`.") from error
-    try: said = answer.json()
-    except ValueError as error: raise ServingError(f"{url} answered {answer.status_code}, and not as a service of mlray does.") from error
-    if answer.status_code == 200: return said
-    problems = "".join(f"\n  row {p['row']}: {p['column'] or '(row)'}: {p['expected']}" for p in said.get("problems", ()))
-    raise (Unavailable if answer.status_code >= 500 else ServingError)(f"{said.get('message', answer.status_code)}{problems}")
+    from mlray.client import Client
+    with Client(url, key, verify=verify) as client: return client.predict(name, rows).as_dict()
+
+
+def set_traffic(name: str, canary: str | None, settings: "Settings") -> tuple[dict[str, Any], "Table"]:
+    "Which version gets how much of a model's traffic, after giving the canary its share."
+    from mlray.display import table
+    from mlray.plan import plan_of, set_share
+    from mlray.registry import open_registry
+    registry = open_registry(settings)
+    find_version(name, settings)
+    if canary is not None:
+        try: share = float(canary.removesuffix("%")) / (100 if canary.endswith("%") else 1)
+        except ValueError as error: raise SpecError(f"--canary {canary!r} is no share. Write 10% or 0.1.") from error
+        set_share(registry, name, share)
+    (traffic,) = plan_of(registry, [name]).traffic
+    shares = {"production": 1 - traffic.share, "canary": traffic.share, "shadow": 0.0, "previous": 0.0}
+    return vars(traffic), table(["for", "version", "share"], [(role, f"{name}/{getattr(traffic, role)}", f"{share:.0%}") for role, share in shares.items() if getattr(traffic, role)])
 
 
 def create_key(role: str, settings: "Settings") -> str:
@@ -304,7 +317,7 @@ def demonstrate(spec: "RunSpec", settings: "Settings", keep: bool, show: Callabl
         move(registry, run.version, "production", settings.gates)
         step(f"serve {spec.name}@production behind HAProxy")
         key = create_key("predictor", settings)
-        deploy_versions([run.version], settings)
+        deploy_versions([spec.name], settings)
         row = {n: checked.good[n][0] for n in run.rows.contract.features}
         step(f"ask {settings.url}")
         said = ask_service(spec.name, [row], settings.url, key)
