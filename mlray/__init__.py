@@ -144,6 +144,7 @@ Modules:
 - `mlray.search_space`: Where to look for better values, as intent
 - `mlray.serve_cli`: The commands of a service that runs: who gets which version
 - `mlray.serve_on_ray`: HTTP in front of the service, on Ray Serve
+- `mlray.serve_policy`: How a version answers, as intent
 - `mlray.served`: One version that answers: rows of any kind in, scores out
 - `mlray.service`: Answer a request: check the key, check the rows, choose a version, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`

@@ -8,8 +8,7 @@ not given. How results are printed is `mlray.cli`'s business."""
 # %% auto #0
 __all__ = ['stderr', 'settings_of', 'tracker_of', 'backend_on', 'propose_contract', 'take_batch', 'lineage_to', 'train_run',
            'supply_of', 'tune_run', 'reproduce_version', 'find_version', 'explain_version', 'gates_on', 'gate_version',
-           'versions_to_serve', 'deploy_versions', 'until_stopped', 'ask_service', 'set_traffic', 'create_key',
-           'demonstrate']
+           'versions_to_serve', 'deploy_versions', 'until_stopped', 'ask_service', 'create_key', 'demonstrate']
 
 # %% ../nbs/58_commands.ipynb #d3866d23
 import json
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from mlray.display import Table
     from mlray.gate_on_papermill import GateRun, Runner
     from mlray.registry import Registry, Version
     from mlray.reproduce import Reproduction
@@ -254,22 +252,6 @@ def ask_service(name: str, rows: Sequence[Any], url: str, key: str, verify: "str
     "One request to a running service."
     from mlray.client import Client
     with Client(url, key, verify=verify) as client: return client.predict(name, rows).as_dict()
-
-
-def set_traffic(name: str, canary: str | None, settings: "Settings") -> tuple[dict[str, Any], "Table"]:
-    "Which version gets how much of a model's traffic, after giving the canary its share."
-    from mlray.display import table
-    from mlray.plan import plan_of, set_share
-    from mlray.registry import open_registry
-    registry = open_registry(settings)
-    find_version(name, settings)
-    if canary is not None:
-        try: share = float(canary.removesuffix("%")) / (100 if canary.endswith("%") else 1)
-        except ValueError as error: raise SpecError(f"--canary {canary!r} is no share. Write 10% or 0.1.") from error
-        set_share(registry, name, share)
-    (traffic,) = plan_of(registry, [name]).traffic
-    shares = {"production": 1 - traffic.share, "canary": traffic.share, "shadow": 0.0, "previous": 0.0}
-    return vars(traffic), table(["for", "version", "share"], [(role, f"{name}/{getattr(traffic, role)}", f"{share:.0%}") for role, share in shares.items() if getattr(traffic, role)])
 
 
 def create_key(role: str, settings: "Settings") -> str:
