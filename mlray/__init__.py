@@ -9,6 +9,7 @@ Modules:
 - `mlray.alert`: Tell who must know, once: what moved, for whom, since when, which rows, and what may be done
 - `mlray.answer`: What one prediction looks like on the wire, for each kind of target
 - `mlray.archive`: Segments become Parquet by day, model and version; read exactly, kept for a time, erased by person
+- `mlray.arrow`: Rows in bulk: an Arrow IPC stream in, an Arrow IPC stream out
 - `mlray.attestation`: What is signed here, by whom, and whether it is enough
 - `mlray.audit`: A chain that breaks if it is touched
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
@@ -19,6 +20,7 @@ Modules:
 - `mlray.chart`: Plots as plain SVG: values with their intervals, lines, points, bars
 - `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line
+- `mlray.client`: Ask a service from Python, and not give up too soon
 - `mlray.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
 - `mlray.column`: What one column of a table may hold, and what it is for
 - `mlray.commands`: What each command does, with its vendors chosen
@@ -82,21 +84,26 @@ Modules:
 - `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
 - `mlray.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates
 - `mlray.membership`: Who is in there: whether a model tells which rows it has learned from
+- `mlray.meters`: What a replica counts, for Prometheus
 - `mlray.mirror_on_mlflow`: A folder that MLflow can load and serve
 - `mlray.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
 - `mlray.mixture`: Two means from their sums, compared at every look
+- `mlray.mlflow`: What an MLflow client sends to `/invocations`
 - `mlray.model`: Fitting a network: training as a generator of epochs
 - `mlray.moments`: Means of anything a column can hold, from sums that add: errors of a regression, cost, latency
 - `mlray.monitor`: How a version fares: what it is asked, what it answers, how good that is, for whom, and how fast
 - `mlray.network`: Numbers to scores: TabM and its simpler relatives, and the graph they become
 - `mlray.network_inputs`: What was learned about the rows, as the first layers of a network
 - `mlray.oidc`: Who bears a token of the house's own identity provider
+- `mlray.open_inference`: The Open Inference Protocol v2: a tensor a column
+- `mlray.openapi`: The routes, described for people and programs
 - `mlray.opened`: A registry that is open, who acts in it, and the keys by which they are known
 - `mlray.outbox`: What others are to be told, kept until they have heard it
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
 - `mlray.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
 - `mlray.papers_cli`: The commands of papers, data sets and the registry's own upkeep
 - `mlray.pieces`: Rows that pass by in pieces, and a bounded sample that stands for all of them
+- `mlray.plan`: What is to be served, read from the registry, and followed as it changes
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.policy`: What an environment asks of a version that is let out
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
@@ -122,6 +129,7 @@ Modules:
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
 - `mlray.rollout_policy`: How a new version takes over, as intent
 - `mlray.rollout_run`: From windows to a decision about a canary
+- `mlray.routes`: One table of everything that can be asked
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
 - `mlray.runbook`: What to type when this model is let out, looked after, in trouble, or at its end
@@ -134,9 +142,13 @@ Modules:
 - `mlray.score_of_numbers`: How good, where a number is predicted, or quantiles of it
 - `mlray.search`: What to try next, and what was found
 - `mlray.search_space`: Where to look for better values, as intent
+- `mlray.serve_cli`: The commands of a service that runs: who gets which version
 - `mlray.serve_on_ray`: HTTP in front of the service, on Ray Serve
-- `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
+- `mlray.serve_policy`: How a version answers, as intent
+- `mlray.served`: One version that answers: rows of any kind in, scores out
+- `mlray.service`: Answer a request: check the key, check the rows, choose a version, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
+- `mlray.shadow`: A version that answers too, and that nobody waits for
 - `mlray.shapley`: Why this answer: the score, shared out among the features so that the shares add up
 - `mlray.shards`: Encoded rows on disk, and the windows in which workers read them
 - `mlray.signature`: Who says so: signed statements that anybody can check, offline, with stock tools
@@ -157,6 +169,7 @@ Modules:
 - `mlray.trace_on_openlineage`: What ran, on which rows, and what came of it, told to a lineage server
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
+- `mlray.traffic`: Which version answers whom
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
 - `mlray.trial`: Fit to serve: how large a bundle is, how soon and how fast it answers, and what it says to requests that nobody should send
 - `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
@@ -166,7 +179,8 @@ Modules:
 - `mlray.watching`: What `mlray monitor` and `mlray journal` do
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
 - `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances
-- `mlray.windows`: What was answered, counted once by version and hour, kept, and added up"""
+- `mlray.windows`: What was answered, counted once by version and hour, kept, and added up
+- `mlray.wire`: What goes over the wire, in words that every route shares"""
 
 __version__ = "0.1.0"
 

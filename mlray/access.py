@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from .errors import RegistryError, suggest
 
 # %% ../nbs/31_access.ipynb #c5891349
-_ASK, _TELL, _SEE = frozenset({"predict", "predict:explain"}), frozenset({"feedback:write"}), frozenset({"docs:read", "model:read", "drift:read", "metrics:read"})
+_ASK, _TELL, _TRY, _SEE = frozenset({"predict", "predict:explain"}), frozenset({"feedback:write"}), frozenset({"predict:override", "model:read", "docs:read"}), frozenset({"docs:read", "model:read", "drift:read", "metrics:read"})
 _MAKE = frozenset({"run:train", "model:register", "model:gate", "model:sign"})
 _RELEASE = frozenset({"model:gate", "model:sign", "model:approve", "model:promote", "model:rollback", "model:deprecate", "model:retire", "traffic:set", "mirror:deliver", "audit:read"})
 _OWN = frozenset({"log:read_raw", "key:create", "key:revoke", "signer:change", "db:change"})
@@ -28,9 +28,10 @@ ROLES: dict[str, frozenset[str]] = {
     "predictor": _ASK,
     "feedbacker": _TELL,
     "viewer": _SEE,
+    "tester": _ASK | _TRY,
     "trainer": _ASK | _TELL | _SEE | _MAKE,
     "promoter": _SEE | _RELEASE,
-    "admin": _ASK | _TELL | _SEE | _MAKE | _RELEASE | _OWN,
+    "admin": _ASK | _TELL | _SEE | _MAKE | _RELEASE | _OWN | _TRY,
 }
 ACTIONS = tuple(sorted(ROLES["admin"]))
 

@@ -40,6 +40,7 @@ from .errors import MlrayError, ServingError, suggest
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 from .release_cli import release_app
+from .serve_cli import serve_app
 
 if TYPE_CHECKING:
     from mlray.settings import Settings
@@ -62,6 +63,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
                        "A first run: mlray demo. A day: check, train, gate, promote, serve, ask.")
 
 app.add_typer(release_app)
+app.add_typer(serve_app)
 app.add_typer(proof_app)
 app.add_typer(papers_app)
 app.add_typer(audit_app, name="audit")
@@ -162,10 +164,10 @@ def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Mo
     settings = settings_of(env, port=port)
     from mlray.cluster_on_ray import cluster
     from mlray.serve_on_ray import check_port, undeploy
-    found = versions_to_serve(names, settings)
+    found, references = versions_to_serve(names, settings)
     if settings.ray == "local": check_port(settings)
     with cluster(settings):
-        deploy_versions(found, settings)
+        deploy_versions(references, settings)
         typer.echo(f"{', '.join(map(str, found))} at {settings.url} (Ctrl-C stops)")
         until_stopped()
         if settings.ray != "local": undeploy()

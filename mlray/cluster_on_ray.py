@@ -57,11 +57,18 @@ def _start(settings: Settings) -> None:
              include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
 
 
+def _in_front(settings: Settings) -> dict[str, str]:
+    "What the proxy in front is told."
+    if bool(settings.tls_cert) != bool(settings.tls_key): raise ServingError("TLS needs both tls_cert and tls_key, files in PEM.")
+    return {"MLRAY_HAPROXY_QUEUED": str(settings.max_queued), **{f"MLRAY_HAPROXY_{n}": str(path.expanduser().resolve() if path else "") for n, path in (("CERT", settings.tls_cert), ("KEY", settings.tls_key))}}
+
+
 @contextmanager
 def cluster(
     settings: Settings,
 ) -> Iterator[None]:
     "A connection to the Ray of these settings. A cluster started here also ends here. Raises `Unavailable`."
+    os.environ.update(_in_front(settings))
     for name, value in (serve_environment() | _QUIET | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(settings.health_timeout_s)}).items(): os.environ.setdefault(name, value)
     import ray
     if ray.is_initialized():

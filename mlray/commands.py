@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .errors import ExplanationError, GateError, ServingError, SpecError, Unavailable, suggest
+from .errors import ExplanationError, GateError, ServingError, SpecError, suggest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -224,19 +224,20 @@ def gate_version(registry: "Registry", found: "Version", gates: Sequence[str], s
     return {gate: done[gate] for gate in gates}
 
 # %% ../nbs/58_commands.ipynb #8a9524bc
-def versions_to_serve(names: Sequence[str], settings: "Settings") -> list["Version"]:
-    "Of each name the version in production, unless it names another."
-    return [find_version(name if "@" in name or "/" in name else f"{name}@production", settings)[1] for name in names]
+def versions_to_serve(names: Sequence[str], settings: "Settings") -> tuple[list["Version"], list[str]]:
+    "Of each name the version in production, unless it names another; and what of it is followed: a model, or one version for good."
+    found = [find_version(name if "@" in name or "/" in name else f"{name}@production", settings)[1] for name in names]
+    return found, [v.name if name.partition("@")[2] == "production" or not ({"@", "/"} & set(name)) else str(v) for name, v in zip(names, found, strict=True)]
 
 
-def deploy_versions(found: Sequence["Version"], settings: "Settings") -> None:
-    "Put versions up, inside a cluster; returns when they answer."
-    from mlray.registry import keys, open_registry
-    from mlray.serve_on_ray import Model, deploy
-    registry = open_registry(settings)
-    known = keys(registry)
-    if not known: raise ServingError("There is no API key yet, so nobody could ask. Make one: `mlray key create --role predictor`.")
-    deploy([Model(v.name, str(v.number), str(registry.store.path(v.digest).resolve()), v.digest) for v in found], known, settings)
+def deploy_versions(references: Sequence[str], settings: "Settings") -> None:
+    "Put models up, inside a cluster; returns when they answer."
+    from mlray.plan import plan_of
+    from mlray.registry import open_registry
+    from mlray.serve_on_ray import deploy
+    plan = plan_of(open_registry(settings), references)
+    if not plan.keys: raise ServingError("There is no API key yet, so nobody could ask. Make one: `mlray key create --role predictor`.")
+    deploy(plan, references, settings)
 
 
 def until_stopped() -> None:
@@ -247,16 +248,10 @@ def until_stopped() -> None:
     except KeyboardInterrupt: stderr().print("stopping …")
 
 
-def ask_service(name: str, rows: Sequence[Any], url: str, key: str) -> Any:
+def ask_service(name: str, rows: Sequence[Any], url: str, key: str, verify: "str | bool" = True) -> Any:
     "One request to a running service."
-    import httpx
-    try: answer = httpx.post(f"{url}/v1/models/{name}:predict", json={"instances": list(rows)}, headers={"authorization": f"Bearer {key}"}, timeout=30)
-    except httpx.HTTPError as error: raise Unavailable(f"Nothing answers at {url} ({error}). Start it with `mlray serve {name}`.") from error
-    try: said = answer.json()
-    except ValueError as error: raise ServingError(f"{url} answered {answer.status_code}, and not as a service of mlray does.") from error
-    if answer.status_code == 200: return said
-    problems = "".join(f"\n  row {p['row']}: {p['column'] or '(row)'}: {p['expected']}" for p in said.get("problems", ()))
-    raise (Unavailable if answer.status_code >= 500 else ServingError)(f"{said.get('message', answer.status_code)}{problems}")
+    from mlray.client import Client
+    with Client(url, key, verify=verify) as client: return client.predict(name, rows).as_dict()
 
 
 def create_key(role: str, settings: "Settings") -> str:
@@ -304,7 +299,7 @@ def demonstrate(spec: "RunSpec", settings: "Settings", keep: bool, show: Callabl
         move(registry, run.version, "production", settings.gates)
         step(f"serve {spec.name}@production behind HAProxy")
         key = create_key("predictor", settings)
-        deploy_versions([run.version], settings)
+        deploy_versions([spec.name], settings)
         row = {n: checked.good[n][0] for n in run.rows.contract.features}
         step(f"ask {settings.url}")
         said = ask_service(spec.name, [row], settings.url, key)

@@ -7,7 +7,7 @@ is: one transaction, together with its entry in the audit. It knows nothing of b
 
 # %% auto #0
 __all__ = ['HEAD', 'Connection', 'VERSIONS', 'ALIASES', 'MOVES', 'EVIDENCE', 'SIGNATURES', 'KEYS', 'APPROVALS', 'REQUESTS',
-           'OUTBOX', 'ENVIRONMENTS', 'EVENTS', 'audit_key', 'digests_named', 'Database', 'neighbours']
+           'OUTBOX', 'ENVIRONMENTS', 'EVENTS', 'audit_key', 'digests_named', 'Database', 'neighbours', 'head']
 
 # %% ../nbs/32a_database.ipynb #e4c887a1
 import json
@@ -203,3 +203,16 @@ class Database:
 def neighbours(database: Database) -> list[str]:
     "Other registries whose bytes lie in the same folder, by their anchors."
     return sorted(p.stem for p in database.folder.glob("*.anchor") if p != database._anchor)
+
+
+def head(database: Database) -> int:
+    "The number of the last act, read without a lock; nothing has changed while it stays. Raises `Unavailable`."
+    try:
+        connection = database._engine.raw_connection()
+        try:
+            cursor = connection.cursor()
+            cursor.execute("SELECT max(seq) FROM events")
+            row = cursor.fetchone()
+            return row[0] or 0 if row else 0
+        finally: connection.close() # rolls back, so that no transaction stays open
+    except (sa.exc.DBAPIError, database._engine.dialect.loaded_dbapi.Error, OSError) as error: raise Unavailable(f"The registry cannot be read: {error}.") from error

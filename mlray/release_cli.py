@@ -111,7 +111,7 @@ def until(text: str, now: datetime) -> datetime:
 
 
 @key_app.command("create")
-def key_create(role: Annotated[str, typer.Option("--role", help="predictor, feedbacker, viewer, trainer, promoter or admin.")] = "predictor",
+def key_create(role: Annotated[str, typer.Option("--role", help="predictor, feedbacker, viewer, tester, trainer, promoter or admin.")] = "predictor",
                owner: Annotated[str | None, typer.Option("--owner", help="The person who acts with it, as the audit shall have them.")] = None,
                models: Annotated[list[str] | None, typer.Option("--models", metavar="GLOB", help="Only for these, such as adult-*; may be given again.")] = None,
                expires: Annotated[str | None, typer.Option("--expires", metavar="30d|DAY", help="After so many days, or after a day.")] = None, env: Env = None, as_json: Json = False) -> None:

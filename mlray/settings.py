@@ -73,6 +73,11 @@ class Settings(Releases):
     journal_sync_s: Annotated[float, Field(ge=0)] = 1.0 # what a loss of power may take; 0: nothing, and each answer waits for the disk
     alert_webhook: str = ""                 # a URL that alerts are sent to, signed with MLRAY_WEBHOOK_KEY
     alertmanager: str = ""                  # the URL of an Alertmanager
+    rate: Annotated[float, Field(gt=0)] | None = None # requests a second of one API key; empty: as many as it likes
+    max_queued: Annotated[int, Field(ge=1)] = 1024 # requests that wait in front of the replicas; more get 503
+    shadow_queued: Annotated[int, Field(ge=1)] = 256 # requests that wait for a shadow; more are dropped, and counted
+    tls_cert: Path | None = None            # PEM; with both, HTTPS
+    tls_key: Path | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -94,7 +99,7 @@ class Settings(Releases):
     @property
     def url(self) -> str:
         "Where the service answers."
-        return f"http://{self.host}:{self.port}"
+        return f"http{'s' * bool(self.tls_cert)}://{self.host}:{self.port}"
 
 # %% ../nbs/02_settings.ipynb #302a10c3
 _KEYS = frozenset(Settings.model_fields) - {"env", "root"}

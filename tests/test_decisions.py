@@ -16,7 +16,7 @@ from mlray.mitigation import exponentiated_gradient, reweighing
 from mlray.registry import bundle_of, open_registry
 from mlray.reproduce import reproduce
 from mlray.run import LocalBackend, train
-from mlray.service import Served
+from mlray.served import Served
 from mlray.settings import Settings
 from mlray.spec import read_spec
 from mlray.threshold import choose, choose_by_group, lines, rates_of

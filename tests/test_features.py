@@ -18,7 +18,8 @@ from mlray.features import Features, apply, learn
 from mlray.registry import bundle_of, open_registry
 from mlray.reproduce import reproduce
 from mlray.run import LocalBackend, train
-from mlray.service import Served, Service
+from mlray.served import Served
+from mlray.service import Service
 from mlray.settings import read_settings
 from mlray.spec import parse_spec, read_spec
 

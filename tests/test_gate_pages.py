@@ -171,7 +171,8 @@ def test_a_trial_says_what_a_bundle_is_like(bundle, trained):
 def test_a_service_that_checks_otherwise_than_the_contract_is_found_out(bundle, trained, wider, kind):
     "Requests are made from a contract of which the bundle knows another version."
     from mlray.access import new_key
-    from mlray.service import Served, Service
+    from mlray.served import Served
+    from mlray.service import Service
     columns = dict(bundle.contract.columns)
     columns["bmi"] = columns["bmi"].model_copy(update={"max": 500.0 if wider else 70.0})
     key, secret = new_key("predictor")

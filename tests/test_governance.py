@@ -24,6 +24,7 @@ from mlray.errors import Conflict, Refused, RegistryError, Unavailable
 from mlray.ledger import audit
 from mlray.opened import open_registry
 from mlray.outbox import deliver, send_again, waiting
+from mlray.plan import set_share
 from mlray.policy import Policy, windows
 from mlray.proof import change_signer, sign
 from mlray.registry import (
@@ -152,9 +153,9 @@ DEEDS = {
     "model:approve": lambda r, v, tmp: approve(r, v[0]), "model:promote": lambda r, v, tmp: promote(r, v[0], "canary"), "model:rollback": lambda r, v, tmp: rollback(r, "tiny", "shadow"),
     "model:deprecate": lambda r, v, tmp: deprecate(r, v[0], "old", "2099-01-01"), "model:retire": lambda r, v, tmp: retire(r, v[2], "old"), "key:create": lambda r, v, tmp: add_key(r, new_key("viewer")[0]),
     "model:sign": lambda r, v, tmp: sign(r, v[0]), "signer:change": lambda r, v, tmp: change_signer(r, "create", f"s{uuid4().hex[:6]}"),
-    "key:revoke": lambda r, v, tmp: revoke_key(r, keys(r)[0].id, "lost"), "mirror:deliver": lambda r, v, tmp: (deliver(r, {}), send_again(r, "mlflow")),
+    "key:revoke": lambda r, v, tmp: revoke_key(r, keys(r)[0].id, "lost"), "traffic:set": lambda r, v, tmp: set_share(r, "tiny", 0.0), "mirror:deliver": lambda r, v, tmp: (deliver(r, {}), send_again(r, "mlflow")),
 }
-OF_A_MODEL = {a for a in DEEDS if a.startswith("model:")}
+OF_A_MODEL = {a for a in DEEDS if a.startswith(("model:", "traffic:"))}
 
 
 def test_every_change_goes_through_the_matrix(tmp_path):
@@ -524,10 +525,10 @@ def test_a_token_opens_the_registry_and_the_routes(tmp_path):
         with pytest.raises(Refused, match="for others than trainer"): promote(open_registry(settings, presented=signed(claims(sub="ada", roles=["trainer"]))), found)
         with pytest.raises(Refused, match="for others than nobody"): promote(open_registry(settings, presented=signed(claims(), NEW)), found)
         assert promote(open_registry(settings, presented=signed(claims())), found) == 1 and found.actor == "ada"
-        service = Service({}, (), Issuer("https://login.example", "mlray", at).caller)
+        service = Service({}, (), tokens=Issuer("https://login.example", "mlray", at).caller)
         status = lambda token, model="tiny": (lambda reply: reply.status if reply else 200)(service.refused(token, "predict", "r", model))
         assert [status(signed(claims(roles=["predictor"], mlray_models=["tiny"]))), status(signed(claims(roles=["predictor"], mlray_models=["tiny"])), "adult"), status(signed(claims())), status(signed(claims(), NEW)), status("x"), status(None)] == [200, 403, 403, 401, 401, 401]
-    away = Service({}, (), Issuer("https://login.example", "mlray", at).caller)
+    away = Service({}, (), tokens=Issuer("https://login.example", "mlray", at).caller)
     assert away.refused(signed(claims()), "predict", "r").status == 503
 
 

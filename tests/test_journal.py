@@ -24,7 +24,8 @@ from mlray.journal import Entry, Feedback, Journal, ended, line_of, read, record
 from mlray.keeping import Keys, kept, open_recorder, plan, pseudonym, read_keys
 from mlray.profile import Profile
 from mlray.registry import bundle_of, open_registry
-from mlray.service import Served, Service
+from mlray.served import Served
+from mlray.service import Service
 
 DAY = 86400 * 10**9
 
@@ -293,8 +294,9 @@ def test_feedback_that_is_none(body):
 @pytest.mark.chaos
 def test_through_http(trained):
     from mlray.cluster_on_ray import cluster
-    from mlray.registry import add_key, keys
-    from mlray.serve_on_ray import Model, deploy
+    from mlray.plan import plan_of
+    from mlray.registry import add_key
+    from mlray.serve_on_ray import deploy
     from tests.conftest import free_port
     settings, run = trained[0].model_copy(update={"journal": True, "port": free_port()}), trained[1]
     registry = open_registry(settings)
@@ -302,7 +304,7 @@ def test_through_http(trained):
     for key, _ in both: add_key(registry, key)
     row = run.rows.parts.test.select(run.rows.contract.features).to_dicts()[0]
     with cluster(settings), httpx.Client(base_url=settings.url, timeout=30) as client:
-        deploy([Model("diabetes", "1", str(registry.store.path(run.version.digest).resolve()), run.version.digest)], keys(registry), settings)
+        deploy(plan_of(registry, ["diabetes/1"]), ["diabetes/1"], settings)
         headers = [{"authorization": f"Bearer {text}"} for _, text in both]
         ids = [client.post("/v1/models/diabetes:predict", json={"instances": [row]}, headers=headers[0]).json()["request_id"] for _ in range(50)]
         said = [client.post("/v1/feedback", json={"feedback": [{"request_id": i, "value": 150}]}, headers=h).status_code for i in ids[:2] for h in headers]

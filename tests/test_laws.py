@@ -17,7 +17,8 @@ from mlray.contract import Contract, check
 from mlray.errors import BundleError
 from mlray.registry import bundle_of, open_registry
 from mlray.request import broken_rules, row_type
-from mlray.service import Served, Service
+from mlray.served import Served
+from mlray.service import Service
 
 
 @pytest.fixture(scope="module")

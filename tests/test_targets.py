@@ -29,7 +29,8 @@ from mlray.run import make_job, train
 from mlray.samples import diabetes as patients
 from mlray.score_of_classes import class_measures, label_measures
 from mlray.score_of_numbers import number_measures, quantile_measures, weighted_mean
-from mlray.service import Served, Service
+from mlray.served import Served
+from mlray.service import Service
 from mlray.settings import Settings, shipped
 from mlray.spec import parse_spec, read_spec
 from mlray.task import BINARY, Task

@@ -1,0 +1,269 @@
+"""The service as its clients see it: every route over real HTTP, through HAProxy and Ray Serve, while versions change underneath."""
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import httpx
+import numpy as np
+import polars as pl
+import pytest
+
+from mlray.access import ROLES, new_key
+from mlray.arrow import ARROW
+from mlray.bundle import Bundle, predict
+from mlray.client import AsyncClient, BrokenContract, Client, NotAllowed
+from mlray.commands import deploy_versions
+from mlray.gate import judge
+from mlray.openapi import example_row
+from mlray.plan import set_share
+from mlray.registry import Registry, Version, add_evidence, add_key, bundle_of, open_registry, promote, rollback
+from mlray.routes import PUBLIC, ROUTES
+from mlray.run import train
+from mlray.settings import Settings, shipped
+from mlray.spec import Rule, read_spec
+from tests.conftest import free_port
+
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+ROWS = 10_000
+
+
+@dataclass(frozen=True)
+class Stack:
+    "A service that runs."
+    url: str
+    registry: Registry
+    versions: list[Version]
+    bundle: Bundle          # of the first version
+    keys: dict[str, str]    # role → text
+
+    def ask(self, method: str, path: str, role: str = "admin", key: str | None = None, **more) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key or self.keys[role]}", **more.pop("headers", {})}
+        return httpx.request(method, self.url + path, headers=headers, timeout=30, **more)
+
+    def predict(self, *rows, name: str = "diabetes", **headers: str) -> httpx.Response:
+        return self.ask("POST", f"/v1/models/{name}:predict", json={"instances": list(rows)}, headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+
+def registered(settings: Settings, name: str, seed: int, *more: str) -> Version:
+    return train(read_spec(shipped("configs") / "diabetes.yaml", [f"name={name}", "train.epochs=1", f"train.seed={seed}", "serve.max_rows=20000", *more]), settings).version
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    "Two models: diabetes with three versions, in the gateway; `distant` in predictors of its own."
+    from mlray.cluster_on_ray import cluster
+    root = tmp_path_factory.mktemp("serving")
+    settings = Settings(root=root, home=root / "home", port=free_port(), object_store_mb=100, tracking="disabled", journal=True)
+    registry, passed = open_registry(settings), judge({"roc_auc": 0.8}, (Rule(metric="roc_auc", at_least=0.5),))
+    versions = [registered(settings, "diabetes", seed) for seed in (1, 2, 3)]
+    far = registered(settings, "distant", 1, "serve.placement=apart")
+    for version, gate in product([*versions, far], registry.policy.gates): add_evidence(registry, version, gate, passed, b"{}")
+    for version in (versions[0], far): promote(registry, version)
+    keys = {}
+    for role in ROLES:
+        key, keys[role] = new_key(role)
+        add_key(registry, key)
+    with cluster(settings):
+        deploy_versions(["diabetes", "distant"], settings)
+        yield Stack(settings.url, registry, versions, bundle_of(registry, versions[0]), keys)
+
+
+@pytest.fixture(scope="module")
+def rows(stack) -> pl.DataFrame:
+    "Rows that keep the contract, at random."
+    draw, columns = np.random.default_rng(7), {}
+    for name in stack.bundle.contract.features:
+        column = stack.bundle.contract.columns[name]
+        low, high = column.min if column.min is not None else 0, column.max if column.max is not None else 300
+        columns[name] = draw.choice(column.values, ROWS).tolist() if column.values else draw.integers(low, high, ROWS, endpoint=True).tolist() if column.type == "integer" else draw.uniform(low, high, ROWS).tolist()
+    return pl.DataFrame(columns)
+
+
+def until(true: Callable[[], bool], seconds: float = 30) -> float:
+    "How long it took to become true."
+    start = time.monotonic()
+    while not true():
+        assert time.monotonic() - start < seconds, "it did not come true"
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+# The same rows, by every route.
+
+def arrow(stack, frame: pl.DataFrame, name: str = "diabetes", **more) -> pl.DataFrame:
+    reply = stack.ask("POST", f"/v1/models/{name}:predict", content=frame.write_ipc_stream(None).getvalue(), headers={"content-type": ARROW, **more})
+    assert reply.status_code == 200 and reply.headers["content-type"] == ARROW, reply.text
+    return pl.read_ipc_stream(reply.content)
+
+
+def tensors(frame: pl.DataFrame) -> dict:
+    kinds = {pl.Int64: "INT64", pl.Float64: "FP64", pl.String: "BYTES"}
+    return {"id": "mine", "inputs": [{"name": c.name, "shape": [len(c)], "datatype": kinds[c.dtype.base_type()], "data": c.to_list()} for c in frame]}
+
+
+def test_ten_thousand_rows_have_one_answer(stack, rows):
+    "In Arrow, as tensors, as MLflow's frame, as JSON, alone, in another process, and from the bundle itself: to the bit."
+    expected = predict(stack.bundle, rows, ROWS)
+    by_arrow = arrow(stack, rows)
+    assert by_arrow["score"].to_numpy().tobytes() == expected.tobytes()
+    assert arrow(stack, rows, "distant")["score"].to_numpy().tobytes() == expected.tobytes()
+    some = rows.head(3000) # JSON of more is more than a body may have
+    said = [p["score"] for p in stack.predict(*some.to_dicts()).json()["predictions"]]
+    assert said == expected[:3000].tolist()
+    split = {"dataframe_split": {"columns": some.columns, "data": [list(r) for r in some.rows()]}}
+    assert [p["score"] for p in stack.ask("POST", "/invocations?model=diabetes", json=split).json()["predictions"]] == said
+    answer = stack.ask("POST", "/v2/models/diabetes/infer", json=tensors(some)).json()
+    outputs = {o["name"]: o["data"] for o in answer["outputs"]}
+    assert outputs["score"] == said and outputs["label"] == by_arrow["label"].head(3000).to_list() and answer["id"] == "mine" and answer["model_version"] == "1"
+    with httpx.Client(headers={"authorization": f"Bearer {stack.keys['admin']}"}) as client:
+        one = [client.post(f"{stack.url}/v1/models/{name}:predict", json={"instances": [row]}).json()["predictions"][0]["score"] for name in ("diabetes", "distant") for row in rows.head(200).to_dicts()]
+    assert one == 2 * said[:200]
+
+
+def test_binary_tensors_as_triton_sends_them(stack, rows):
+    some, tail, inputs = rows.head(5), b"", []
+    for c in some:
+        raw = b"".join(len(v.encode()).to_bytes(4, "little") + v.encode() for v in c) if c.dtype == pl.String else c.to_numpy().astype("<i8" if c.dtype == pl.Int64 else "<f8").tobytes()
+        inputs.append({"name": c.name, "shape": [5, 1], "datatype": {pl.Int64: "INT64", pl.Float64: "FP64", pl.String: "BYTES"}[c.dtype.base_type()], "parameters": {"binary_data_size": len(raw)}})
+        tail += raw
+    head = json.dumps({"inputs": inputs, "outputs": [{"name": "score", "parameters": {"binary_data": True}}]}).encode()
+    reply = stack.ask("POST", "/v2/models/diabetes/versions/1/infer", content=head + tail, headers={"inference-header-content-length": str(len(head)), "content-type": "application/octet-stream"})
+    (output,) = reply.json()["outputs"]
+    assert output["name"] == "score" and output["shape"] == [5] and np.array(output["data"], np.float32).tobytes() == predict(stack.bundle, some, 5).tobytes()
+
+
+def test_metadata_says_what_infer_takes(stack):
+    told = stack.ask("GET", "/v2/models/diabetes").json()
+    assert [i["name"] for i in told["inputs"]] == list(stack.bundle.contract.features) and told["platform"] == "onnx_onnxv1" and "1" in told["versions"]
+    assert stack.ask("GET", "/v2/models/diabetes/ready").json()["ready"] and stack.ask("GET", "/v2/models/diabetes/versions/99/ready").status_code == 404
+    assert stack.ask("GET", "/v1/models").json() == {"models": ["diabetes", "distant"]} and stack.ask("GET", "/v2").json()["name"] == "mlray"
+    assert stack.ask("GET", "/v1/models/diabetes/card").json()["error"] == "no_card"
+
+
+def test_explanations_come_with_the_predictions(stack, rows):
+    (row,) = rows.head(1).to_dicts()
+    said = stack.ask("POST", "/v1/models/diabetes:explain", json={"instances": [row]}).json()
+    assert said["predictions"] == stack.predict(row).json()["predictions"] and {r["feature"] for r in said["explanations"][0]["reasons"]} <= set(row)
+    assert stack.ask("POST", "/v1/models/diabetes:explain", json={"instances": [row] * 17}).status_code == 422
+
+
+# Who may.
+
+def test_every_route_for_every_role(stack, rows):
+    (row,) = rows.head(1).to_dicts()
+    bodies = {"predict": {"instances": [row]}, "explain": {"instances": [row]}, "invoke": {"instances": [row]}, "infer": tensors(rows.head(1)), "feedback": {"feedback": [{"request_id": "r-1", "value": True}]}}
+    for route, role in product(ROUTES, [*ROLES, "nobody", "forged"]):
+        path = route.path.replace("{model}", "diabetes").replace("{version}", "1") + ("?model=diabetes" if route.name == "invoke" else "")
+        key = {"nobody": "none", "forged": stack.keys["admin"][:-1] + "~"}.get(role)
+        reply = stack.ask(route.method, path, role, key, **({"json": bodies[route.name]} if route.method == "POST" else {}))
+        expected = 200 if route.action == PUBLIC else 401 if key else (202 if route.name == "feedback" else 200) if route.action in ROLES[role] else 403
+        assert reply.status_code == (404 if expected == 200 and route.name == "card" else expected), (route, role, reply.text)
+
+
+def test_the_description_has_every_route_and_its_examples_are_answered(stack):
+    told = stack.ask("GET", "/openapi.json", "viewer").json()
+    for route in ROUTES: assert route.method.lower() in told["paths"][route.path.replace("{model}", "diabetes")], route
+    asked = 0
+    for path, methods in told["paths"].items():
+        if "post" not in methods: continue
+        example = methods["post"]["requestBody"]["content"]["application/json"]["example"]
+        reply = stack.ask("POST", path.replace("{version}", "1") + ("?model=diabetes" if path == "/invocations" else ""), json=example)
+        assert reply.status_code == (202 if path == "/v1/feedback" else 200), (path, reply.text)
+        asked += 1
+    assert asked == 10 # four of each model, /invocations, and /v1/feedback
+    assert example_row(stack.bundle.contract).keys() == set(stack.bundle.contract.features)
+
+
+# What is sent by mistake, or not by mistake.
+
+def test_bad_input_is_never_the_services_fault(stack, rows):
+    (row,) = rows.head(1).to_dicts()
+    stream, whole = rows.head(3).write_ipc_stream(None).getvalue(), json.dumps({"instances": [row]}).encode()
+    tensor = tensors(rows.head(2))
+    def mended(**change): return json.dumps({"inputs": [tensor["inputs"][0] | change, *tensor["inputs"][1:]]}).encode()
+    values = [None, "", "x" * 70_000, -0.0, 1e308, -(2**63), 2**63, True, [], {}, [[[]]], "\u0000", "🙂", "\u202e", "NaN", "0001-01-01"]
+    bodies = [b"", b"{", b"null", b"[]", b"\xff\xfe{\x00", b"\xef\xbb\xbf{}", whole.decode().encode("utf-16"), b'{"instances": [NaN]}', b'{"instances": [{"age": Infinity}]}', b'{"instances": [{"age": 1e999}]}', b'{"instances": ["\\ud800"]}',
+              b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5000, b'{"instances": []}', b'{"instances": [{}]}', b'{"instances": [[1,2]]}', whole[:-1], whole + b"x", whole.replace(b'"age"', b'"age": 1, "age"'), b'{"instances": [' + b"{}," * 1000 + b"{}]}",
+              *(json.dumps({"instances": [row | {c: v}]}).encode() for c in ("age", "sex", "bmi") for v in values), json.dumps({"instances": [row | {"shoe": 44}]}).encode(), json.dumps({"instances": [row], "x": 1}).encode(), b"x" * (2**20 + 1)]
+    infers = [mended(**c) for c in ({"shape": []}, {"shape": [-1]}, {"shape": [2, 0]}, {"shape": [10**12]}, {"shape": [1] * 40}, {"datatype": "FP128"}, {"datatype": "BYTES"}, {"data": [[1], [2, 3]]}, {"data": None}, {"data": ["x", None]}, {"name": "nobody"}, {"parameters": {"binary_data_size": 10**9}})]
+    arrows = [stream[:i] for i in (1, 8, 100, len(stream) - 9)] + [stream[:i] + b"\xff" * 16 + stream[i + 16:] for i in range(0, len(stream) - 16, 97)] + [rows.head(0).write_ipc_stream(None).getvalue(), rows.head(3).drop("age").write_ipc_stream(None).getvalue(),
+              rows.head(3).with_columns(pl.lit("x").alias("age")).write_ipc_stream(None).getvalue(), rows.head(3).with_columns(pl.lit(float("nan")).alias("bmi")).write_ipc_stream(None).getvalue(), b"ARROW1\0\0" + b"\0" * 64]
+    seen = set()
+    with httpx.Client(headers={"authorization": f"Bearer {stack.keys['admin']}"}, timeout=30) as client:
+        for path, kind, corpus in [("/v1/models/diabetes:predict", "application/json", bodies), ("/v1/models/distant:predict", "application/json", bodies[:20]), ("/v1/models/diabetes:explain", "application/json", bodies[:20]), ("/invocations?model=diabetes", "application/json", bodies),
+                                   ("/v2/models/diabetes/infer", "application/json", [*bodies, *infers]), ("/v1/models/diabetes:predict", ARROW, [*arrows, whole, b""])]:
+            for body in corpus:
+                reply = client.post(stack.url + path, content=body, headers={"content-type": kind})
+                assert reply.status_code < 500, (path, kind, body[:200], reply.text)
+                if reply.status_code != 200: assert reply.json()["error"] and reply.json()["request_id"]
+                seen.add(reply.status_code)
+        for path in ("/v1/models/..%2f..%2fetc:predict", "/v1/models/%00:predict", "/v1/models/" + "a" * 5000, "/v2/models/diabetes/versions/1e9/infer", "//", "/invocations/", "/v1/models/diabetes:delete", "/metrics/../v1"):
+            assert client.post(stack.url + path, content=b"{}").status_code in (404, 405)
+        assert client.post(f"{stack.url}/v1/models/diabetes:predict", content=whole, headers={"content-type": "text/csv"}).status_code == 415
+        assert client.post(f"{stack.url}/v1/models/diabetes:predict", content=whole, headers={"content-encoding": "gzip"}).status_code == 415
+        assert client.get(f"{stack.url}/v1/models/diabetes:predict").status_code == 405
+        assert client.post(f"{stack.url}/invocations", content=whole).json()["error"] == "which_model"
+    assert {200, 400, 413, 422} <= seen
+
+
+def test_a_stranger_cannot_lift_the_time_limit_nor_hold_a_connection(stack, rows):
+    (row,) = rows.head(1).to_dicts()
+    reply = stack.predict(row, x_request_timeout_seconds="0.000001") # were it not taken away, this would be 408
+    assert reply.status_code == 200
+    address = stack.url.removeprefix("http://").split(":")
+    with socket.create_connection((address[0], int(address[1])), timeout=40) as slow:
+        slow.sendall(b"POST /v1/models/diabetes:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        said = slow.recv(4096) # HAProxy gives up after 10 s
+        assert not said or b" 408 " in said
+
+
+# While versions change.
+
+def test_traffic_follows_the_registry_while_it_is_asked(stack, rows):
+    "Canary, override, shadow, promotion and roll-back, each within two seconds and without an error."
+    registry, (_, two, three), (row,) = stack.registry, stack.versions, rows.head(1).to_dicts()
+    promote(registry, two, "canary")
+    promote(registry, three, "shadow")
+    set_share(registry, "diabetes", 0.1)
+    took = [until(lambda: stack.ask("GET", "/v1/models/diabetes").json()["traffic"]["share"] == 0.1)]
+    with httpx.Client(headers={"authorization": f"Bearer {stack.keys['predictor']}"}) as client:
+        def arm(key: str) -> tuple[str, str]:
+            said = client.post(f"{stack.url}/v1/models/diabetes:predict", json={"instances": [row]}, headers={"x-routing-key": key}).json()
+            return said["arm"], said["version"]
+        first = [arm(f"caller-{i}") for i in range(1000)]
+        assert set(first) == {("production", "1"), ("canary", "2")} and 70 <= first.count(("canary", "2")) <= 130
+        assert [arm(f"caller-{i}") for i in range(200)] == first[:200] # sticky
+    tested = stack.ask("POST", "/v1/models/diabetes:predict", "tester", json={"instances": [row]}, headers={"x-mlray-version": "3"}).json()
+    assert (tested["version"], tested["arm"]) == ("3", "override") and tested["predictions"][0]["score"] == float(predict(bundle_of(registry, three), rows.head(1), 1)[0])
+    assert stack.ask("POST", "/v1/models/diabetes:predict", "predictor", json={"instances": [row]}, headers={"x-mlray-version": "3"}).status_code == 403
+    told = stack.ask("GET", "/metrics", "viewer").text
+    assert 'mlray_canary_weight_ratio{model="diabetes"' in told and 'role="shadow",version="3"} 1.0' in told and "mlray_request_duration_seconds_bucket" in told
+    until(lambda: "mlray_shadow_predictions_total{" in stack.ask("GET", "/metrics").text)
+    for act, version in ((lambda: promote(registry, two), "2"), (lambda: rollback(registry, "diabetes"), "1")):
+        set_share(registry, "diabetes", 0.0)
+        act()
+        took.append(until(lambda version=version: stack.predict(row).json()["version"] == version))
+    key, text = new_key("predictor")
+    add_key(registry, key)
+    took.append(until(lambda: stack.ask("POST", "/v1/models/diabetes:predict", key=text, json={"instances": [row]}).status_code == 200))
+    print("followed within", [f"{t:.2f} s" for t in took])
+    assert sorted(took)[len(took) // 2] < 2
+
+
+def test_the_client(stack, rows):
+    some = rows.head(3).to_dicts()
+    with Client(stack.url, stack.keys["admin"]) as client:
+        said = client.predict("diabetes", some, request_id="r-17")
+        assert said.request_id == "r-17" and said.version == "1" and [p["score"] for p in said.predictions] == predict(stack.bundle, rows.head(3), 3).tolist()
+        assert client.models() == ["diabetes", "distant"] and len(client.explain("diabetes", some[:1]).explanations) == 1
+        with pytest.raises(BrokenContract, match="row 0: age: at most 120") as refused: client.predict("diabetes", [some[0] | {"age": 200}])
+        assert refused.value.status == 422 and refused.value.problems[0]["column"] == "age"
+    with Client(stack.url, "mlr_00000000_x") as stranger, pytest.raises(NotAllowed): stranger.predict("diabetes", some)
+
+    async def many() -> list[str]:
+        async with AsyncClient(stack.url, stack.keys["predictor"]) as client: return [r.version for r in await asyncio.gather(*(client.predict("distant", some) for _ in range(50)))]
+    assert asyncio.run(many()) == ["1"] * 50
