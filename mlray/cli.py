@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 from .commands import ask_service, create_key, demonstrate, deploy_versions, explain_version, find_version, gate_version, propose_contract, reproduce_version, settings_of, stderr, take_batch, train_run, tune_run, until_stopped, versions_to_serve
 from .errors import MlrayError, ServingError, suggest
+from .cluster_cli import cluster_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-_NOT_BUILT = frozenset({"approve", "card", "cluster", "console", "export", "lab", "predict", "retrain", "schedule"})
+_NOT_BUILT = frozenset({"approve", "card", "console", "export", "lab", "predict", "retrain", "schedule"})
 
 
 class _Commands(TyperGroup):
@@ -46,6 +47,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 
 app.add_typer(proof_app)
 app.add_typer(audit_app, name="audit")
+app.add_typer(cluster_app, name="cluster")
 Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, such as configs/adult.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Changes to the spec, such as train.epochs=5.")]
 Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="HTTP port (default: that of the settings).")]
