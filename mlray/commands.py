@@ -215,12 +215,8 @@ def versions_to_serve(names: Sequence[str], settings: "Settings") -> list["Versi
 
 def deploy_versions(found: Sequence["Version"], settings: "Settings") -> None:
     "Put versions up, inside a cluster; returns when they answer."
-    from mlray.registry import keys, open_registry
-    from mlray.serve_on_ray import Model, deploy
-    registry = open_registry(settings)
-    known = keys(registry)
-    if not known: raise ServingError("There is no API key yet, so nobody could ask. Make one: `mlray key create --role predictor`.")
-    deploy([Model(v.name, str(v.number), str(registry.store.path(v.digest).resolve()), v.digest) for v in found], known, settings)
+    from mlray.serve_on_ray import deploy, offered
+    deploy(*offered(found, settings), settings)
 
 
 def until_stopped() -> None:

@@ -35,7 +35,9 @@ def _of_ray(
 
 
 def _shape(config: Mapping[str, Any]) -> Iterator[Complaint]:
-    for error in Draft7Validator(_of_ray("autoscaler/ray-schema.json")).iter_errors(config):
+    provider = config.get("provider")
+    own = {"min_workers"} if isinstance(provider, dict) and provider.get("type") == "local" else set() # Ray takes it away before it looks
+    for error in Draft7Validator(_of_ray("autoscaler/ray-schema.json")).iter_errors({k: v for k, v in config.items() if k not in own}):
         yield Complaint("schema", f"{'.'.join(map(str, error.absolute_path)) or 'the file'}: {error.message[:160]}", "Ray refuses this; see its schema of cluster files")
 
 # %% ../nbs/52a_launcher.ipynb #34aa237f
