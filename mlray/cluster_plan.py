@@ -123,7 +123,7 @@ def sizes(
             said, has = (g.resources or {}).get(kind, 0), machine.resources.get(kind, 0) if machine else float("inf")
             if said > has: yield Complaint("size", f"{g.name}: {kind}: {said:g}, and {g.machine} has {has:g}", f"Say {kind}: {has:g}, or take a larger machine")
     least = sum(g.least for g in groups if not g.head)
-    if least > most: yield Complaint("bounds", f"the kinds have at least {least} workers together, and max_workers is {most}", "Raise max_workers")
+    if least > most and all(g.least <= g.most for g in groups): yield Complaint("bounds", f"the kinds have at least {least} workers together, and max_workers is {most}", "Raise max_workers")
     if all(g.resources is not None for g in groups):
         homeless = place(groups, asks, most)[1]
         for what in dict.fromkeys(a.what for a in homeless):

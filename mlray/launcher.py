@@ -98,7 +98,7 @@ def _accepted(config: Mapping[str, Any]) -> Iterator[Complaint]:
     keys = set(_of_ray("autoscaler/_private/_azure/azure-vm-template.json")["parameters"]) if kind == "azure" else _NODE.get(kind, frozenset())
     for name, node in _types(config):
         for key in sorted(set(node) - keys) if keys else (): yield Complaint("node_config", f"{name}: {key} means nothing to {kind}", suggest(key, keys))
-        if not _machine(kind, node)[0]: yield Complaint("node_config", f"{name} does not say which machine it is", "InstanceType, machineType or vmSize, as the cloud calls it")
+        if keys and not _machine(kind, node)[0]: yield Complaint("node_config", f"{name} does not say which machine it is", "InstanceType, machineType or vmSize, as the cloud calls it")
     if "available_node_types" in config and config.get("head_node_type") not in config["available_node_types"]: yield Complaint("head", f"head_node_type: {config.get('head_node_type')} is none of the types", suggest(str(config.get("head_node_type")), config["available_node_types"]))
     hosts = [provider.get("head_ip"), *(provider.get("worker_ips") or ())] if kind == "local" else []
     for host in sorted({str(h) for h in hosts if hosts.count(h) > 1}): yield Complaint("hosts", f"{host} stands twice among the hosts", "One machine, one line; the head is no worker")

@@ -129,7 +129,7 @@ def faults(
     things: Sequence[Mapping[str, Any]], # manifests, those of all files of a folder together
     crds: Path | None = None,           # a folder with KubeRay's CRD files; None: the schema is not looked at
 ) -> tuple[Complaint, ...]:
-    "What is wrong with manifests; only what the schema says, where something has the wrong type."
+    "What is wrong with manifests; only what the schema says, where something is missing or of the wrong type."
     shape = tuple(_shape(things, crds))
-    if any("is not of type" in c.found for c in shape): return shape
+    if any("is not of type" in c.found or "is a required property" in c.found for c in shape): return shape
     return (*shape, *(c for check in _CHECKS for c in check(things)))
