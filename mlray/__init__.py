@@ -17,6 +17,7 @@ Modules:
 - `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line
 - `mlray.cluster_cli`: `mlray cluster plan`: what a file would start
+- `mlray.cluster_file`: A launcher or manifests, read and planned
 - `mlray.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
 - `mlray.cluster_plan`: Whether a cluster is large enough for what is to run on it, and what it costs
 - `mlray.column`: What one column of a table may hold, and what it is for

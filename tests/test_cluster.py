@@ -10,11 +10,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from mlray.cluster_cli import application, plan
-from mlray.cluster_plan import Ask, Group, place
+from mlray.cluster_cli import application
+from mlray.cluster_file import plan
+from mlray.cluster_plan import Ask, Group, place, read_prices
 from mlray.errors import SettingsError
 from mlray.launcher import faults, groups_of, pinned
-from mlray.cluster_plan import read_prices
 from mlray.manifest import clusters, faults as faults_of_manifests
 from mlray.settings import Settings, shipped
 from mlray.spec import read_spec
@@ -152,6 +152,7 @@ def test_manifests_hold_against_kuberays_own_schema():
 
 def test_kuberays_autoscaler_reads_our_clusters_as_we_do():
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as read
+
     from mlray.manifest import groups_in
     for thing in manifests():
         if thing.get("kind") != "RayCluster": continue
@@ -161,8 +162,9 @@ def test_kuberays_autoscaler_reads_our_clusters_as_we_do():
 
 
 def test_what_manifests_start_is_there():
-    from mlray.cli import app
     from typer.main import get_command
+
+    from mlray.cli import app
     things = manifests()
     job, service = (next(t for t in things if t["kind"] == kind) for kind in ("RayJob", "RayService"))
     words = job["spec"]["entrypoint"].split()
