@@ -19,7 +19,7 @@ from . import launcher, manifest
 from .cluster_plan import Plan, Prices, demand, planned, read_prices
 from .errors import SettingsError
 from .settings import Settings, shipped
-from .spec import RunSpec, read_spec
+from .spec import RunSpec
 
 # %% ../nbs/52c_cluster_file.ipynb #ac0e22e0
 def _documents(path: Path) -> list[dict[str, Any]]:
