@@ -30,7 +30,7 @@ lab: $(VENV)/ready $(VENV)-lab/ready
 $(VENV)/ready: pyproject.toml cluster/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) -e '.[dev,delta,sql,estimators,privacy,postgres]'
+	$(INSTALL) -e '.[dev,delta,sql,estimators,privacy,postgres,oidc]'
 	touch $@
 
 $(VENV)-lab/ready: pyproject.toml cluster/constraints.txt

@@ -2,6 +2,7 @@
 
 Modules:
 
+- `mlray.about`: What only people can say of a model: who answers for it, what it is for, what its rows are
 - `mlray.accepted`: How far a growing source has been read, and the rows that came of it
 - `mlray.access`: Who may do what: keys, roles, actions
 - `mlray.adversarial`: How little it takes when somebody tries: FGSM and PGD on the numbers of a row
@@ -13,6 +14,8 @@ Modules:
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
 - `mlray.calibration`: Scores that can be taken at their word: fitted on validation rows, shipped in the graph
+- `mlray.card`: A version's papers, made from what is known of it: the model card, as Markdown, as a page, as JSON
+- `mlray.catalogue`: Every data set that a version was made of, and what came of it
 - `mlray.chart`: Plots as plain SVG: values with their intervals, lines, points, bars
 - `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line
@@ -23,13 +26,16 @@ Modules:
 - `mlray.column`: What one column of a table may hold, and what it is for
 - `mlray.commands`: What each command does, with its vendors chosen
 - `mlray.comparison`: Two models on the same rows: how far apart, and whether that can be chance
+- `mlray.compliance`: What GDPR and the EU AI Act ask, the evidence there is, and what is missing
 - `mlray.contract`: What a row must look like, said once and held everywhere
 - `mlray.counterfactual`: What would have to be different for another answer: the smallest change that flips it
 - `mlray.counts`: One small table that stands for all rows: slices × label × decision × score bin; tables add
 - `mlray.data`: Which rows: their sources, and how they are divided
+- `mlray.data_sheet`: The rows behind a version: what they are, where they came from, what was done to them
 - `mlray.database`: One transaction, one line of audit, on SQLite or PostgreSQL
 - `mlray.decision`: From a score to a decision: calibration, threshold and fairness, as intent
 - `mlray.declared`: Rows to numbers without having seen a row: encoders that follow from the contract alone
+- `mlray.deed`: What somebody who may do it does once, or is refused
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.doctor`: What is wrong with this machine or cluster, and how to mend it
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
@@ -56,6 +62,7 @@ Modules:
 - `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
 - `mlray.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
 - `mlray.gaps`: How far groups are apart, where answers are classes, labels or numbers
+- `mlray.garbage`: Bytes that no row names any more, taken away without taking a live one
 - `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
 - `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
 - `mlray.gate_on_ray`: Gates as tasks of a cluster: each with the CPUs, GPUs and memory that it asks for
@@ -74,11 +81,13 @@ Modules:
 - `mlray.launcher`: What is wrong with a file for `ray up`
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
 - `mlray.ledger`: Whether what is known is what was done
+- `mlray.lineage`: What a version came from
 - `mlray.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
 - `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
 - `mlray.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates
 - `mlray.manifest`: What is wrong with manifests for KubeRay
 - `mlray.membership`: Who is in there: whether a model tells which rows it has learned from
+- `mlray.mirror_on_mlflow`: A folder that MLflow can load and serve
 - `mlray.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
 - `mlray.mixture`: Two means from their sums, compared at every look
 - `mlray.model`: Fitting a network: training as a generator of epochs
@@ -86,9 +95,15 @@ Modules:
 - `mlray.monitor`: How a version fares: what it is asked, what it answers, how good that is, for whom, and how fast
 - `mlray.network`: Numbers to scores: TabM and its simpler relatives, and the graph they become
 - `mlray.network_inputs`: What was learned about the rows, as the first layers of a network
+- `mlray.oidc`: Who bears a token of the house's own identity provider
+- `mlray.opened`: A registry that is open, who acts in it, and the keys by which they are known
+- `mlray.outbox`: What others are to be told, kept until they have heard it
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
 - `mlray.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
+- `mlray.papers_cli`: The commands of papers, data sets and the registry's own upkeep
+- `mlray.pieces`: Rows that pass by in pieces, and a bounded sample that stands for all of them
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
+- `mlray.policy`: What an environment asks of a version that is let out
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
@@ -101,6 +116,9 @@ Modules:
 - `mlray.rates`: What a confusion matrix says: every rate, for one matrix or a million
 - `mlray.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
+- `mlray.registry_on_ray`: The registry, from any node of a cluster
+- `mlray.release`: Who stands for a version, and how its end is announced
+- `mlray.release_cli`: The commands of a release: who approves, what goes out and comes back, keys, mirrors
 - `mlray.replay`: Two models on the same requests: which decisions flip, which way, and for whom
 - `mlray.replayed`: What was asked in production, asked again of another version
 - `mlray.reproduce`: The same run again, compared to the bit
@@ -111,6 +129,7 @@ Modules:
 - `mlray.rollout_run`: From windows to a decision about a canary
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
+- `mlray.runbook`: What to type when this model is let out, looked after, in trouble, or at its end
 - `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
 - `mlray.samples`: Real rows that are there without a download
 - `mlray.schema`: The JSON Schema of a spec, so that an editor completes and corrects while one writes
@@ -124,12 +143,15 @@ Modules:
 - `mlray.service`: Answer a request: check the key, check the rows, predict, say which version did
 - `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
 - `mlray.shapley`: Why this answer: the score, shared out among the features so that the shares add up
+- `mlray.shards`: Encoded rows on disk, and the windows in which workers read them
 - `mlray.signature`: Who says so: signed statements that anybody can check, offline, with stock tools
 - `mlray.slices`: Where a model does worst: a search through slices of up to three conditions, corrected for having searched
 - `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a topic, from a function
 - `mlray.spec`: What to run: rows, contract, network, training, gates, route
+- `mlray.standing`: Where a version stands, as the tables have it inside a transaction
 - `mlray.statement`: What is claimed, in a form that others read: in-toto statements
 - `mlray.store`: Bytes under their digest, on the disk when it says so
+- `mlray.stream_on_ray`: A table larger than memory, brought by Ray Data to where workers read it
 - `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all
 - `mlray.survey`: All rows of a source held against the contract, piece by piece: more than fit into memory
 - `mlray.table`: Rows: named by a fingerprint, and divided the same way every time

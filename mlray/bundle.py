@@ -100,7 +100,7 @@ def pack(
     thresholds: Mapping[str, float] | None = None, # of groups
 ) -> Bundle:
     "Write a bundle and read it back. Raises `BundleError` when the graph does not answer as the network did."
-    answers, task = _run(_open(graph), rows), task or spec.task
+    answers, task = _together(_open(graph), rows, expected[:1].size, features), task or spec.task
     if answers.shape != expected.shape: raise BundleError(f"The exported graph answers with shape {answers.shape}, the network with {expected.shape}. Nothing was written.")
     off = float((np.abs(answers - expected) / np.maximum(task.spread, np.abs(expected))).max()) if len(rows) else 0.0
     if not off <= PARITY: raise BundleError(f"The exported graph differs from the network by {off:.2g}; {PARITY:g} is allowed. Nothing was written.")
@@ -234,7 +234,10 @@ def _session(path: Path, digest: str) -> onnxruntime.InferenceSession:
     return _open(_verified(path, digest)[0]["model.onnx"]) # again: the file may be another one than when the bundle was loaded
 
 
-def _chunk(bundle: Bundle) -> int: return max(min(_CHUNK // bundle.task.outputs, _CELLS // max(sum(bundle.features.widths.values()), 1)), 1)
+def _together(session: onnxruntime.InferenceSession, rows: Matrix, outputs: int, features: Features) -> np.ndarray:
+    "What a graph answers to any number of rows."
+    chunk = max(min(_CHUNK // max(outputs, 1), _CELLS // max(sum(features.widths.values()), 1)), 1)
+    return np.concatenate([_run(session, rows[at:at + chunk]) for at in range(0, max(len(rows), 1), chunk)])
 
 
 def predict(
@@ -243,8 +246,7 @@ def predict(
     rows: int,                                 # their length
 ) -> np.ndarray: # float32: [rows], the probability of the positive class or the number; [rows, k], the probabilities of classes or labels, or the quantiles
     "Score rows. The one function that does."
-    session, matrix, chunk = _session(bundle.path, bundle.digest), apply(bundle.features, columns, rows), _chunk(bundle)
-    return np.concatenate([_run(session, matrix[at:at + chunk]) for at in range(0, max(rows, 1), chunk)])
+    return _together(_session(bundle.path, bundle.digest), apply(bundle.features, columns, rows), bundle.task.outputs, bundle.features)
 
 
 def decide(

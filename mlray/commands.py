@@ -7,7 +7,7 @@ not given. How results are printed is `mlray.cli`'s business."""
 
 # %% auto #0
 __all__ = ['stderr', 'settings_of', 'tracker_of', 'backend_on', 'propose_contract', 'take_batch', 'lineage_to', 'train_run',
-           'tune_run', 'reproduce_version', 'find_version', 'explain_version', 'gates_on', 'gate_version',
+           'supply_of', 'tune_run', 'reproduce_version', 'find_version', 'explain_version', 'gates_on', 'gate_version',
            'versions_to_serve', 'deploy_versions', 'until_stopped', 'ask_service', 'create_key', 'demonstrate']
 
 # %% ../nbs/58_commands.ipynb #d3866d23
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlray.gate_on_papermill import GateRun, Runner
     from mlray.registry import Registry, Version
     from mlray.reproduce import Reproduction
-    from mlray.run import Backend, Run
+    from mlray.run import Backend, Run, Supply
     from mlray.settings import Settings
     from mlray.spec import RunSpec
     from mlray.trace_on_openlineage import Lineage
@@ -131,7 +131,18 @@ def _train(spec: "RunSpec", settings: "Settings", on: str, resume: bool, quiet: 
             from mlray.federate_on_ray import federate
             return federate(spec, settings, tracker_of(settings, quiet), resume=resume)
     from mlray.run import train as run
-    with backend_on(on, settings) as backend: return run(spec, settings, backend, tracker_of(settings, quiet), resume=resume)
+    with backend_on(on, settings) as backend, supply_of(spec, settings, on) as supply: return run(spec, settings, backend, tracker_of(settings, quiet), resume=resume, supply=supply)
+
+
+@contextmanager
+def supply_of(spec: "RunSpec", settings: "Settings", on: str) -> Iterator["Supply"]:
+    "Where rows are: in memory, or on disk, brought there by Ray Data."
+    if spec.train.rows == "stream" and on == "ray":
+        from mlray.stream_on_ray import streaming
+        with streaming(settings) as supply: yield supply
+    else:
+        from mlray.run import InMemory
+        yield InMemory()
 
 
 def tune_run(spec: "RunSpec", settings: "Settings", on: str, quiet: bool = False) -> "Tuned":
@@ -154,9 +165,14 @@ def reproduce_version(reference: str, settings: "Settings") -> "Reproduction":
     from mlray.reproduce import reproduce
     registry, found = find_version(reference, settings)
     bundle = bundle_of(registry, found)
+    if bundle.provenance["backend"] == "Holders":
+        from mlray.cluster_on_ray import cluster
+        with cluster(settings):
+            from mlray.federate_on_ray import reproduce_federated
+            return reproduce_federated(bundle, str(found), settings, ProgressTracker(stderr()))
     as_it_was = settings.model_copy(update={"workers": bundle.provenance["workers"], "workers_min": None})
-    with backend_on("ray" if bundle.provenance["backend"] == "RayBackend" else "local", as_it_was) as backend:
-        return reproduce(bundle, str(found), as_it_was, backend, ProgressTracker(stderr()))
+    on = "ray" if bundle.provenance["backend"] == "RayBackend" else "local"
+    with backend_on(on, as_it_was) as backend, supply_of(bundle.spec, settings, on) as supply: return reproduce(bundle, str(found), as_it_was, backend, ProgressTracker(stderr()), supply)
 
 # %% ../nbs/58_commands.ipynb #d9815d3b
 def find_version(reference: str, settings: "Settings") -> tuple["Registry", "Version"]:

@@ -202,11 +202,15 @@ class Checked(Displayed):
     good: pl.DataFrame                  # typed rows that keep every rule
     bad: pl.DataFrame                   # the others as they came, with `row` and `problem`
     problems: tuple[Problem, ...] = field(default=())
+    among: tuple[int, int] | None = None # how many good and bad rows there were, where these are only some of them
 
+    @property
+    def kept(self) -> int: return self.among[0] if self.among else self.good.height
+    @property
+    def put_aside(self) -> int: return self.among[1] if self.among else self.bad.height
     def table(self) -> Table:
         "One line a broken rule."
-        total = self.good.height + self.bad.height
-        title = f"{self.good.height} of {total} rows keep the contract" + (f"; {self.bad.height} do not" if self.bad.height else "")
+        title = f"{self.kept} of {self.kept + self.put_aside} rows keep the contract" + (f"; {self.put_aside} do not" if self.put_aside else "")
         return table(["column", "expected", "rows", "examples"], [(p.column, p.expected, p.rows, ", ".join(p.examples)) for p in self.problems], title)
 
 # %% ../nbs/10_contract.ipynb #06eb97ec

@@ -7,7 +7,7 @@ next; the command line prints it and leaves with its exit code, without a traceb
 
 # %% auto #0
 __all__ = ['MlrayError', 'Unavailable', 'SpecError', 'SettingsError', 'ContractError', 'DataError', 'TrainingError',
-           'BundleError', 'RegistryError', 'Conflict', 'ExplanationError', 'GateError', 'SignatureError',
+           'BundleError', 'RegistryError', 'Refused', 'Conflict', 'ExplanationError', 'GateError', 'SignatureError',
            'ServingError', 'suggest']
 
 # %% ../nbs/00_errors.ipynb #1bc895db
@@ -33,6 +33,7 @@ class DataError(MlrayError): "Data that is missing, altered, empty or of one cla
 class TrainingError(MlrayError): "Training that cannot go on."
 class BundleError(MlrayError): "A bundle that is damaged, foreign, or does not answer as its network did."
 class RegistryError(MlrayError): "A version, alias or key that does not exist, or a change that policy refuses."
+class Refused(RegistryError): "A change that a role or the policy does not allow; the audit has it."
 class Conflict(Unavailable): "Somebody else moved the alias first."
 class ExplanationError(MlrayError): "An answer that cannot be explained: no rows to compare with, or scores that are no numbers."
 class GateError(MlrayError): "A gate that could not be run."

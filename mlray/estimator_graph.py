@@ -56,7 +56,11 @@ def answer(
 ) -> np.ndarray:
     "What a graph's only output is for rows."
     session = session_of(graph if isinstance(graph, bytes) else graph.SerializeToString())
-    return session.run(None, {i.name: getattr(rows, i.name) for i in session.get_inputs()})[0]
+    inputs = {i.name: getattr(rows, i.name) for i in session.get_inputs()}
+    return np.concatenate([session.run(None, {n: t[at:at + _TOGETHER] for n, t in inputs.items()})[0] for at in range(0, max(len(rows), 1), _TOGETHER)])
+
+
+_TOGETHER = 8192 # rows that go through a graph at a time, so that memory is bounded
 
 # %% ../nbs/12f_estimator_graph.ipynb #b6a87e2e
 def _down(threshold: float) -> float:

@@ -7,13 +7,14 @@ network library is needed for that, and none is imported."""
 
 # %% auto #0
 __all__ = ['Evaluation', 'named', 'Answered', 'answered', 'measured', 'evaluate', 'Beside', 'evaluate_beside', 'verdict_of',
-           'comparing', 'rules_of', 'asks_of_rows', 'incumbent_of', 'Candidate', 'read_candidate']
+           'comparing', 'rules_of', 'asks_of_rows', 'incumbent_of', 'results_of', 'Candidate', 'read_candidate']
 
 # %% ../nbs/36_evaluation.ipynb #d16abbbd
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -242,6 +243,20 @@ def incumbent_of(
     "The bundle that an alias points at."
     found = next((v for v in versions(registry, name) if alias in v.aliases), None)
     return bundle_of(registry, found) if found else None
+
+# %% ../nbs/36_evaluation.ipynb #30837117
+def results_of(
+    evaluation: Evaluation,
+    verdict: Verdict,
+    rows: Rows,
+) -> dict[str, Any]: # JSON values; a number that does not exist is null
+    "What a version keeps of its run."
+    finite = lambda x: float(x) if math.isfinite(x) else None
+    said = lambda found: {name: [finite(m.value), finite(m.low), finite(m.high)] for name, m in found.items()}
+    gaps_ = {n: m for n, m in evaluation.fairness.measures.items() if "to_overall" not in n and "_mean_" not in n}
+    return {"values": {n: finite(v) for n, v in evaluation.scorecard.values.items()}, "verdict": verdict.as_dict(), "test_rows": evaluation.scorecard.rows, "min_group": evaluation.fairness.min_group,
+            "measures": said(evaluation.scorecard.overall), "fairness": said(gaps_), "groups": {group: said(found) for group, found in evaluation.scorecard.by_group.items()},
+            "checked": {part: {"good": c.good.height, "bad": c.bad.height, "problems": [{"column": p.column, "expected": p.expected, "rows": p.rows} for p in c.problems]} for part, c in rows.checked.items()}}
 
 # %% ../nbs/36_evaluation.ipynb #e2d1c8b1
 @dataclass(frozen=True)

@@ -31,16 +31,20 @@ def list_versions(settings: "Settings", name: str | None = None) -> tuple[list[d
 
 def describe_version(registry: "Registry", found: "Version") -> tuple[dict[str, Any], list[Any]]:
     "What a version is, where it came from and what is proved about it: as JSON, and as faces."
-    from mlray.registry import bundle_of, evidence
-    bundle, proved = bundle_of(registry, found), evidence(registry, found)
+    from mlray.lineage import lineage_table
+    from mlray.registry import bundle_of, evidence, versions
+    from mlray.release import approvals, approvals_table
+    bundle, proved, stood = bundle_of(registry, found), evidence(registry, found), approvals(registry, found)
+    parent = next((str(v) for v in versions(registry) if v.digest == found.parent), found.parent)
+    over = {n: getattr(found, n) for n in ("deprecated", "sunset", "retired", "successor") if getattr(found, n)}
     about = {"version": str(found), "aliases": list(found.aliases), "digest": found.digest, "created": found.created, "actor": found.actor, "spec_id": found.spec_id,
-             "size": bundle.size, "provenance": dict(bundle.provenance)}
+             "size": bundle.size, "provenance": dict(bundle.provenance), "lineage": {**(found.lineage or {}), "parent": parent}, "approvals": [vars(a) for a in stood], **over}
     read = [(f"{part} source", f"{s['rows']} rows, {s['version'] or s['digest']}") for part, s in bundle.provenance.get("sources", {}).items()]
     spent = bundle.provenance.get("privacy")
     private = [("privacy", f"ε {spent['epsilon']:.2f} at δ {spent['delta']:g} of each training row, in {spent['steps']} steps with noise of {spent['noise_multiplier']:.2f} clips")] if spent else []
     made = [(k.replace("_", " "), v) for k, v in bundle.provenance.items() if k not in ("sources", "privacy")]
-    lines = table(["", str(found)], [("aliases", found.aliases), ("digest", found.digest), ("created", f"{found.created[:19]} by {found.actor}"), ("spec", found.spec_id), ("bytes", f"{bundle.size:,}"), *made, *private, *read])
-    return about | {"evidence": {g: {**e.verdict.as_dict(), "page": e.page, "statement": e.statement, "created": e.created} for g, e in proved.items()}}, [lines, *(face for g, e in proved.items() for face in (g, e.verdict.table()))]
+    lines = table(["", str(found)], [("aliases", found.aliases), ("digest", found.digest), ("created", f"{found.created[:19]} by {found.actor}"), ("spec", found.spec_id), ("bytes", f"{bundle.size:,}"), *over.items(), *made, *private, *read])
+    return about | {"evidence": {g: {**e.verdict.as_dict(), "page": e.page, "statement": e.statement, "created": e.created} for g, e in proved.items()}}, [lines, lineage_table(found.spec_id, found.lineage or {}, bundle.provenance, parent), *([approvals_table(stood)] if stood else []), *(face for g, e in proved.items() for face in (g, e.verdict.table()))]
 
 # %% ../nbs/58d_faces.ipynb #fad1c2ac
 def faces_of_batch(found: "Admission", kept: list["Path"] | None) -> list[Any]:

@@ -7,7 +7,7 @@ This module reads the verdict of an executed notebook, finds why it has none, an
 
 # %% auto #0
 __all__ = ['code_cells', 'verdicts', 'unfinished', 'secrets_in', 'places', 'unsaid', 'nowhere', 'kept', 'page_bytes',
-           'notebook_digest', 'line_of']
+           'notebook_digest', 'line_of', 'gate_path', 'Needs', 'needs_of']
 
 # %% ../nbs/40a_gate_page.ipynb #84857874
 import hashlib
@@ -17,13 +17,16 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
 import nbformat
 
+from .errors import GateError, suggest
 from .gate import MIME, Verdict
+from .settings import Settings, shipped
 
 # %% ../nbs/40a_gate_page.ipynb #962d1ed2
 def code_cells(page: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -146,3 +149,43 @@ def line_of(
     at = next((n for n, line in enumerate(lines) if re.search(rf'^\s*"id": "{re.escape(cell)}"', line)), None)
     source = next((n for n, line in enumerate(lines[at or 0:], at or 0) if re.search(r'^\s*"source":', line)), None)
     return 1 if at is None or source is None else source + 1 + within
+
+# %% ../nbs/40a_gate_page.ipynb #8ec1362e
+def gate_path(
+    gate: str, # its name: the notebook's file name
+    settings: Settings,
+) -> Path:
+    "The notebook of a gate. Raises `GateError`."
+    if not re.fullmatch(r"\w[\w-]{0,49}", gate): raise GateError(f"{gate[:80]!r} is no name of a gate: at most 50 letters, digits, - and _. A gate is a notebook in nbs/gates, named without folder and ending.")
+    folders = [settings.root / "nbs" / "gates", shipped("gates")]
+    for folder in folders:
+        if (path := folder / f"{gate}.ipynb").is_file(): return path
+    raise GateError(f"There is no gate {gate!r}. {suggest(gate, {p.stem for f in folders for p in f.glob('*.ipynb')})}")
+
+# %% ../nbs/40a_gate_page.ipynb #b405a4e4
+@dataclass(frozen=True)
+class Needs:
+    "What it takes to run a gate."
+    num_cpus: float = 1
+    num_gpus: float = 0     # on a cluster; here a gate finds the GPUs that there are
+    memory_gb: float = 0    # that a cluster sets aside; 0: it does not
+    timeout_s: int = 600    # that a cell may take
+
+    @property
+    def threads(self) -> dict[str, str]:
+        "Variables that hold a kernel to its CPUs."
+        return dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"), str(max(1, int(self.num_cpus))))
+
+
+def needs_of(
+    path: Path, # of the notebook
+) -> Needs:
+    "What a notebook says that it needs. Raises `GateError`."
+    known = {f.name: type(f.default) for f in fields(Needs)}
+    tags = next((c["metadata"].get("tags", ()) for c in nbformat.read(path, as_version=4)["cells"] if "parameters" in c["metadata"].get("tags", ())), ())
+    said = dict(t.split("=", 1) for t in tags if "=" in t)
+    for name, value in said.items():
+        if name not in known: raise GateError(f"Gate {path.stem!r} is tagged {name}={value}. {suggest(name, known)}")
+        if not re.fullmatch(r"\d+" if known[name] is int and name == "timeout_s" else r"\d+(\.\d+)?", value): raise GateError(f"Gate {path.stem!r} is tagged {name}={value}; a number from 0 is expected, such as {name}=2.")
+    number = {n: float(v) for n, v in said.items()}
+    return Needs(number.get("num_cpus", 1), number.get("num_gpus", 0), number.get("memory_gb", 0), int(number.get("timeout_s", 600)))

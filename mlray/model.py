@@ -11,7 +11,7 @@ __all__ = ['Job', 'State', 'Epoch', 'adopt', 'estimated', 'epochs', 'replayed', 
 # %% ../nbs/13b_model.ipynb #e8dd2484
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +23,18 @@ from .decision import Mitigation
 from .errors import TrainingError
 from .estimator import fit, make_estimator
 from .features import Features, Matrix
-from .fitting import Average, compiled, copied, make_optimizer, moments, one_pass, restore, seed_of
+from mlray.fitting import (
+    Average,
+    Stream,
+    Window,
+    compiled,
+    copied,
+    make_optimizer,
+    moments,
+    pass_over,
+    restore,
+    seed_of,
+)
 from .fitting_privately import Budget, private_pass
 from .loss import loss_of, valid_loss
 from .network import build, scores
@@ -48,10 +59,11 @@ class Job:
     mitigation: Mitigation | None = None    # while an estimator is fitted
     groups: np.ndarray | None = None        # then: the name of each training row's group
     budget: Budget | None = None # of differential privacy, where the spec asks for it
+    stream: Stream | None = None # the rows to learn from, where they lie elsewhere; then `rows` are none
 
     def shard(self, rank: int, world: int) -> "Job":
         "The rows of one worker of several; the last shards repeat a row where it does not divide evenly, save under privacy, where a row counts once."
-        if world == 1: return self
+        if world == 1 or self.stream: return self
         mine = np.arange(rank, len(self.labels) if self.budget else rank + world * math.ceil(len(self.labels) / world), world) % len(self.labels)
         return replace(self, rows=self.rows[mine], labels=self.labels[mine], weights=None if self.weights is None else self.weights[mine])
 
@@ -128,7 +140,9 @@ def epochs(
         number = state.epoch + 1
         torch.manual_seed(seed_of(job.train.seed, number, rank)) # dropout
         if job.budget: private_pass(network, optimizer, average, train, job.train, job.budget, loss_, number, rank, world)
-        else: train_loss = one_pass(wrapped, optimizer, average, train, job.train, number, world, loss_, weights)
+        else:
+            windows: Iterable[Window] = [(train, weights)] if job.stream is None else (([t.to(device) for t in w], v if v is None else v.to(device)) for w, v in job.stream.windows(job.train.seed, number, rank, world))
+            train_loss = pass_over(wrapped, optimizer, average, windows, job.stream.each(world) if job.stream else len(train[-1]), job.train, number, world, loss_)
         averaged.load_state_dict({**network.state_dict(), **average.values})
         loss = valid_loss(job.task, scores(averaged, *valid[:-1], task=job.task).clone(), valid[-1], valid_weights)
         if loss < state.best_loss or job.budget: state = replace(state, best_epoch=number, best_loss=loss, best=copied(averaged.state_dict(), first))

@@ -133,7 +133,10 @@ class Encoding(nn.Module):
 
     def _numbers(self, numbers: Tensor) -> list[Tensor]:
         along, height, missing = self.curves(numbers)
-        bent = torch.einsum("nmp,mpd->nmd", along, self.pieces) if self.training else (along.unsqueeze(3) * self.pieces).sum(2)
+        if self.training: bent = torch.einsum("nmp,mpd->nmd", along, self.pieces)
+        else: # of a single feature and a single row onnxruntime would sum in another order, so there are always two
+            products = along.unsqueeze(3) * self.pieces
+            bent = nn.functional.pad(products, (0, 0, 0, 0, 0, 1)).sum(2)[:, :1] if products.shape[1] == 1 else products.sum(2)
         return [(height.unsqueeze(2) * self.weight + self.bias + bent).flatten(1), missing]
 
     def _common_codes(self, numbers: Tensor) -> Tensor:

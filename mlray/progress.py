@@ -89,6 +89,7 @@ class ProgressTracker:
         if self.console.is_terminal: self._bar(step, said)
         elif step == 1 or step % 10 == 0: self.console.print(f"  epoch {step}  {said}")
 
+    def where(self) -> Mapping[str, str]: return {}
     def finish(self, summary: Mapping[str, Any]) -> None:
         if self.console.is_jupyter: self.note("failed" if "error" in summary else "done")
         else: self._end()

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from .attestation import bundle_doubt, enter, evidence_doubt, signed_by
 from .bundle import digests_of, load_bundle
 from .database import EVIDENCE, SIGNATURES, Connection
+from .deed import Ask
 from .display import Table, table
 from .errors import MlrayError, SignatureError
 from .gate import Verdict
@@ -111,6 +112,7 @@ def sign(
     found: Version,
 ) -> list[str]: # what was signed
     "Sign a version's bundle and the newest evidence of each gate, after looking at them. Raises `SignatureError`, `BundleError`."
+    registry.act(Ask("model:sign", str(found), found.name))
     if not registry.attestor.keys: raise SignatureError("Nobody can sign here: there is no private key. `mlray signer create NAME` makes one, or set MLRAY_SIGNING_KEY.")
     seals = list(registry.attestor.sign(found.digest, bundle_statement(found.name, digests_of(registry.store.path(found.digest), found.digest))))
     signed = ["bundle"]
@@ -137,6 +139,7 @@ def change_signer(
     why: str = "",              # of a revocation
 ) -> Signer: # the new one, or the revoked one
     "Change who signs, and tell the audit. Raises `SignatureError`."
+    registry.act(Ask("signer:change", name, with_={"change": action}))
     folder, now = registry.attestor.folder, registry._now().isoformat()
     old = None if action == "create" else retire_signer(folder, name, now) if action == "rotate" else revoke_signer(folder, name, why, now)
     signer = create_signer(folder, old.name if old else name, now, old.algorithm if old else algorithm) if action != "revoke" or old is None else old

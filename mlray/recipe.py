@@ -88,6 +88,7 @@ class Train(Part):
     "How to fit it."
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
     parent: str | None = Field(None, alias="from", pattern=r"^[a-z0-9][a-z0-9._-]*/[1-9][0-9]*$") # start from the weights and encoders of this version
+    rows: Literal["memory", "stream"] = "memory"    # where training rows are: all in memory; or, for more than fit there, encoded once and read from disk in windows
     epochs: Annotated[int, Field(ge=1)] | None = None   # at most
     patience: Annotated[int, Field(ge=1)] | None = None # epochs without a better validation loss before stopping
     batch_size: Annotated[int, Field(ge=1)] | None = None # rows a step, over all workers together

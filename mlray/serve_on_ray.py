@@ -29,6 +29,7 @@ from .bundle import load_bundle
 from .errors import ServingError
 from .journal import Feedback, Journal
 from .keeping import open_recorder
+from .oidc import issuer_of
 from .registry import Version, keys as registered_keys, open_registry
 from .service import Refusal, Reply, Served, Service, refuse
 from .settings import Settings
@@ -96,10 +97,11 @@ async def _body(request: Request) -> bytes | None:
 class Gateway:
     "HTTP in, HTTP out."
 
-    def __init__(self, models: Sequence[Model], keys: Sequence[Key], settings: Settings | None = None): # no settings: no journal
+    def __init__(self, models: Sequence[Model], keys: Sequence[Key], settings: Settings | None = None): # no settings: no journal, no identity provider
+        issuer = issuer_of(settings) if settings else None
         recorder = open_recorder(settings) if settings else None
         feedback = Journal[Feedback](settings.home / "journal" / "feedback" / "segments", sync_s=settings.journal_sync_s) if settings and recorder else None
-        self.service = Service({m.name: Served(m.version, load_bundle(m.path, m.digest)) for m in models}, tuple(keys), recorder, feedback)
+        self.service = Service({m.name: Served(m.version, load_bundle(m.path, m.digest)) for m in models}, tuple(keys), recorder, feedback, issuer.caller if issuer else None)
         for served in self.service.models.values(): served.warm()
         self.openapi = json.dumps(describe(self.service)).encode()
 

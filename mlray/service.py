@@ -9,8 +9,9 @@ never repeats what was sent. The wire is KServe's v1: `{"instances": [...]}` in,
 __all__ = ['One', 'Answer', 'Problem', 'Refusal', 'Reply', 'Served', 'refuse', 'explain_refusal', 'Service']
 
 # %% ../nbs/39_service.ipynb #cfc60877
+import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Generic, TypeVar
@@ -18,10 +19,10 @@ from typing import Annotated, Any, Generic, TypeVar
 import msgspec
 import numpy as np
 
-from .access import Key, allowed
+from .access import Caller, Key, recognise
 from .answer import prediction_type, predictions
 from .bundle import Bundle, decide, predict
-from .errors import ServingError
+from .errors import ServingError, Unavailable
 from .feedback import take
 from .journal import Feedback, JournalFull, Writer
 from .keeping import Recorder
@@ -129,6 +130,11 @@ def explain_refusal(
     return refuse(422, "contract", "Some rows do not keep the model's contract.", request_id, found[:_MOST_PROBLEMS])
 
 # %% ../nbs/39_service.ipynb #5d90e746
+def _caller(presented: str) -> str:
+    "Whom a journal names: the id of a key, or of a token what it begins with when hashed; never what was presented."
+    return presented.split("_")[1] if presented.startswith("mlr_") else f"token-{hashlib.sha256(presented.encode()).hexdigest()[:12]}"
+
+
 @dataclass(frozen=True)
 class Service:
     "Several models under their names, and who may ask them."
@@ -136,12 +142,22 @@ class Service:
     keys: tuple[Key, ...]
     recorder: Recorder | None = None                # None: no journal is kept
     feedback: Writer[Feedback] | None = None        # None: none is taken
+    tokens: Callable[[str], Caller | None] | None = None # who bears what is no key of ours, such as `mlray.oidc.Issuer.caller`
 
-    def refused(self, presented: str | None, action: str, request_id: str) -> Reply | None:
+    def refused(
+        self,
+        presented: str | None,      # API key or token, as sent
+        action: str,
+        request_id: str,
+        model: str | None = None,   # to which; None: the action is about none
+    ) -> Reply | None:
         "The reply to somebody who may not do this; None if they may."
-        may = allowed(presented, self.keys, action) if presented else None
-        if may is None: return refuse(401, "no_key", "Send a valid API key as `Authorization: Bearer mlr_…`.", request_id, headers={"WWW-Authenticate": "Bearer"})
-        return None if may else refuse(403, "not_allowed", f"This key's role does not allow {action}.", request_id)
+        caller = recognise(presented, self.keys) if presented else None
+        if presented and not caller and self.tokens and not presented.startswith("mlr_"):
+            try: caller = self.tokens(presented)
+            except Unavailable: return refuse(503, "no_provider", "The identity provider does not answer, so nobody can say whose token this is.", request_id, headers={"Retry-After": "5"})
+        if caller is None: return refuse(401, "no_key", "Send a valid API key as `Authorization: Bearer mlr_…`.", request_id, headers={"WWW-Authenticate": "Bearer"})
+        return None if caller.may(action, model) else refuse(403, "not_allowed", f"This key's role or its models do not allow {action} here.", request_id)
 
     def answer(
         self,
@@ -151,12 +167,12 @@ class Service:
         request_id: str,
     ) -> Reply:
         "Answer a request, or say why not. Where a journal is kept, what a known caller is told has been recorded before."
-        if no := self.refused(presented, "predict", request_id): return no
+        if no := self.refused(presented, "predict", request_id, model): return no
         served, start = self.models.get(model), time.perf_counter()
         if served is None: return refuse(404, "no_model", "There is no model of this name here.", request_id)
         reply, columns, said = self._answered(model, served, body, request_id)
         if self.recorder is None: return reply
-        try: self.recorder.record(served.bundle, served.version, request_id, columns, said, reply.status, time.perf_counter() - start, caller=(presented or "").split("_")[1])
+        try: self.recorder.record(served.bundle, served.version, request_id, columns, said, reply.status, time.perf_counter() - start, caller=_caller(presented or ""))
         except JournalFull: return refuse(503, "not_recorded", "The answer could not be recorded, so it is not given. Try again later.", request_id, headers={"Retry-After": "5"})
         return reply
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Self, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from .about import About
 from .behaviour import Behaviour
 from .column import Age, Column, Part
 from .data import Data, Federation
@@ -150,7 +151,8 @@ def _check_unseen_rows(spec: "RunSpec") -> None:
     private, held = spec.train.privacy, spec.data.train.holders
     if not private and not held: return
     why, model = "train.privacy" if private else "data.train.holders", spec.model
-    if not spec.task.classes: raise ValueError(f"with {why} a number cannot be predicted yet, as its scale would be learned from the rows; positive_above makes two classes of it")
+    aim = spec.contract[spec.task.targets[0]]
+    if not spec.task.classes and (aim.min is None or aim.max is None or aim.min == aim.max): raise ValueError(f"with {why} the scale of {spec.task.targets[0]!r} is not learned from the rows: give it min and max in the contract, as far as they are known without looking")
     if spec.features or spec.train.class_weight is not None or any(c.role == "weight" for c in spec.contract.values()): raise ValueError(f"with {why} there are neither made features nor weights yet, as both are learned from the rows. Leave them out")
     for name, c in spec.contract.items():
         if c.role == "feature" and c.type not in ("integer", "number", "category", "boolean"): raise ValueError(f"with {why} a feature of type {c.type!r} is not built yet ({name!r}). Give it role: ignored")
@@ -159,6 +161,16 @@ def _check_unseen_rows(spec: "RunSpec") -> None:
     if held and (spec.search or spec.train.parent): raise ValueError("with data.train.holders there is neither search nor train.from")
     if private and spec.search: raise ValueError("search and train.privacy: each trial would spend a budget of its own on the same rows. Search with rows that are not private, then write the values found into the spec")
     if private and model.dropout: raise ValueError("with train.privacy leave out model.dropout: the noise is more than enough of it")
+
+# %% ../nbs/01_spec.ipynb #5e1f3b07
+def _check_streamed(spec: "RunSpec") -> None:
+    "What needs all training rows at once is not built for rows that never are."
+    if spec.train.rows == "memory": return
+    weighted = spec.train.class_weight is not None or any(c.role == "weight" for c in spec.contract.values()) or (spec.mitigation is not None and spec.mitigation.method == "reweighing")
+    for name, asked, instead in (("model.estimator", spec.model.estimator, "it is fitted to all rows at once; take a network"), ("data.train.holders", spec.data.train.holders, "those rows are streamed from nowhere; leave train.rows out"),
+                                 ("train.privacy", spec.train.privacy, "its batches are drawn from all rows at once"), ("data.split.by", spec.data.split.by, "the latest rows are only known at the end; split by hash, or give valid and test as sources"),
+                                 ("a weight of rows", weighted, "weights are relative to their mean over all rows"), ("search", spec.search, "trials share rows in memory; search with a part of the rows, then write the values found into the spec")):
+        if asked: raise ValueError(f"with train.rows: stream there is no {name} yet: {instead}")
 
 # %% ../nbs/01_spec.ipynb #cae55f53
 class RunSpec(Part):
@@ -181,10 +193,11 @@ class RunSpec(Part):
     rollout: Rollout = Rollout()
     monitor: Monitor = Monitor()
     search: Search | None = None        # for `mlray tune`
+    about: About = About()              # for the papers
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
-        for check in (_check_learning, _check_promises, _check_division, _check_decision, _check_unseen_rows): check(self)
+        for check in (_check_learning, _check_promises, _check_division, _check_decision, _check_unseen_rows, _check_streamed): check(self)
         return self
 
     @property
@@ -195,7 +208,7 @@ class RunSpec(Part):
     @property
     def id(self) -> str:
         "Twelve hex digits that name this intent."
-        values = self.model_dump(mode="json", exclude={"monitor"} | ({"search"} if not self.search else set())) # how it is watched changes nothing of what it is
+        values = self.model_dump(mode="json", exclude={"about", "monitor"} | ({"search"} if not self.search else set())) # how it is watched changes nothing of what it is
         values["contract"] = [(n, {k: v for k, v in c.items() if k != "journal"}) for n, c in values["contract"].items()] # the order of columns means something
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -93,7 +93,7 @@ def _test(found: Finding) -> Any:
 def _event(lineage: Lineage, kind: str, run: str, job: str, facets: Mapping[str, Any], inputs: Sequence[Any] = (), outputs: Sequence[Any] = ()) -> Any:
     from openlineage.client.event_v2 import Job, Run as Told, RunEvent, RunState
     from openlineage.client.facet_v2 import job_type_job
-    about = {"jobType": job_type_job.JobTypeJobFacet(processingType="BATCH", integration="MLRAY", jobType="TRAINING" if job.endswith(".train") else "GATE")}
+    about: dict[str, Any] = {"jobType": job_type_job.JobTypeJobFacet(processingType="BATCH", integration="MLRAY", jobType="TRAINING" if job.endswith(".train") else "GATE")}
     return RunEvent(eventTime=datetime.now(UTC).isoformat(), run=Told(run, dict(facets)), job=Job(lineage.namespace, job, about), eventType=getattr(RunState, kind), producer=PRODUCER, inputs=list(inputs), outputs=list(outputs))
 
 

@@ -22,6 +22,7 @@ class Tracker(Protocol):
     def expect(self, epochs: int) -> None: "So many epochs follow, at most."
     def note(self, text: str) -> None: "What is being done now, for a person."
     def log(self, metrics: Mapping[str, float], step: int) -> None: "The numbers of an epoch."
+    def where(self) -> Mapping[str, str]: "Where the run is kept, by who keeps it; asked between its start and its end."
     def finish(self, summary: Mapping[str, Any]) -> None: "It ended: its results, or `{'error': …}`."
 
 # %% ../nbs/37a_tracking.ipynb #4061498e
@@ -31,6 +32,7 @@ class NullTracker:
     def expect(self, epochs: int) -> None: pass
     def note(self, text: str) -> None: pass
     def log(self, metrics: Mapping[str, float], step: int) -> None: pass
+    def where(self) -> Mapping[str, str]: return {}
     def finish(self, summary: Mapping[str, Any]) -> None: pass
 
 
@@ -47,6 +49,7 @@ class MemoryTracker:
     def expect(self, epochs: int) -> None: self.expected = epochs
     def note(self, text: str) -> None: self.notes.append(text)
     def log(self, metrics: Mapping[str, float], step: int) -> None: self.logged.append({"step": step, **metrics})
+    def where(self) -> Mapping[str, str]: return {}
     def finish(self, summary: Mapping[str, Any]) -> None: self.summary.update(summary)
 
 
@@ -66,6 +69,8 @@ class Trackers:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for t in self.each: t.log(metrics, step)
+
+    def where(self) -> Mapping[str, str]: return {who: place for t in self.each for who, place in t.where().items()}
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         for t in self.each: t.finish(summary)

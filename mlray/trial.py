@@ -56,9 +56,11 @@ def _beyond(column: Column) -> list[tuple[str, Any]]:
     step: Any = timedelta(days=1) if column.type in ("date", "datetime", "duration") else 1
     outside: list[Any] = [low - step if low is not None else None, high + step if high is not None else None] if column.type != "array" else []
     limits = [("beyond its limits", v) for v in outside if v is not None]
-    bad: tuple[Any, ...] = ("7", True, [], {})
     absent: list[tuple[str, Any]] = [] if column.nullable else [("missing", None)]
-    if column.type in ("integer", "number"): return [*limits, *absent, *(("of another type", v) for v in (_CANARY, *bad)), *(("no finite number", msgspec.Raw(v)) for v in (b"NaN", b"Infinity", b"1e999")), *([("beyond its limits", 2**63), ("of another type", 1.5)] if column.type == "integer" else [])]
+    if column.type in ("integer", "number"):
+        strange: list[Any] = [_CANARY, "7", True, [], {}] + [1.5] * (column.type == "integer")
+        endless = [("no finite number", msgspec.Raw(v)) for v in (b"NaN", b"Infinity", b"1e999")]
+        return [*limits, *absent, *(("of another type", v) for v in strange), *endless, *([("beyond its limits", 2**63)] if column.type == "integer" else [])]
     if column.type == "array": return [*absent, ("of another type", _CANARY), ("of another length", [0.0] * ((column.length or 1) + 1)), ("of another type", [_CANARY] * (column.length or 1))]
     if column.type == "boolean": return [*absent, ("of another type", 1), ("of another type", _CANARY)]
     if column.type in LONGEST: return [*absent, ("of another type", 7), ("of another type", [_CANARY]), ("too long", "x" * (LONGEST[column.type] + 1)), *([("not in the list", _CANARY)] if column.values else [])]

@@ -68,7 +68,7 @@ def _become_kernel(request: Mapping[str, Any]) -> NoReturn:
     except SystemExit as left: code = left.code if isinstance(left.code, int) else 1
     finally: os._exit(code)
 
-# %% ../nbs/47a_warm_kernels.ipynb #66e5f4a2
+# %% ../nbs/47a_warm_kernels.ipynb #9f66ebd2
 def serve() -> None:
     "Be the stem: fork a kernel for every line that comes."
     sys.path[:] = [p for p in sys.path if p not in ("", os.getcwd())] or sys.path

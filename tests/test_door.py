@@ -222,6 +222,52 @@ def test_a_release_from_promotion_to_the_audit(mlray, trained, tmp_path, monkeyp
     assert "secret" not in err
 
 
+def test_a_release_by_three_people(mlray, trained, project, tmp_path, monkeypatch):
+    "Keys, approvals, an end that is announced, and copies for MLflow, each with the exit code that a script would see."
+    import shutil
+
+    from mlray.registry import add_evidence, open_registry, version
+    from mlray.settings import read_settings
+    shutil.copytree(trained[0].home, tmp_path / "copy")
+    registry = open_registry(read_settings().model_copy(update={"home": tmp_path / "copy"}))
+    for gate in ("quality", "fairness"): add_evidence(registry, version(registry, "diabetes"), gate, trained[1].verdict, b"{}")
+    for name, value in {"HOME": str(tmp_path / "copy"), "ACCESS": "keys", "APPROVALS": "1", "SEPARATE_PROMOTER": "yes", "MIRRORS": "mlflow"}.items(): monkeypatch.setenv(f"MLRAY_{name}", value)
+    made: dict[str, dict] = {}
+
+    def as_(name: str, *words: str):
+        monkeypatch.setenv("MLRAY_API_KEY", made[name]["key"]) if name else monkeypatch.delenv("MLRAY_API_KEY", raising=False)
+        return mlray(*words)
+
+    letter(*as_("", "promote", "diabetes/1")[::2], "model:promote is for others than nobody")
+    letter(*as_("", "key", "create", "--role", "promoter")[::2], "key:create is for others than nobody")
+    made["root"] = json.loads(as_("", "key", "create", "--role", "admin", "--owner", "root", "--json")[1])
+    for name in ("grace", "alan"): made[name] = json.loads(as_("root", "key", "create", "--role", "promoter", "--owner", name, "--models", "diab*", "--expires", "30d", "--json")[1])
+    letter(*as_("root", "key", "create", "--expires", "soon")[::2], "Write 30d")
+    letter(*as_("alan", "promote", "diabetes/1")[::2], "0 of 1 approvals")
+    given = json.loads(as_("grace", "approve", "diabetes/1", "--note", "seen", "--once", "a1", "--json")[1])
+    assert given["by"] == "grace" and json.loads(as_("grace", "approve", "diabetes/1", "--once", "a1", "--json")[1])["row"] == given["row"]
+    assert "does not stand for diabetes/1" in as_("grace", "approve", "diabetes/1", "--withdraw")[1]
+    letter(*as_("alan", "promote", "diabetes/1")[::2], "0 of 1 approvals")
+    as_("grace", "approve", "diabetes/1", "--note", "seen twice")
+    assert json.loads(as_("alan", "promote", "diabetes/1", "--once", "p1", "--json")[1])["generation"] == json.loads(as_("alan", "promote", "diabetes/1", "--once", "p1", "--json")[1])["generation"] == 1
+    letter(*as_("alan", "deprecate", "diabetes/1", "--why", "old", "--sunset", "soon")[::2], "Write it as 2026-12-31")
+    assert as_("alan", "deprecate", "diabetes/1", "--why", "old", "--sunset", "2099-01-01")[0] == 0
+    shown = json.loads(as_("alan", "show", "diabetes/1", "--json")[1])
+    assert [(a["actor"], bool(a["spent"])) for a in shown["approvals"]] == [("grace", False), ("grace", True)] and shown["sunset"] == "2099-01-01" and len(shown["lineage"]["environment"]) == 64 and shown["lineage"]["run"].startswith("diabetes-")
+    status, out, _ = as_("alan", "show", "diabetes/1")
+    assert status == 0 and "seen twice" in out and "came from" in out
+    letter(*as_("alan", "key", "revoke", made["grace"]["id"], "--why", "no")[::2], "key:revoke is for others than promoter")
+    assert as_("root", "key", "revoke", made["grace"]["id"], "--why", "left")[0] == 0
+    assert [k["state"].split()[0] for k in json.loads(as_("root", "key", "list", "--json")[1]) if k["owner"] == "grace"] == ["revoked"]
+    letter(*as_("grace", "approve", "diabetes/1")[::2], "model:approve is for others than nobody")
+    told, = json.loads(as_("alan", "registry", "mirror", "--json")[1])
+    assert told["target"] == "mlflow" and len(told["delivered"]) == 2 and (tmp_path / "copy/mirrors/mlflow/diabetes/1/MLmodel").is_file()
+    assert as_("alan", "registry", "export", "diabetes@production", str(tmp_path / "out"))[0] == 0 and (tmp_path / "out/MLmodel").read_bytes() == (tmp_path / "copy/mirrors/mlflow/diabetes/1/MLmodel").read_bytes()
+    letter(*as_("alan", "registry", "export", "diabetes@production", str(tmp_path / "out"))[::2], "is there already")
+    letter(*as_("alan", "registry", "mirror", "--again", "mflow")[::2], "Did you mean 'mlflow'?")
+    assert mlray("audit", "verify")[0] == 0
+
+
 @pytest.mark.parametrize("delay", [1.5, 3.0, 4.5, 6.0])
 def test_a_killed_run_leaves_a_registry_that_opens(project, delay):
     from mlray.registry import bundle_of, open_registry, versions

@@ -287,3 +287,22 @@ def test_pictures_and_text_go_through_the_same_commands(tmp_path, name, epochs, 
     sent = rows.select(bundle.contract.features).to_dicts()
     reply = json.loads(Service({name: Served("1", bundle)}, (key,)).answer(name, json.dumps({"instances": sent}).encode(), secret, "r").body)
     assert [p["label"] for p in reply["predictions"]] == [bundle.task.classes[i] for i in predict(bundle, rows, 20).argmax(1)]
+
+
+def test_a_single_number_alone_is_itself_among_others():
+    "With one numeric feature and one row onnxruntime would sum the pieces of its curve in another order."
+    import torch
+
+    from mlray.bundle import _open, _run
+    from mlray.features import Features, Matrix, Number
+    from mlray.network import build, sensible, to_onnx
+    from mlray.recipe import Model, Train
+    from mlray.task import Task
+    features = Features((Number("x", 0.0, tuple(map(float, range(16))), tuple(i / 4 - 2 for i in range(16)), ()),), ())
+    network, task = build(features, sensible(Model(network="mlp", hidden=(8,)), Train(), 3000)[0], 0), Task("regression", ("y",), ("y",), center=20_000.0, spread=11_547.0)
+    with torch.no_grad():
+        for weight in network.parameters(): weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    rows = Matrix(np.random.default_rng(0).uniform(0, 15, (200, 1)).astype(np.float32), np.empty((200, 0), np.int64), np.empty((200, 0), np.float32), np.empty((200, 0), np.int64))
+    session = _open(to_onnx(network.eval(), features, task))
+    together = _run(session, rows)
+    assert [i for i in range(200) if _run(session, rows[i:i + 1]).tobytes() != together[i:i + 1].tobytes()] == []

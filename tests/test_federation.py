@@ -165,3 +165,24 @@ def test_apart_is_as_good_as_together(ray_cluster, folder, settings):
     registry = open_registry(settings)
     found = [bundle_of(registry, r.version) for r in (calm, hurt)]
     assert found[0].digest == found[1].digest and found[0].provenance["holders"]["east"]["rows"] > 1500
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("ray")
+def test_a_number_apart_and_again(ray_cluster, folder, settings):
+    "Holders learn a number on the scale of the contract; the version can be made again to the bit, and what has changed is named where it cannot."
+    from mlray.federate_on_ray import federate, reproduce_federated
+    tree = spec_of(folder, epochs=3).model_dump(mode="json", exclude={"gates"})
+    tree["contract"] = {n: c | ({"role": "feature", "positive": None} if n == "bought" else {"role": "target", "max": 40_000} if n == "wage" else {}) for n, c in tree["contract"].items()}
+    spec = parse_spec(yaml.safe_dump(tree, sort_keys=False), [], "shop")
+    run = federate(spec, settings)
+    bundle, test = bundle_of(open_registry(settings), run.version), pl.read_parquet(folder / "test.parquet")
+    assert bundle.task.center == 20_000 and run.evaluation.scorecard.overall["mean_absolute_error"].value < (test["wage"] - 20_000).abs().mean() / 4
+    again = reproduce_federated(bundle, str(run.version), settings)
+    assert again.identical and not again.differences, again.finding
+    before = (folder / "west.parquet").read_bytes()
+    try:
+        pl.read_parquet(folder / "west.parquet").head(1200).write_parquet(folder / "west.parquet")
+        other = reproduce_federated(bundle, str(run.version), settings)
+    finally: (folder / "west.parquet").write_bytes(before)
+    assert not other.identical and "holders" in other.finding

@@ -1,6 +1,8 @@
 """Gates against real papermill and real kernels: every way to end without a verdict is a failure with its reason."""
+import hashlib
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -61,8 +63,30 @@ def test_the_gates_that_ship(own):
     for gate, proof in kept.items():
         stored = (registry.store.path(proof.page) / f"{gate}.ipynb").read_bytes()
         assert stored == done[gate].page and str(settings.home).encode() not in stored and json.loads(stored)["cells"]
+        said = registry.attestor.read(proof.statement, "statement.json")
+        about = json.loads(said)["predicate"]["mlray"]
+        assert about["notebook"] == {"before": hashlib.sha256(gate_path(gate, settings).read_bytes()).hexdigest(), "after": proof.page} and about["parameters"] == {"version": "diabetes/1"}
+        assert about["rows"] == run.rows.fingerprints and about["started"] < about["finished"] and len(about["software"]) == 64 and str(settings.home).encode() not in said
     assert promote(registry, run.version) == 1 and version(registry, "diabetes@production") == version(registry, "diabetes/1")
     assert [r[1] for r in events(registry).rows] == ["register", "refuse", "gate", "gate", "promote"]
+
+
+def test_evidence_names_the_commit_and_the_lock_file(own, tmp_path):
+    settings, run = own[0].model_copy(update={"root": tmp_path / "project"}), own[1]
+    (tmp_path / "project/nbs/gates").mkdir(parents=True)
+    page(tmp_path / "project/nbs/gates/mine.ipynb", GOOD)
+    (tmp_path / "project/uv.lock").write_text("version = 1\n")
+    git = lambda *words: subprocess.run(["git", "-C", str(tmp_path / "project"), "-c", "user.name=ada", "-c", "user.email=ada@localhost", *words], check=True, capture_output=True, text=True).stdout.strip()
+    for words in (["init"], ["add", "."], ["commit", "-m", "first"]): git(*words)
+    registry = open_registry(settings)
+    def said() -> dict:
+        done, = run_gates(registry, run.version, ["mine"], settings, again=True)
+        assert not done.broken
+        return json.loads(registry.attestor.read(evidence(registry, run.version)["mine"].statement, "statement.json"))["predicate"]["mlray"]
+    about = said()
+    assert about["source"] == {"commit": git("rev-parse", "HEAD"), "dirty": False} and about["lock"] == {"name": "uv.lock", "sha256": hashlib.sha256(b"version = 1\n").hexdigest()}
+    (tmp_path / "project/new.py").write_text("x = 1\n")
+    assert said()["source"]["dirty"]
 
 
 def test_newer_evidence_counts(own):
@@ -179,6 +203,20 @@ def test_every_end_in_a_warm_kernel_and_nothing_left(tmp_path):
     for name, (_, reason) in WARM.items(): assert (reason in runs[name].broken if reason else not runs[name].broken) and runs[name].verdict.passed == (not reason), (name, runs[name].broken)
     assert not stem.is_running() or stem.status() == psutil.STATUS_ZOMBIE
     assert run_gate(paths["good"], {}).page == runs["good"].page, "a page does not show how its kernel was started"
+
+
+def test_a_kernel_that_dies_before_its_first_cell_is_started_again(tmp_path):
+    "As when another process has taken one of its ports in the meantime; not for ever, and not once a cell has begun."
+    from jupyter_client import AsyncKernelManager
+    starts = []
+    class Unlucky(AsyncKernelManager):
+        async def _async_launch_kernel(self, cmd, **kw):
+            starts.append(1)
+            await super()._async_launch_kernel([*cmd[:1], "-c", "raise SystemExit(1)"] if len(starts) <= self.deaths else cmd, **kw)
+    for Unlucky.deaths, passes in ((1, True), (9, False)):
+        starts.clear()
+        run = run_gate(page(tmp_path / "g.ipynb", GOOD), {}, kind=Unlucky)
+        assert run.verdict.passed == passes and len(starts) == (2 if passes else 3) and passes == (not run.broken)
 
 
 def test_a_stem_that_dies_takes_no_verdict_with_it(tmp_path):

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from mlray.errors import GateError
-from mlray.gate_on_papermill import Needs, needs_of, run_gates
+from mlray.gate_on_papermill import run_gates
+from mlray.gate_page import Needs, needs_of
 from mlray.registry import evidence, open_registry
 from tests.test_gates import GOOD, page
 
@@ -33,7 +34,7 @@ def gated(trained, tmp_path):
 def test_gates_run_as_tasks_join_the_cluster_and_outlive_a_worker(gated, ray_cluster, tmp_path):
     from mlray.gate_on_ray import on_ray
     settings, found, registry, gate = gated
-    named = [gate("joins", JOINS, "assert os.environ['POLARS_MAX_THREADS'] == '2'", GOOD, tags=["num_cpus=2"]), gate("reads", "from mlray.evaluation import read_candidate\nassert read_candidate('" + str(found) + "').rows.parts.test.height", GOOD),
+    named = [gate("joins", JOINS, "assert os.environ['POLARS_MAX_THREADS'] == '2'", GOOD, tags=["num_cpus=2"]), gate("reads", "from mlray.registry import open_registry, version\nfrom mlray.settings import read_settings\nassert version(open_registry(read_settings()), '" + str(found) + "').digest == '" + found.digest + "'", GOOD),
              gate("kills", KILLS_ITS_WORKER, GOOD), gate("dies", DIES, GOOD), gate("fails", GOOD.replace("at_least=0", "at_least=2"))]
     said = []
     runs = {r.gate: r for r in run_gates(registry, found, named, settings, runner=on_ray, note=lambda g, where: said.append((g, where)))}

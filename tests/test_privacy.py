@@ -167,3 +167,21 @@ def test_a_network_of_one_member_answers_a_row_alone_as_among_others(diabetes, s
     "What privacy is best fitted with: packing would refuse it."
     changed = diabetes.model_copy(update={"model": diabetes.model.model_copy(update={"network": network}), "train": diabetes.train.model_copy(update={"epochs": 3})})
     assert str(train(changed, settings).version) == "diabetes/1"
+
+
+def test_a_number_is_learned_on_a_scale_that_no_row_has_a_say_in(tmp_path):
+    from mlray.settings import Settings, shipped
+    from mlray.spec import changed, read_spec
+    spec, settings = read_spec(shipped("configs") / "progression.yaml"), Settings(root=tmp_path, home=tmp_path, tracking="disabled")
+    target = spec.task.targets[0]
+    bounded = changed(spec, {"model.members": 2, "model.hidden": [8], "model.quantiles": [], "train.privacy": {"epsilon": 8, "noise": "seed"}, "train.epochs": 20} | {f"contract.{n}.{end}": value for n, c in spec.contract.items()
+                             if c.type in ("integer", "number") and c.role in ("feature", "target") for end, value in (("min", 0 if c.min is None else c.min), ("max", 400 if c.max is None else c.max))})
+    rows = read_rows(bounded, settings)
+    job, fewer = make_job(bounded, rows), make_job(bounded, replace(rows, parts=replace(rows.parts, train=rows.parts.train[:100])))
+    low, high = bounded.contract[target].min, bounded.contract[target].max
+    assert job.task == fewer.task and math.isclose(job.task.center, (low + high) / 2) and math.isclose(job.task.spread, (high - low) / 12**0.5) and job.features == fewer.features
+    run = train(bounded, settings)
+    found, of_mean = run.evaluation.scorecard.overall["mean_absolute_error"].value, np.abs(rows.parts.test[target].to_numpy() - job.task.center).mean()
+    assert found < of_mean, "better than the middle of the scale, which is all that is known before"
+    assert bundle_of(open_registry(settings), run.version).provenance["privacy"]["epsilon"] <= 8
+    with pytest.raises(SpecError, match=f"the scale of '{target}' is not learned from the rows: give it min and max"): changed(bounded, {f"contract.{target}.max": None})

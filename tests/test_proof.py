@@ -16,7 +16,8 @@ from mlray.errors import RegistryError, SignatureError
 from mlray.gate import judge
 from mlray.ledger import audit
 from mlray.proof import sign, verify, write_proof
-from mlray.registry import Policy, Registry, Version, add_evidence, evidence, promote, register
+from mlray.registry import Policy, Registry, Version, add_evidence, evidence, open_registry, promote, register, version
+from mlray.settings import read_settings
 from mlray.signature import (
     create_signer,
     envelope,
@@ -29,6 +30,7 @@ from mlray.signature import (
 )
 from mlray.spec import Rule
 from mlray.statement import TEST_RESULT, Conditions, canonical
+from tests.test_door import letter, mlray, project  # noqa: F401 (fixtures)
 from tests.test_registry import alone, tiny
 
 NOW = "2026-01-01T00:00:00+00:00"
@@ -148,7 +150,6 @@ def test_who_writes_past_the_registry_is_found_out(registry, tmp_path, statement
     create_signer(registry.attestor.folder, "ada", NOW)
     proved(registry, tmp_path)
     alone(registry, statement)
-    from mlray.registry import version
     now = version(registry, "tiny/1")
     assert found <= wrong(registry, now)
     with pytest.raises(RegistryError, match=r"no signature that counts|no verdict"): promote(registry, now)
@@ -240,3 +241,34 @@ def test_model_signing_accepts_a_bundle_and_refuses_a_changed_one(registry, tmp_
     Config().use_elliptic_key_signer(private_key=registry.attestor.folder / f"{made.id}.key").sign(folder / "bundle", folder / "theirs.sig")
     theirs, ours = (json.loads(base64.b64decode(json.loads((folder / f"{name}.sig").read_text())["dsseEnvelope"]["payload"])) for name in ("theirs", "model"))
     assert theirs["predicate"]["resources"] == ours["predicate"]["resources"] and theirs["subject"][0]["digest"] == ours["subject"][0]["digest"], "what they sign of a bundle is what we sign"
+
+
+# The commands
+
+def test_an_environment_that_asks_for_signatures_gets_them(mlray, project):  # noqa: F811
+    (project / "settings.ini").write_text("[DEFAULT]\ntracking = disabled\ngates = quality\n[local]\n[production]\nsignature = required\n")
+    registry = open_registry(read_settings("production"))
+    proved(registry, project)
+    production = ("--env", "production")
+    letter(*mlray("promote", "tiny/1", *production)[::2], "its bundle has no signature that counts: nobody has signed it. `mlray sign tiny/1` signs it")
+    letter(*mlray("sign", "tiny/1")[::2], "`mlray signer create NAME` makes one")
+    assert json.loads(mlray("verify", "tiny/1", "--json")[1])["holds"], "where nobody asks for a signature, none is missing"
+    assert mlray("verify", "tiny/1", *production)[0] == 1
+    made, = json.loads(mlray("signer", "create", "ada", "--algorithm", "ecdsa-p256", "--json")[1])
+    assert made["state"] == "active" and stat.S_IMODE((project / ".mlray/signers" / f"{made['id']}.key").stat().st_mode) == 0o600
+    assert json.loads(mlray("sign", "tiny/1", "--json")[1]) == {"version": "tiny/1", "signed": ["bundle", "evidence of quality"]}
+    assert mlray("promote", "tiny/1", *production)[0] == 0
+    status, said, _ = mlray("verify", "tiny/1", "--out", "proof", *production)
+    assert status == 0 and "every byte of" in said and (project / "proof/model.sig").is_file() and "openssl dgst" in (project / "proof/README.md").read_text()
+    key = str(project / "proof" / f"{made['id'][:16]}.pem")
+    assert mlray("verify", "tiny/1", "--trust", key)[0] == 0
+    create_signer(project / "theirs", "eve", NOW)
+    assert mlray("verify", "tiny/1", "--trust", str(next((project / "theirs").glob("*.pem"))))[0] == 1
+    letter(*mlray("verify", "tiny/1", "--trust", "nothing.pem")[::2], "--trust names a file in PEM")
+    assert [s["state"] for s in json.loads(mlray("signer", "rotate", "ada", "--json")[1])] == ["retired", "active"]
+    letter(*mlray("signer", "revoke", made["id"][:12])[::2], "--why")
+    assert mlray("signer", "revoke", made["id"][:12], "--why", "the laptop was stolen")[0] == 0
+    broken = json.loads(mlray("verify", "tiny/1", "--json")[1])
+    assert not broken["holds"] and {c["what"] for c in broken["checks"] if c["holds"] is False} == {"signature", "signature of quality"}
+    assert [r["action"] for r in json.loads(mlray("audit", "--json")[1])] == ["register", "gate", "refuse", "create signer", "sign", "promote", "rotate signer", "revoke signer"]
+    assert mlray("audit", "verify")[0] == 0 and str(version(registry, "tiny@production")) == "tiny/1"

@@ -53,6 +53,7 @@ def test_a_training_is_one_run_with_losses_spec_and_scorecard(settings, diabetes
     run = train(diabetes, settings, tracker=Trackers((memory, WandbTracker(settings.home / "runs"))))
     files = list((settings.home / "runs").glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 1
+    assert files[0].parent.name.endswith(run.version.lineage["tracked"]["wandb"].rpartition("/")[2]) and run.version.lineage["run"].startswith("diabetes-")
     found = list(records(files[0]))
     history = [{(i.key or "/".join(i.nested_key)): plain(i) for i in r.history.item} for r in found if r.WhichOneof("record_type") == "history"]
     losses = [h["valid_loss"] for h in history if "valid_loss" in h]
@@ -178,3 +179,27 @@ def test_json_alone_is_printed_when_json_is_asked_for(tmp_path):
     done = subprocess.run([sys.executable, "-c", "from mlray.cli import main; main()", "train", str(shipped("configs") / "diabetes.yaml"), "train.epochs=2", "--json"], capture_output=True, text=True, cwd=tmp_path,
                           env={**os.environ, "MLRAY_HOME": str(tmp_path / "home"), "MLRAY_TRACKING": "disabled"}, check=False)
     assert json.loads(done.stdout)["version"] == "diabetes/1" and done.stderr == ""
+
+
+def test_a_mirror_tells_wandb_what_the_registry_did(tmp_path, server):
+    from mlray.outbox import deliver, send_again, waiting
+    from mlray.policy import Policy
+    from mlray.registry import Registry, promote, register
+    from mlray.track_on_wandb import WandbMirror
+    from tests.test_registry import tiny
+    registry = Registry(f"sqlite:///{tmp_path}/registry.db", tmp_path / "store", "ada", policy=Policy(gates=()), mirrors=("wandb",))
+    found = register(registry, tiny(tmp_path, 1), {})
+    promote(registry, found)
+    mirror = {"wandb": WandbMirror(tmp_path / "runs", mode="online", collection="model")}
+    said, = deliver(registry, mirror)
+    assert said.delivered == (1, 2) and said.error is None and not server.unknown
+    assert [sorted(a["alias"] for a in made["aliases"]) for made in server.artifacts] == [["latest", "mlray-1"], ["latest", "mlray-1", "production"]] and {made["state"] for made in server.artifacts} == {"COMMITTED"}
+    assert all(json.loads(made["metadata"])["digest"] == found.digest for made in server.artifacts)
+    assert [(run.config["action"]["value"], run.config["seq"]["value"], run.exit_code) for run in server.runs.values()] == [("register", 1, 0), ("promote", 2, 0)]
+    assert [(link["artifactPortfolioName"], [a["alias"] for a in link["aliases"]]) for link in server.links] == [("tiny", ["production"])]
+    before = set(server.runs)
+    send_again(registry, "wandb")
+    assert deliver(registry, mirror)[0].delivered == (1, 2) and set(server.runs) == before, "a letter that comes twice is another run"
+    server.cut()
+    promote(registry, found, "canary")
+    assert "did not take row" in str(deliver(registry, mirror)[0].error) and len(waiting(registry, "wandb")) == 1

@@ -35,6 +35,7 @@ class WandbServer:
     def __init__(self) -> None:
         self.runs: dict[str, Recorded] = {}
         self.artifacts: list[dict[str, Any]] = []
+        self.links: list[dict[str, Any]] = []
         self.uploads: dict[str, bytes] = {}
         self.received: list[bytes] = []
         self.unknown: list[str] = []
@@ -152,3 +153,29 @@ class WandbServer:
         at = (v.get("input") or v)["artifactID"]
         self.artifacts[int(at)]["state"] = "COMMITTED"
         return {"commitArtifact": {"artifact": {"id": at, "digest": self.artifacts[int(at)]["digest"]}}}
+
+    def op_RunResumeStatus(self, v: dict[str, Any]) -> Any:
+        run = self.runs.get(v["name"])
+        known = {"id": gid("Run", v["name"]), "name": v["name"], "summaryMetrics": "{}", "displayName": v["name"], "logLineCount": 0, "historyLineCount": 0, "eventsLineCount": 0, "historyTail": "[]", "eventsTail": "[]",
+                 "config": "{}", "tags": [], "notes": "", "wandbConfig": '{"t": 1}'}
+        return {"model": {"id": gid("Project", v["project"]), "name": v["project"], "entity": {"id": gid("Entity", "local"), "name": "local"}, "bucket": known if run else None}}
+
+    def op_ArtifactByID(self, v: dict[str, Any]) -> Any:
+        made, project = self.artifacts[int(v["id"])], {"id": gid("Project", "mlray"), "internalId": "1", "name": "mlray", "entity": {"name": "local"}}
+        of = {"__typename": "ArtifactSequence", "name": str((made.get("artifactCollectionNames") or [made.get("artifactCollectionName")])[0]), "project": project}
+        aliases = [{"__typename": "ArtifactAlias", "id": a["alias"], "alias": a["alias"], "artifactCollection": of} for a in made.get("aliases") or ()]
+        return {"artifact": {"__typename": "Artifact", "id": v["id"], "artifactSequence": of, "versionIndex": int(v["id"]), "artifactType": {"name": made["artifactTypeName"]}, "description": None, "metadata": made.get("metadata") or "{}",
+                             "ttlDurationSeconds": 0, "ttlIsInherited": False, "tags": [], "historyStep": None, "state": made["state"], "size": 0, "digest": made["digest"], "digestAlgorithm": "MANIFEST_MD5", "commitHash": "0",
+                             "fileCount": 1, "createdAt": "2026-01-01T00:00:00", "updatedAt": None, "aliases": aliases}}
+
+    def op_FetchOrgInfoFromEntity(self, v: dict[str, Any]) -> Any:
+        return {"entity": {"organization": {"name": "local", "orgEntity": {"name": "local-org"}}, "user": None}}
+
+    def op_LinkArtifact(self, v: dict[str, Any]) -> Any:
+        asked = v.get("input") or v
+        self.links.append(asked)
+        project = {"id": gid("Project", asked["projectName"]), "internalId": "2", "name": asked["projectName"], "entity": {"name": asked["entityName"]}}
+        of = {"__typename": "ArtifactPortfolio", "name": asked["artifactPortfolioName"], "project": project}
+        aliases = [{"__typename": "ArtifactAlias", "id": a["alias"], "alias": a["alias"], "artifactCollection": of} for a in asked["aliases"]]
+        member = {"__typename": "ArtifactCollectionMembership", "id": str(len(self.links)), "versionIndex": 0, "createdAt": "2026-01-01T00:00:00", "aliases": aliases, "artifactCollection": of}
+        return {"result": {"versionIndex": 0, "artifactMembership": member | self.op_ArtifactByID({"id": asked["artifactID"]})}}
