@@ -21,7 +21,10 @@ Modules:
 - `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line
 - `mlray.client`: Ask a service from Python, and not give up too soon
+- `mlray.cluster_cli`: `mlray cluster plan`: what a file would start
+- `mlray.cluster_file`: A launcher or manifests, read and planned
 - `mlray.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
+- `mlray.cluster_plan`: Whether a cluster is large enough for what is to run on it, and what it costs
 - `mlray.column`: What one column of a table may hold, and what it is for
 - `mlray.commands`: What each command does, with its vendors chosen
 - `mlray.comparison`: Two models on the same rows: how far apart, and whether that can be chance
@@ -77,12 +80,14 @@ Modules:
 - `mlray.journal`: One durable record for each answer, written before the answer is sent
 - `mlray.keeping`: What of a row may be kept: all of a value, a pseudonym, a bucket, or nothing
 - `mlray.lab`: `%load_ext mlray`: commands where the models are looked at
+- `mlray.launcher`: What is wrong with a file for `ray up`
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
 - `mlray.ledger`: Whether what is known is what was done
 - `mlray.lineage`: What a version came from
 - `mlray.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
 - `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
 - `mlray.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates
+- `mlray.manifest`: What is wrong with manifests for KubeRay
 - `mlray.membership`: Who is in there: whether a model tells which rows it has learned from
 - `mlray.meters`: What a replica counts, for Prometheus
 - `mlray.mirror_on_mlflow`: A folder that MLflow can load and serve

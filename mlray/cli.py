@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .cluster_cli import cluster_app
 from mlray.commands import (
     ask_service,
     demonstrate,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-_NOT_BUILT = frozenset({"cluster", "console", "export", "lab", "predict", "retrain", "schedule"})
+_NOT_BUILT = frozenset({"console", "export", "lab", "predict", "retrain", "schedule"})
 
 
 class _Commands(TyperGroup):
@@ -67,6 +68,7 @@ app.add_typer(serve_app)
 app.add_typer(proof_app)
 app.add_typer(papers_app)
 app.add_typer(audit_app, name="audit")
+app.add_typer(cluster_app, name="cluster")
 Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, such as configs/adult.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Changes to the spec, such as train.epochs=5.")]
 Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="HTTP port (default: that of the settings).")]

@@ -8,7 +8,8 @@ not given. How results are printed is `mlray.cli`'s business."""
 # %% auto #0
 __all__ = ['stderr', 'settings_of', 'tracker_of', 'backend_on', 'propose_contract', 'take_batch', 'lineage_to', 'train_run',
            'supply_of', 'tune_run', 'reproduce_version', 'find_version', 'explain_version', 'gates_on', 'gate_version',
-           'versions_to_serve', 'deploy_versions', 'until_stopped', 'ask_service', 'create_key', 'demonstrate']
+           'versions_to_serve', 'plan_for', 'deploy_versions', 'until_stopped', 'ask_service', 'create_key',
+           'demonstrate']
 
 # %% ../nbs/58_commands.ipynb #d3866d23
 import json
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlray.gate_on_papermill import GateRun, Runner
+    from mlray.plan import Plan
     from mlray.registry import Registry, Version
     from mlray.reproduce import Reproduction
     from mlray.run import Backend, Run, Supply
@@ -230,14 +232,19 @@ def versions_to_serve(names: Sequence[str], settings: "Settings") -> tuple[list[
     return found, [v.name if name.partition("@")[2] == "production" or not ({"@", "/"} & set(name)) else str(v) for name, v in zip(names, found, strict=True)]
 
 
-def deploy_versions(references: Sequence[str], settings: "Settings") -> None:
-    "Put models up, inside a cluster; returns when they answer."
+def plan_for(references: Sequence[str], settings: "Settings") -> "Plan":
+    "What a gateway is to serve, and whom it knows. Raises `ServingError`."
     from mlray.plan import plan_of
     from mlray.registry import open_registry
-    from mlray.serve_on_ray import deploy
     plan = plan_of(open_registry(settings), references)
     if not plan.keys: raise ServingError("There is no API key yet, so nobody could ask. Make one: `mlray key create --role predictor`.")
-    deploy(plan, references, settings)
+    return plan
+
+
+def deploy_versions(references: Sequence[str], settings: "Settings") -> None:
+    "Put models up, inside a cluster; returns when they answer."
+    from mlray.serve_on_ray import deploy
+    deploy(plan_for(references, settings), references, settings)
 
 
 def until_stopped() -> None:
