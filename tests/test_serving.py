@@ -20,7 +20,7 @@ from mlray.commands import deploy_versions
 from mlray.gate import judge
 from mlray.openapi import example_row
 from mlray.plan import set_share
-from mlray.registry import Registry, Version, add_evidence, add_key, bundle_of, open_registry, promote, rollback
+from mlray.registry import Registry, Version, add_evidence, add_key, bundle_of, open_registry, promote, revoke_key, rollback
 from mlray.routes import PUBLIC, ROUTES
 from mlray.run import train
 from mlray.settings import Settings, shipped
@@ -250,6 +250,8 @@ def test_traffic_follows_the_registry_while_it_is_asked(stack, rows):
     key, text = new_key("predictor")
     add_key(registry, key)
     took.append(until(lambda: stack.ask("POST", "/v1/models/diabetes:predict", key=text, json={"instances": [row]}).status_code == 200))
+    revoke_key(registry, key.id, "lost")
+    took.append(until(lambda: stack.ask("POST", "/v1/models/diabetes:predict", key=text, json={"instances": [row]}).status_code == 401))
     print("followed within", [f"{t:.2f} s" for t in took])
     assert sorted(took)[len(took) // 2] < 2
 
