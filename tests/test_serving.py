@@ -20,7 +20,17 @@ from mlray.commands import deploy_versions
 from mlray.gate import judge
 from mlray.openapi import example_row
 from mlray.plan import set_share
-from mlray.registry import Registry, Version, add_evidence, add_key, bundle_of, open_registry, promote, revoke_key, rollback
+from mlray.registry import (
+    Registry,
+    Version,
+    add_evidence,
+    add_key,
+    bundle_of,
+    open_registry,
+    promote,
+    revoke_key,
+    rollback,
+)
 from mlray.routes import PUBLIC, ROUTES
 from mlray.run import train
 from mlray.settings import Settings, shipped
