@@ -126,7 +126,7 @@ def ask_anything(
     return found
 
 # %% ../nbs/39l_trial.ipynb #abdff829
-_COLD = "import sys, time, resource\nfrom mlray.bundle import load_bundle\nfrom mlray.served import Served\nServed('1', load_bundle(sys.argv[1], sys.argv[2])).warm()\nprint(time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+_COLD = "import sys, time\nfrom pathlib import Path\nfrom mlray.bundle import load_bundle\nfrom mlray.served import Served\nServed('1', load_bundle(sys.argv[1], sys.argv[2])).warm()\nprint(time.monotonic(), int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) / 1024)" # ru_maxrss would begin with the peak of whoever started it
 
 
 def cold_start(bundle: Bundle) -> tuple[float, float]: # seconds until it has answered, and megabytes of its process then

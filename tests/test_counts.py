@@ -180,15 +180,13 @@ def test_a_folder_is_counted_as_its_rows(tmp_path):
 
 
 @pytest.mark.ray
-def test_blocks_of_ray_data_are_counted_where_they_lie(tmp_path):
+@pytest.mark.xdist_group("ray")
+def test_blocks_of_ray_data_are_counted_where_they_lie(ray_cluster):
     import ray
     rng = np.random.default_rng(0)
     frame = pl.DataFrame({"g": rng.choice(["a", "b"], 5000), "label": rng.random(5000) < 0.3, "decision": rng.random(5000) < 0.4})
-    ray.init(address="local", num_cpus=2, object_store_memory=200_000_000, include_dashboard=False)
-    try:
-        blocks = ray.data.from_arrow(frame.to_arrow()).repartition(4).map_batches(lambda block: {"counts": [count_rows(pl.from_arrow(block), ["g"])]}, batch_format="pyarrow", batch_size=None)
-        parts = [r["counts"] for r in blocks.take_all()]
-    finally: ray.shutdown()
+    blocks = ray.data.from_arrow(frame.to_arrow()).repartition(4).map_batches(lambda block: {"counts": [count_rows(pl.from_arrow(block), ["g"])]}, batch_format="pyarrow", batch_size=None)
+    parts = [r["counts"] for r in blocks.take_all()]
     assert len(parts) == 4 and merged(parts).cells.equals(count_rows(frame, ["g"]).cells)
 
 
