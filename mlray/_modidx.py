@@ -293,7 +293,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mlray.cluster_on_ray.nodes_of': ('cluster_on_ray.html#nodes_of', 'mlray/cluster_on_ray.py'),
                                       'mlray.cluster_on_ray.serve_environment': ( 'cluster_on_ray.html#serve_environment',
                                                                                   'mlray/cluster_on_ray.py')},
-            'mlray.cluster_plan': { 'mlray.cluster_plan.Ask': ('cluster_plan.html#ask', 'mlray/cluster_plan.py'),
+            'mlray.cluster_plan': { 'mlray.cluster_plan.Demand': ('cluster_plan.html#demand', 'mlray/cluster_plan.py'),
                                     'mlray.cluster_plan.Group': ('cluster_plan.html#group', 'mlray/cluster_plan.py'),
                                     'mlray.cluster_plan.Machine': ('cluster_plan.html#machine', 'mlray/cluster_plan.py'),
                                     'mlray.cluster_plan.Plan': ('cluster_plan.html#plan', 'mlray/cluster_plan.py'),

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from mlray.cluster_cli import application
 from mlray.cluster_file import plan
-from mlray.cluster_plan import Ask, Group, place, read_prices
+from mlray.cluster_plan import Demand, Group, place, read_prices
 from mlray.errors import SettingsError
 from mlray.launcher import faults, groups_of, pinned
 from mlray.manifest import clusters, faults as faults_of_manifests
@@ -179,9 +179,9 @@ def test_what_manifests_start_is_there():
 
 def test_asks_go_to_the_cheapest_machine_that_holds_them():
     groups = (Group("head", 1, 1, {"CPU": 0}, head=True), Group("dear", 0, 9, {"CPU": 8}, price=2.0), Group("cheap", 0, 1, {"CPU": 2}, price=0.1), Group("gpu", 0, 1, {"CPU": 2, "GPU": 1}, price=3.0))
-    count, homeless = place(groups, [Ask("a", {"CPU": 2})] * 2 + [Ask("b", {"GPU": 1, "CPU": 2})] * 2, 9)
+    count, homeless = place(groups, [Demand("a", {"CPU": 2})] * 2 + [Demand("b", {"GPU": 1, "CPU": 2})] * 2, 9)
     assert count == {"head": 1, "dear": 1, "cheap": 1, "gpu": 1} and [a.what for a in homeless] == ["b"]
-    assert len(place(groups, [Ask("a", {"CPU": 8})] * 4, 2)[1]) == 2
+    assert len(place(groups, [Demand("a", {"CPU": 8})] * 4, 2)[1]) == 2
 
 
 def test_specs_that_find_no_room(tmp_path):
