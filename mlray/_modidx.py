@@ -1057,6 +1057,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mlray.haproxy.closed': ('haproxy.html#closed', 'mlray/haproxy.py'),
                                'mlray.haproxy.main': ('haproxy.html#main', 'mlray/haproxy.py')},
             'mlray.harmless': { 'mlray.harmless._graph_wrong': ('harmless.html#_graph_wrong', 'mlray/harmless.py'),
+                                'mlray.harmless._messages': ('harmless.html#_messages', 'mlray/harmless.py'),
+                                'mlray.harmless._sizes': ('harmless.html#_sizes', 'mlray/harmless.py'),
                                 'mlray.harmless._tensor': ('harmless.html#_tensor', 'mlray/harmless.py'),
                                 'mlray.harmless.harmless': ('harmless.html#harmless', 'mlray/harmless.py')},
             'mlray.importance': { 'mlray.importance.Importance': ('importance.html#importance', 'mlray/importance.py'),

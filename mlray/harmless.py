@@ -11,31 +11,50 @@ __all__ = ['harmless']
 # %% ../nbs/27_harmless.ipynb #9d112198
 import math
 from dataclasses import fields
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
 
-import onnx
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from .errors import BundleError
 from .features import Matrix
 
 # %% ../nbs/27_harmless.ipynb #8f36426b
+def _messages() -> Any:
+    "ONNX's messages, without the library around them: who only answers never loads it."
+    library = find_spec("onnx")
+    assert library and library.submodule_search_locations # a dependency
+    found = spec_from_file_location("mlray_onnx_messages", Path(library.submodule_search_locations[0]) / "onnx_ml_pb2.py")
+    assert found and found.loader
+    made = module_from_spec(found)
+    found.loader.exec_module(made)
+    return made
+
+
+_onnx = _messages()
 _DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 _INPUTS = frozenset(f.name for f in fields(Matrix))
 _ELEMENTS = 2**29 # of a tensor that a graph makes from nothing
 _BYTES = {"FLOAT": 4, "DOUBLE": 8, "INT64": 8, "INT32": 4, "INT16": 2, "INT8": 1, "UINT8": 1, "UINT16": 2, "UINT32": 4, "UINT64": 8, "BOOL": 1, "FLOAT16": 2, "BFLOAT16": 2}
 
 
-def _tensor(tensor: onnx.TensorProto) -> str: # empty: nothing is wrong
-    if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data: return f"tensor {tensor.name!r:.60} lies outside of the file"
+def _tensor(tensor: Any) -> str: # empty: nothing is wrong
+    if tensor.data_location == _onnx.TensorProto.EXTERNAL or tensor.external_data: return f"tensor {tensor.name!r:.60} lies outside of the file"
     if any(d < 0 for d in tensor.dims): return f"tensor {tensor.name!r:.60} has a negative size"
-    size, kind = math.prod(tensor.dims), onnx.TensorProto.DataType.Name(tensor.data_type) if tensor.data_type in onnx.TensorProto.DataType.values() else "unknown"
+    size, kind = math.prod(tensor.dims), _onnx.TensorProto.DataType.Name(tensor.data_type) if tensor.data_type in _onnx.TensorProto.DataType.values() else "unknown"
     if kind == "STRING": held = len(tensor.string_data)
     elif kind not in _BYTES: return f"tensor {tensor.name!r:.60} is of the kind {kind}"
     else: held = len(tensor.raw_data) // _BYTES[kind] if tensor.raw_data else max(len(tensor.float_data), len(tensor.int32_data), len(tensor.int64_data), len(tensor.double_data), len(tensor.uint64_data))
     return "" if held == size else f"tensor {tensor.name!r:.60} says it has {size} elements and has {held}"
 
 # %% ../nbs/27_harmless.ipynb #aaf0bd4b
-def _graph_wrong(graph: onnx.GraphProto) -> str:
+def _sizes(shape: Any) -> list[int]: # of a tensor of INT64, as shapes are; its elements were counted before
+    return np.frombuffer(shape.raw_data, "<i8").tolist() if shape.raw_data else list(shape.int64_data)
+
+
+def _graph_wrong(graph: Any) -> str:
     "What a graph has that none of mlray's has; empty where there is nothing."
     if graph.sparse_initializer: return "it has sparse tensors"
     known = {t.name: t for t in graph.initializer}
@@ -49,7 +68,7 @@ def _graph_wrong(graph: onnx.GraphProto) -> str:
                 if wrong: return wrong
             if a.name == "value" and node.op_type == "Constant" and a.HasField("t"): known[node.output[0]] = a.t
         shape = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}.get(node.op_type)
-        if shape is not None and shape < len(node.input) and node.input[shape] in known and (most := math.prod(map(abs, onnx.numpy_helper.to_array(known[node.input[shape]]).ravel().tolist()))) > _ELEMENTS:
+        if shape is not None and shape < len(node.input) and node.input[shape] in known and (most := math.prod(map(abs, _sizes(known[node.input[shape]])))) > _ELEMENTS:
             return f"{node.op_type} makes a tensor of {most} elements"
     return ""
 
@@ -60,7 +79,7 @@ def harmless(
 ) -> None:
     "Raise `BundleError` for a graph that is more than a computation on its inputs."
     try:
-        model = onnx.load_model_from_string(graph)
+        model = _onnx.ModelProto.FromString(graph)
         wrong = ("it has functions of its own" if model.functions else "it carries training" if model.training_info else "" if {o.domain for o in model.opset_import} <= _DOMAINS else "it asks for operators that are none of ONNX's own")
         wrong = wrong or _graph_wrong(model.graph)
     except (DecodeError, ValueError, RecursionError, TypeError, IndexError) as error: raise BundleError(f"{where} is no ONNX graph: {str(error)[:200]}.") from error
