@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from .errors import ServingError, Unavailable
 from .settings import Settings
 
@@ -63,6 +65,19 @@ def _in_front(settings: Settings) -> dict[str, str]:
     return {"MLRAY_HAPROXY_QUEUED": str(settings.max_queued), **{f"MLRAY_HAPROXY_{n}": str(path.expanduser().resolve() if path else "") for n, path in (("CERT", settings.tls_cert), ("KEY", settings.tls_key))}}
 
 
+def _workers() -> list[psutil.Process]:
+    "The processes of Ray that this one started."
+    return [p for child in psutil.Process().children() if child.name() == "raylet" for p in (*child.children(recursive=True), child)]
+
+
+def _see_off(processes: Sequence[psutil.Process], patience_s: float = 5) -> None:
+    "Ray's workers go with their raylet; one that hangs on its way out would stay for ever."
+    _, left = psutil.wait_procs(processes, timeout=patience_s)
+    for process in left:
+        with suppress(psutil.NoSuchProcess): process.kill()
+    psutil.wait_procs(left, timeout=patience_s)
+
+
 @contextmanager
 def cluster(
     settings: Settings,
@@ -76,7 +91,10 @@ def cluster(
         return
     _start(settings)
     try: yield
-    finally: ray.shutdown()
+    finally:
+        ours = _workers() if settings.ray == "local" else []
+        ray.shutdown()
+        _see_off(ours)
 
 # %% ../nbs/40_cluster_on_ray.ipynb #37dd5ca4
 def _about_here(names: Sequence[str]) -> tuple[dict[str, str], float]:

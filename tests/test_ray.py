@@ -122,3 +122,21 @@ def test_adult(ray_cluster, settings):
     here = train(spec, settings, LocalBackend())
     assert abs(here.evaluation.scorecard.overall["roc_auc"].value - auc) <= 0.005
     assert str(here.version) == "adult/2" and evaluate(bundle_of(open_registry(settings), here.version), here.rows.parts.test).values == here.evaluation.values
+
+
+def test_a_worker_that_hangs_on_its_way_out_is_seen_off(ray_cluster):
+    "Ray has workers that hear of nothing any more; they are found below their raylet, and ended."
+    import os
+    import subprocess
+    import sys
+
+    import psutil
+    import ray
+
+    from mlray.cluster_on_ray import _see_off, _workers
+    pid = ray.get(ray.remote(num_cpus=0)(os.getpid).remote())
+    assert pid in {p.pid for p in _workers()} and os.getpid() not in {p.pid for p in _workers()}
+    stubborn = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"])
+    assert stubborn.pid not in {p.pid for p in _workers()}, "it is none of Ray's"
+    _see_off([psutil.Process(stubborn.pid)], 0.2)
+    assert stubborn.wait(10) == -9
