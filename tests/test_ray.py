@@ -134,7 +134,7 @@ def test_a_worker_that_hangs_on_its_way_out_is_seen_off(ray_cluster):
     import ray
 
     from mlray.cluster_on_ray import _see_off, _workers
-    pid = ray.get(ray.remote(num_cpus=0)(os.getpid).remote())
+    pid = ray.get(ray.remote(num_cpus=0)(lambda: os.getpid()).remote())
     assert pid in {p.pid for p in _workers()} and os.getpid() not in {p.pid for p in _workers()}
     stubborn = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"])
     assert stubborn.pid not in {p.pid for p in _workers()}, "it is none of Ray's"
