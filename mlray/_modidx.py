@@ -1622,6 +1622,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mlray.registry': { 'mlray.registry.Evidence': ('registry.html#evidence', 'mlray/registry.py'),
                                 'mlray.registry.Version': ('registry.html#version', 'mlray/registry.py'),
                                 'mlray.registry.Version.__str__': ('registry.html#version.__str__', 'mlray/registry.py'),
+                                'mlray.registry.Version.table': ('registry.html#version.table', 'mlray/registry.py'),
                                 'mlray.registry._version': ('registry.html#_version', 'mlray/registry.py'),
                                 'mlray.registry.add_evidence': ('registry.html#add_evidence', 'mlray/registry.py'),
                                 'mlray.registry.bundle_of': ('registry.html#bundle_of', 'mlray/registry.py'),
