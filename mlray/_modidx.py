@@ -1630,6 +1630,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mlray.registry.events': ('registry.html#events', 'mlray/registry.py'),
                                 'mlray.registry.evidence': ('registry.html#evidence', 'mlray/registry.py'),
                                 'mlray.registry.generation': ('registry.html#generation', 'mlray/registry.py'),
+                                'mlray.registry.history': ('registry.html#history', 'mlray/registry.py'),
                                 'mlray.registry.promote': ('registry.html#promote', 'mlray/registry.py'),
                                 'mlray.registry.register': ('registry.html#register', 'mlray/registry.py'),
                                 'mlray.registry.retire': ('registry.html#retire', 'mlray/registry.py'),

@@ -8,8 +8,8 @@ how either came about."""
 
 # %% auto #0
 __all__ = ['Version', 'Evidence', 'versions', 'version', 'bundle_of', 'register', 'digest_of', 'add_evidence', 'evidence',
-           'generation', 'promote', 'rollback', 'retire', 'events', 'Policy', 'Registry', 'open_registry', 'add_key',
-           'keys', 'revoke_key']
+           'generation', 'promote', 'rollback', 'retire', 'history', 'events', 'Policy', 'Registry', 'open_registry',
+           'add_key', 'keys', 'revoke_key']
 
 # %% ../nbs/33_registry.ipynb #b329d774
 import hashlib
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .attestation import enter, unsigned
+from .audit import Entry
 from .bundle import Bundle, digests_of, load_bundle
 from .database import ALIASES, APPROVALS, ENVIRONMENTS, EVIDENCE, MOVES, VERSIONS
 from .deed import Ask, Deed
@@ -273,7 +274,12 @@ def retire(
     return version(registry, str(found))
 
 # %% ../nbs/33_registry.ipynb #50683b7e
+def history(registry: Registry) -> tuple[Entry, ...]:
+    "Who did what, oldest first; `mlray.ledger.audit` checks it."
+    with registry.database.change() as c: return tuple(registry.database.entries(c))
+
+
 def events(registry: Registry) -> Table:
-    "Who did what, oldest first."
-    with registry.database.change() as c: rows = registry.database.entries(c)
+    "The same to read, with digests cut short."
+    rows = history(registry)
     return table(["seq", "action", "object", "details", "by", "at"], [(r.seq, r.action, r.object, ", ".join(f"{k}={v[:12] if isinstance(v, str) and re.fullmatch('[0-9a-f]{64}', v) else v}" for k, v in r.details.items()), r.actor, r.created[:19]) for r in rows])
