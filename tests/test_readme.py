@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
-from typer._click.exceptions import MissingParameter
 
 from mlray.cli import app
 from mlray.spec import RunSpec, parse_spec
@@ -58,8 +57,9 @@ def test_commands_exist_with_their_options(page):
     assert said or page.suffix == ".ipynb", "no command was found, so nothing was tried"
     for words in said:
         try: understood(words)
-        except MissingParameter as error: assert len(words) <= 2, f"{page.name}: mlray {shlex.join(words)}: {error}" # a command that is only spoken of
-        except (Exception, SystemExit) as error: raise AssertionError(f"{page.name}: mlray {shlex.join(words)}: {error}") from error
+        except (Exception, SystemExit) as error:
+            spoken_of = type(error).__name__ == "MissingParameter" and len(words) <= 2 # `mlray train` in a sentence
+            if not spoken_of: raise AssertionError(f"{page.name}: mlray {shlex.join(words)}: {error}") from error
 
 
 def test_what_a_spec_can_say():
