@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("serve")]
 MLRAY = str(Path(sys.executable).with_name("mlray"))
 PATIENT = {"age": 59, "sex": "group 2", "bmi": 32.1, "blood_pressure": 101, "total_cholesterol": 157, "ldl": 93.2, "hdl": 38, "cholesterol_ratio": 4, "triglycerides_log": 4.86, "glucose": 87}
 

@@ -37,7 +37,7 @@ from mlray.settings import Settings, shipped
 from mlray.spec import Rule, read_spec
 from tests.conftest import free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("serve")]
 ROWS = 10_000
 
 
