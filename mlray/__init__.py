@@ -82,6 +82,7 @@ Modules:
 - `mlray.lab`: `%load_ext mlray`: commands where the models are looked at
 - `mlray.launcher`: What is wrong with a file for `ray up`
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
+- `mlray.lease`: Of several controllers one acts, and one that was overtaken is refused
 - `mlray.ledger`: Whether what is known is what was done
 - `mlray.lineage`: What a version came from
 - `mlray.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
@@ -134,6 +135,7 @@ Modules:
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
 - `mlray.rollout_policy`: How a new version takes over, as intent
 - `mlray.rollout_run`: From windows to a decision about a canary
+- `mlray.rollout_step`: A rollout goes on by itself: look, decide, act, and say why
 - `mlray.routes`: One table of everything that can be asked
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict

@@ -25,14 +25,14 @@ from .service import Line
 from .traffic import Traffic
 
 # %% ../nbs/39i_plan.ipynb #6ac21f27
-def _share(c: Connection, name: str) -> float:
+def _canary(c: Connection, name: str) -> tuple[float, bool]: # its share, and whether it listens along to what it does not answer
     row = c.execute(EVENTS.select().where(EVENTS.c.action == "traffic", EVENTS.c.object == name).order_by(EVENTS.c.seq.desc()).limit(1)).first()
-    return float(row.details["canary"]) if row else 0.0
+    return (float(row.details["canary"]), bool(row.details.get("listens"))) if row else (0.0, False)
 
 
 def share_of(registry: Registry, name: str) -> float:
     "The share of a model's canary."
-    with registry.database.change() as c: return _share(c, name)
+    with registry.database.change() as c: return _canary(c, name)[0]
 
 
 def set_share(
@@ -78,7 +78,8 @@ def _traffic(c: Connection, reference: str) -> Traffic:
     past = {r.generation: r for r in c.execute(MOVES.select().where(MOVES.c.name == name, MOVES.c.alias == "production"))}
     before = past.get(past[max(past)].under) if past else None
     previous = str(before.number) if before and str(before.number) not in retired | {at["production"]} else None
-    return Traffic(name, at["production"], at.get("canary"), _share(c, name) if "canary" in at else 0.0, at.get("shadow"), previous)
+    share, listens = _canary(c, name) if "canary" in at else (0.0, False)
+    return Traffic(name, at["production"], at.get("canary"), share, at["canary"] if listens else at.get("shadow"), previous)
 
 
 def plan_of(
@@ -137,6 +138,7 @@ class Watcher(threading.Thread):
                 self.look(registry)
                 last, self.failed = time.monotonic(), ""
             except MlrayError as error: registry, self.failed = None, str(error)
+            except Exception as error: self.failed = f"{type(error).__name__}: {error}" # a version that cannot even warm up: what answers goes on, and the next plan is used
             self.heard(time.monotonic() - last)
 
     def look(self, registry: Registry) -> None:

@@ -26,7 +26,7 @@ from .bundle import decide
 from .errors import MlrayError, ServingError, Unavailable
 from .explanation import explain
 from .feedback import take
-from .journal import Feedback, JournalFull, Writer
+from .journal import NO_NUMBER, Feedback, JournalFull, Writer
 from .keeping import Recorder
 from .meters import TEXT, Meters
 from .mlflow import rows_of_invocation
@@ -190,7 +190,10 @@ def _chosen(asked: Asked, caller: Caller, line: Line, rows: Rows) -> Choice:
     return choose(line.traffic, asked.routing or rows.subject or asked.request_id, wanted or None)
 
 # %% ../nbs/39h_service.ipynb #3b5e57b7
-async def _scored(service: Service, line: Line, choice: Choice, known: tuple[Served, Rows], read: Callable[[Served], Rows], start: float) -> tuple[Served, np.ndarray, str, Rows]:
+_STATUS = {"nonfinite_prediction": NO_NUMBER, "too_late": 504, "no_answer": 500}
+
+
+async def _scored(service: Service, asked: Asked, line: Line, choice: Choice, known: tuple[Served, Rows], read: Callable[[Served], Rows], start: float) -> tuple[Served, np.ndarray, str, Rows]:
     "The first who can answer: the one chosen, others, rules."
     first, rows = known
     end, why, model = start + first.bundle.spec.serve.timeout_s, "no_answer", line.traffic.model
@@ -210,6 +213,7 @@ async def _scored(service: Service, line: Line, choice: Choice, known: tuple[Ser
         except TimeoutError: why = "too_late"
         except Exception: why = "no_answer" # whatever a graph raises: the caller has done nothing wrong
         service.meters.of("failures", model, served.version, why).inc()
+        if len(order) > 1: _record(service, asked, served, start, _STATUS[why], arm="fallback" if i else choice.arm) # whoever answers in its place
     if choice.arm != "override" and (scores := scores_of_rules(line.production, rows)) is not None:
         service.meters.of("fallbacks", model).inc()
         return line.production, scores, "rules", rows
@@ -223,19 +227,19 @@ async def _predicted(service: Service, asked: Asked, caller: Caller, line: Line,
     read = _READERS[asked.route]
     rows = read(first, asked)
     choice = _chosen(asked, caller, line, rows)
-    served, scores, how, rows = await _scored(service, line, choice, (first, rows), lambda s: read(s, asked), start)
+    served, scores, how, rows = await _scored(service, asked, line, choice, (first, rows), lambda s: read(s, asked), start)
     by = served.version if how != "rules" else ""
     shadow = line.versions.get(choice.shadow or "") if by else None
     return Answered(asked.request_id, line.traffic.model, served, by, choice.arm if how == "chosen" else "fallback", rows, scores, shadow)
 
 # %% ../nbs/39h_service.ipynb #f16ae4ab
-def _record(service: Service, asked: Asked, served: Served, start: float, status: int = 200, done: Answered | None = None) -> None:
+def _record(service: Service, asked: Asked, served: Served, start: float, status: int = 200, done: Answered | None = None, arm: str = "production") -> None:
     "Write down what is going to be told. Raises `Refused`."
     if service.recorder is None: return
     columns: Any = done.rows.columns if done else None
     if isinstance(columns, pl.DataFrame): columns = columns.to_dict(as_series=False)
     said = served.named(done.rows, done.scores) if done else ()
-    try: service.recorder.record(served.bundle, served.version, asked.request_id, columns, said, status, service.now() - start, done.arm if done else "production", _named(asked.presented or ""), done.rows.subject if done else "")
+    try: service.recorder.record(served.bundle, served.version, asked.request_id, columns, said, status, service.now() - start, done.arm if done else arm, _named(asked.presented or ""), done.rows.subject if done else "")
     except JournalFull: raise Refused(503, "not_recorded", "The answer could not be recorded, so it is not given. Try again later.", headers={"Retry-After": "5"}) from None
 
 
