@@ -133,6 +133,7 @@ Modules:
 - `mlray.request`: One row as it comes in a request, held to the same rules
 - `mlray.robust`: How fragile: which answers flip when rows are slightly wrong, for whom, and what the contract catches first
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
+- `mlray.rollout_cli`: The commands of a rollout: look after it, look at it, end it
 - `mlray.rollout_policy`: How a new version takes over, as intent
 - `mlray.rollout_run`: From windows to a decision about a canary
 - `mlray.rollout_step`: A rollout goes on by itself: look, decide, act, and say why
@@ -183,6 +184,7 @@ Modules:
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
 - `mlray.vouching`: What the commands `sign`, `verify` and `signer` do
 - `mlray.warm_kernels`: Kernels that have their imports behind them: one process loads the libraries once, and each gate's kernel is a copy of it
+- `mlray.watch_on_ray`: A rollout's controller beside the service, which Ray starts again when it dies
 - `mlray.watching`: What `mlray monitor` and `mlray journal` do
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
 - `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances

@@ -70,7 +70,7 @@ def _share(c: Connection, name: str) -> float:
     return float(row.details["canary"]) if row else 0.0
 
 # %% ../nbs/38l_rollout_step.ipynb #b9b73b2e
-def _write(registry: Registry, before: Standing | None, after: Standing, did: str, why: str, listens: bool, because: Sequence[str] = (), share: bool = True) -> Standing:
+def _write(registry: Registry, before: Standing | None, after: Standing, did: str, why: str, listens: bool, because: Sequence[str] = (), share: bool = True, once: str | None = None) -> Standing:
     about = f"{after.name}/{after.canary}"
 
     def do(deed: Deed) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _write(registry: Registry, before: Standing | None, after: Standing, did: st
         deed.log("rollout", about, did=did, why=why, standing={**asdict(after), "visits": list(after.visits)}, **({"because": list(because)} if because else {}))
         return {}
 
-    registry.act(Ask("rollout:step", about, after.name, {"did": did, "share": after.share}), do)
+    registry.act(Ask("rollout:step", about, after.name, {"did": did, "share": after.share}, once), do)
     return after
 
 
@@ -95,12 +95,13 @@ def start(
     registry: Registry,
     found: Version, # that is the canary
     spec: RunSpec,  # its own
+    once: str | None = None, # a key with which it is done once, however often it is asked for
 ) -> Standing:
     "Begin a rollout; one that runs for another version is over with it. Raises `RegistryError` where there is nothing to compare with."
     with registry.database.change() as c: before, at = _last(c, found.name), _at(c, found.name)
     first = begin(spec, str(found.number), at.get("production", ""), int(registry._now().timestamp()))
     after = replace(first, fence=before.fence + 1 if before else 1)
-    return _write(registry, before, after, "begin", "in shadow first" if not after.share else "the first step", bool(spec.rollout.shadow))
+    return _write(registry, before, after, "begin", "in shadow first" if not after.share else "the first step", bool(spec.rollout.shadow), once=once)
 
 
 def stop(
@@ -212,8 +213,9 @@ class Controller:
         settings: Settings,
         source: Source | None = None,   # default: the journal
         lease_s: float = 30.0,          # without a sign of life for so long, another takes over
+        only: str | None = None,        # of one model; None: of all
     ):
-        self.registry, self.settings, self.source, self.lease_s = registry, settings, source or from_journal(registry, settings), lease_s
+        self.registry, self.settings, self.source, self.lease_s, self.only = registry, settings, source or from_journal(registry, settings), lease_s, only
         self.holder, self.leases, self.due = holder_here(), dict[str, Lease](), dict[str, float]()
         self._specs: dict[str, RunSpec] = {}
 
@@ -228,7 +230,7 @@ class Controller:
         found = []
         for name, standing in running(self.registry).items():
             now = self.registry._now().timestamp()
-            if self.due.get(name, 0.0) > now: continue
+            if self.due.get(name, 0.0) > now or self.only not in (None, name): continue
             every = age_of(self.spec(standing).rollout.every).total_seconds()
             lease = take(self.registry, lease_of(name), self.holder, max(self.lease_s, 3 * every), "rollout:step", name)
             if lease is None: continue
@@ -267,7 +269,12 @@ class Controller:
                 say(str(error))
                 self.due = {n: self.registry._now().timestamp() + self.lease_s for n in self.due}
             except MlrayError as error: say(str(error))
+        self.give_back()
+
+    def give_back(self) -> None:
+        "Let another take over at once."
         for lease in self.leases.values(): give_back(self.registry, lease)
+        self.leases.clear()
 
 # %% ../nbs/38l_rollout_step.ipynb #02480e15
 @dataclass(frozen=True)
