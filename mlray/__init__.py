@@ -168,6 +168,7 @@ Modules:
 - `mlray.store`: Bytes under their digest, on the disk when it says so
 - `mlray.stream_on_ray`: A table larger than memory, brought by Ray Data to where workers read it
 - `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all
+- `mlray.sunset`: The end of a version, said to those who use it
 - `mlray.survey`: All rows of a source held against the contract, piece by piece: more than fit into memory
 - `mlray.table`: Rows: named by a fingerprint, and divided the same way every time
 - `mlray.task`: What is to be predicted: one of two, one of several, any of several, a number, or quantiles of a number

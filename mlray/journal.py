@@ -41,6 +41,7 @@ class Entry(msgspec.Struct, omit_defaults=True, gc=False, frozen=True):
     caller: str = ""        # public part of the API key
     subject: str = ""       # pseudonym of the person it was about
     lost: int = 0           # answers before this one that could not be journaled
+    scoring: float = 0.0    # of the seconds those of the processor that the model took; 0: not known, as where another process scores
 
 
 NO_NUMBER = 502 # status of a version whose answer was no number, and was not given

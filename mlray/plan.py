@@ -12,7 +12,7 @@ __all__ = ['share_of', 'set_share', 'Model', 'Plan', 'plan_of', 'loaded', 'Watch
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .access import Key
 from .bundle import load_bundle
@@ -23,6 +23,7 @@ from .registry import Registry, keys, version
 from .served import Served
 from .service import Line
 from .traffic import Traffic
+from .wire import Ending
 
 # %% ../nbs/39i_plan.ipynb #6ac21f27
 def _canary(c: Connection, name: str) -> tuple[float, bool]: # its share, and whether it listens along to what it does not answer
@@ -66,6 +67,7 @@ class Plan:
     models: tuple[Model, ...]       # the versions that any of these name
     keys: tuple[Key, ...]
     seq: int = 0                    # number of the registry's last act
+    endings: Mapping[tuple[str, str], Ending] = field(default_factory=dict) # of model and version: those whose end was announced, or has come
 
 
 def _traffic(c: Connection, reference: str) -> Traffic:
@@ -92,9 +94,11 @@ def plan_of(
     with registry.database.change() as c:
         seq = c.execute(EVENTS.select().with_only_columns(EVENTS.c.seq).order_by(EVENTS.c.seq.desc()).limit(1)).scalar() or 0
         traffic = tuple(_traffic(c, r) for r in references)
-        digests = {(r.name, str(r.number)): r.digest for r in c.execute(VERSIONS.select())}
+        every = c.execute(VERSIONS.select()).all()
+    digests, served = {(r.name, str(r.number)): r.digest for r in every}, {t.model for t in traffic}
+    endings = {(r.name, str(r.number)): Ending(r.deprecated, r.sunset, r.successor, r.retired) for r in every if r.name in served and (r.deprecated or r.retired)}
     models = tuple(Model(t.model, v, str(registry.store.path(digests[t.model, v]).resolve()), digests[t.model, v]) for t in traffic for v in t.versions)
-    return Plan(traffic, models, known, seq)
+    return Plan(traffic, models, known, seq, endings)
 
 # %% ../nbs/39i_plan.ipynb #5f99ba72
 def loaded(

@@ -101,15 +101,23 @@ def deprecate(version: Reference, why: Why, sunset: Annotated[str, typer.Option(
 
 
 @release_app.command()
-def retire(version: Reference, why: Why, successor: Successor = None, anyway: Annotated[bool, typer.Option("--anyway", help="Although it was promised for longer, or other versions began with it.")] = False,
+def retire(version: Reference, why: Annotated[str | None, typer.Option("--why", help="One sentence, for the audit.")] = None, successor: Successor = None,
+           who: Annotated[bool, typer.Option("--who", help="Retire nothing; list who still asks it, by the journal.")] = False, days: Annotated[int, typer.Option("--days", min=1, help="With --who: so far back.")] = 30, anyway: Annotated[bool, typer.Option("--anyway", help="Although it was promised for longer, or other versions began with it.")] = False,
            once: Once = None, env: Env = None, as_json: Json = False) -> None:
-    "Take a version that no alias points at out of use for good."
-    from mlray.registry import retire as end
+    "Take a version that no alias points at out of use for good; its rows stay or go as `retired_rows` in the settings says."
+    from mlray.archive import drop_version
+    from mlray.registry import keys, retire as end
     settings = settings_of(env)
     registry, found = find_version(version, settings)
+    if who:
+        from mlray.sunset import callers_of
+        asking = callers_of(settings, str(found), keys(registry), days)
+        return shown(as_json, asking.as_dict(), asking)
+    if why is None: raise RegistryError(f"Why is {found} retired? Say it for the audit: --why 'one sentence'. (`--who` lists who still asks it.)")
     instead = str(find_version(successor, settings)[1]) if successor else None
-    done = end(registry, found, why, instead, anyway, once)
-    shown(as_json, {"version": str(done), "retired": done.retired, "successor": instead}, f"{done} is retired" + (f"; use {instead}" if instead else ""))
+    done = end(registry, found, why, instead, anyway, settings.retired_rows, once)
+    gone = drop_version(settings.home / "journal", found.name, str(found.number)) if settings.retired_rows == "erase" else 0
+    shown(as_json, {"version": str(done), "retired": done.retired, "successor": instead, "rows": settings.retired_rows, "erased": gone}, f"{done} is retired" + (f"; use {instead}" if instead else "") + (f"; {gone} journaled rows are erased" if settings.retired_rows == "erase" else ""))
 
 # %% ../nbs/58b_release_cli.ipynb #7d33925d
 key_app = typer.Typer(no_args_is_help=True, help="API keys: create, list, revoke.", rich_markup_mode=None)

@@ -34,6 +34,7 @@ def _right(counts: Counts) -> Mean:
 
 def arm_of(
     windows: Sequence[Window], # of one version and arm, during one step
+    scoring: bool = False,     # whether latencies are those of the model alone
 ) -> Arm:
     "What one version did, as evidence."
     if not windows: return Arm()
@@ -42,7 +43,7 @@ def arm_of(
     means |= {"accuracy": _right(all_.labelled)} if all_.labelled is not None else {}
     means |= {name: mean for name, s in all_.numbers.items() if (mean := _bounded(s)) is not None}
     of_two = lambda counts: counts if counts is not None and len(counts.classes) == 2 else None
-    return Arm(all_.requests, means, all_.latency, of_two(all_.labelled), of_two(all_.answered))
+    return Arm(all_.requests, means, all_.scoring if scoring else all_.latency, of_two(all_.labelled), of_two(all_.answered))
 
 # %% ../nbs/38i_rollout_run.ipynb #32bbd53d
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ def evidence_of(
     apart: Mapping[str, Mean] | None = None, # how far the two are apart on the same requests; None: they had none in common
 ) -> Evidence: # from windows that begin within this step: one that began before has answers of another share
     "What is known of this step."
-    of = lambda windows, version, arm: arm_of([w for w in windows if (w.version, w.arm) == (version, arm) and w.start >= standing.since])
-    new, old = of(canary, standing.canary, "canary" if standing.share else "shadow"), of(champion, standing.champion, "production")
+    of = lambda windows, version, arm: [w for w in windows if (w.version, w.arm) == (version, arm) and w.start >= standing.since]
+    mine, theirs = of(canary, standing.canary, "canary" if standing.share else "shadow"), of(champion, standing.champion, "production")
+    own = bool(mine) and bool(theirs) and all(any(w.scoring for w in side) for side in (mine, theirs))
+    new, old = arm_of(mine, own), arm_of(theirs, own)
     return Evidence(standing.share, replace(new, means={**new.means, **(apart or {})}), old, standing.visit)
 
 

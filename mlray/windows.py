@@ -81,6 +81,7 @@ class Window:
     invalid: int = 0            # of the errors, those where an answer was no number
     rows: int = 0
     latency: tuple[int, ...] = ()   # requests on `mlray.rollout.EDGES`
+    scoring: tuple[int, ...] = ()   # likewise, by what the model alone took of the processor; those of which that is known
     profile: Profile = field(default_factory=lambda: Profile(0, {}))    # features as the journal shows them
     answers: Profile = field(default_factory=lambda: Profile(0, {}))    # labels and scores, or the number
     answered: Counts | None = None  # by group, decision and score; the label is the decision
@@ -95,7 +96,7 @@ class Window:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "Window":
         counts = lambda c: None if c is None else Counts(tuple(c["columns"]), pl.DataFrame(c["cells"], schema_overrides={n: pl.UInt16 for n in ("label", "decision", "bin")}), tuple(c["classes"]), c["bins"])
-        return Window(**{**data, "latency": tuple(data["latency"]), "profile": Profile.from_dict(data["profile"]), "answers": Profile.from_dict(data["answers"]),
+        return Window(**{**data, "latency": tuple(data["latency"]), "scoring": tuple(data.get("scoring", ())), "profile": Profile.from_dict(data["profile"]), "answers": Profile.from_dict(data["answers"]),
                          "answered": counts(data["answered"]), "labelled": counts(data["labelled"]), "numbers": {n: Sum(*s) for n, s in data["numbers"].items()}})
 
 # %% ../nbs/36c_windows.ipynb #9e0a37a0
@@ -114,8 +115,8 @@ def together(
     numbers: dict[str, Sum] = {}
     for w in windows:
         for n, s in w.numbers.items(): numbers[n] = numbers.get(n, Sum()) + s
-    latency = np.sum([w.latency for w in windows if w.latency], axis=0) if any(w.latency for w in windows) else ()
-    return replace(windows[0], start=min(w.start for w in windows), end=max(w.end for w in windows), **{n: add(n) for n in ("requests", "errors", "refused", "lost", "invalid", "rows")}, latency=tuple(int(n) for n in latency),
+    slow = lambda name: tuple(np.sum(found, axis=0).tolist()) if (found := [x for w in windows if (x := getattr(w, name))]) else ()
+    return replace(windows[0], start=min(w.start for w in windows), end=max(w.end for w in windows), **{n: add(n) for n in ("requests", "errors", "refused", "lost", "invalid", "rows")}, latency=slow("latency"), scoring=slow("scoring"),
                    profile=_profiles([w.profile for w in windows]), answers=_profiles([w.answers for w in windows]), answered=counts("answered"), labelled=counts("labelled"), numbers=numbers)
 
 # %% ../nbs/36c_windows.ipynb #dd6dd56e
@@ -187,6 +188,11 @@ def _labelled(bundle: Bundle, by: pl.DataFrame, rows: pl.DataFrame, said: pl.Dat
     return None, {**numbers, "bias": sum_of(error), "mean_absolute_error": sum_of(np.abs(error)), "mean_squared_error": sum_of(error**2)}
 
 # %% ../nbs/36c_windows.ipynb #47ccc8a2
+def _scoring(first: pl.DataFrame) -> tuple[int, ...]:
+    known = first.filter(pl.col("scoring") > 0)["scoring"].to_numpy() if "scoring" in first.columns else ()
+    return latencies(known) if len(known) else ()
+
+
 def count_window(
     bundle: Bundle,
     rows: pl.DataFrame,     # journaled rows of one version and arm, each answer once
@@ -201,7 +207,7 @@ def count_window(
     by = live_groups(bundle.contract, live)
     labelled, numbers = _labelled(bundle, by, answered, said)
     return replace(about, requests=first.height, errors=int((first["status"] >= 500).sum()), refused=int(first["status"].is_between(400, 499).sum()), lost=int(first["lost"].sum()), invalid=int((first["status"] == NO_NUMBER).sum()), rows=answered.height,
-                   latency=latencies(first["seconds"].to_numpy()), profile=_features(bundle.contract, reference, live), answers=_answers(bundle.task, answered), answered=_counts(bundle.task, by, answered) if answered.height else None,
+                   latency=latencies(first["seconds"].to_numpy()), scoring=_scoring(first), profile=_features(bundle.contract, reference, live), answers=_answers(bundle.task, answered), answered=_counts(bundle.task, by, answered) if answered.height else None,
                    labelled=labelled, numbers=numbers)
 
 # %% ../nbs/36c_windows.ipynb #0825ad21

@@ -118,7 +118,7 @@ def test_a_bad_canary_goes_back_by_itself(stack, name, added, because):
 
 @pytest.mark.parametrize("name", ["light", "heavy"])
 def test_a_canary_that_is_its_champion_stays(stack, name):
-    standing, statuses, took = let_out(stack, name, same() if name == "light" else slow(151), 120)
+    standing, statuses, took = let_out(stack, name, slow(2) if name == "light" else slow(151), 120)
     shown = progress(stack.registry, stack.settings, name)
     print(f"\nA/A {name}: {standing.over or 'undecided'} after {took:.0f} s; {dict(statuses)}; {shown.steps[-1][-1]}")
     for f in shown.decision.findings: print("   ", f.metric, f.canary, f.champion, round(f.low, 3), round(f.high, 3), f.verdict)
