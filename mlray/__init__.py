@@ -38,6 +38,8 @@ Modules:
 - `mlray.decision`: From a score to a decision: calibration, threshold and fairness, as intent
 - `mlray.declared`: Rows to numbers without having seen a row: encoders that follow from the contract alone
 - `mlray.deed`: What somebody who may do it does once, or is refused
+- `mlray.delivery`: How soon, how often, how safely, and for how much: releases in one table
+- `mlray.delivery_cli`: How models are delivered: one command, one table a model
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.doctor`: What is wrong with this machine or cluster, and how to mend it
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely

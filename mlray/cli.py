@@ -37,6 +37,7 @@ from mlray.commands import (
     until_stopped,
     versions_to_serve,
 )
+from .delivery_cli import delivery_app
 from .errors import MlrayError, ServingError, suggest
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
@@ -66,6 +67,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 
 app.add_typer(release_app)
 app.add_typer(serve_app)
+app.add_typer(delivery_app)
 app.add_typer(proof_app)
 app.add_typer(papers_app)
 app.add_typer(audit_app, name="audit")
