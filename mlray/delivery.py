@@ -119,7 +119,7 @@ def figures(
     trained: Mapping[str, datetime],    # version → end of its training
     since: datetime,
     until: datetime,
-    answers: Answers = Answers(),       # noqa: B008 (frozen)
+    answers: Answers = Answers(),
     committed: Mapping[str, datetime] | None = None, # version → when what it was trained with was committed, where that is known
     price: float | None = None,         # of an hour of all replicas
 ) -> Delivery:

@@ -11,6 +11,7 @@ __all__ = ['Keeper', 'watch_rollouts', 'unwatch_rollouts']
 # %% ../nbs/44a_watch_on_ray.ipynb #cb0a936b
 import logging
 import threading
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -65,6 +66,5 @@ def unwatch_rollouts(settings: Settings) -> None:
     "End it, on a cluster that goes on."
     try: keeper = ray.get_actor(_name(settings), "mlray")
     except ValueError: return
-    try: ray.get(keeper.end.remote(), timeout=15)
-    except (ray.exceptions.RayError, TimeoutError): pass # whatever it was doing: the lease runs out
+    with suppress(ray.exceptions.RayError, TimeoutError): ray.get(keeper.end.remote(), timeout=15) # whatever it was doing: the lease runs out
     ray.kill(keeper)

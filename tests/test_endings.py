@@ -16,14 +16,14 @@ from mlray.journal import Entry, Journal
 from mlray.keeping import open_recorder
 from mlray.ledger import audit
 from mlray.plan import loaded, plan_of
-from mlray.registry import add_key, bundle_of, open_registry, promote, register, retire, rollback, version
+from mlray.registry import add_key, bundle_of, promote, register, rollback, version
 from mlray.release import deprecate
 from mlray.rollout_step import start
 from mlray.routes import ROUTES
 from mlray.service import Asked, Service, at_once
 from mlray.settings import amended
 from mlray.sunset import callers_of, told_by
-from tests.canaries import gone_wrong, same, slow
+from tests.canaries import gone_wrong, slow
 from tests.test_rollout_steps import FAIR, House, World, housed, watched_with
 
 

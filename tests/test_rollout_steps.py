@@ -21,13 +21,34 @@ from mlray.counts import tabulated
 from mlray.errors import Conflict, Refused, RegistryError
 from mlray.journal import Feedback, Journal
 from mlray.keeping import open_recorder
+from mlray.lease import acting, holder_of, take
 from mlray.ledger import audit
 from mlray.plan import loaded, plan_of, set_share, share_of
-from mlray.registry import Registry, Version, add_key, bundle_of, open_registry, promote, register, rollback, version as named
+from mlray.registry import (
+    Registry,
+    Version,
+    add_key,
+    bundle_of,
+    open_registry,
+    promote,
+    register,
+    rollback,
+    version as named,
+)
 from mlray.rollout import latencies
 from mlray.rollout_run import Standing
-from mlray.rollout_step import Controller, carry_out, from_journal, gauges, lease_of, progress, running, standing_of, start, stop
-from mlray.lease import acting, holder_of, take
+from mlray.rollout_step import (
+    Controller,
+    carry_out,
+    from_journal,
+    gauges,
+    lease_of,
+    progress,
+    running,
+    standing_of,
+    start,
+    stop,
+)
 from mlray.service import Service
 from mlray.settings import Settings, amended
 from mlray.windows import Sum, Window
@@ -142,8 +163,8 @@ class World:
                       latency=latencies(self.rng.lognormal(np.log(seconds), 0.3, n)), labelled=tabulated(("sex",), cells), numbers=numbers)
 
     def __call__(self, standing, spec, now):
-        for start in range(-(-standing.since // 10) * 10, int(now) - 9, 10):
-            if (standing.fence, start) not in self.kept: self.kept[standing.fence, start] = (self.window(standing, "canary", start), self.window(standing, "champion", start))
+        for at in range(-(-standing.since // 10) * 10, int(now) - 9, 10):
+            if (standing.fence, at) not in self.kept: self.kept[standing.fence, at] = (self.window(standing, "canary", at), self.window(standing, "champion", at))
         return [k[0] for k in self.kept.values()], [k[1] for k in self.kept.values()], {}
 
 
