@@ -93,8 +93,9 @@ class Delivery(Displayed):
 
     def as_dict(self) -> dict[str, Any]:
         "JSON values; NaN becomes None."
-        clean = lambda v: None if isinstance(v, float) and math.isnan(v) else {k: clean(x) for k, x in v.items()} if isinstance(v, dict) else v
-        return clean({**asdict(self), "failure_rate": asdict(self.failure_rate), "per_week": self.per_week})
+        known = lambda v: None if isinstance(v, float) and math.isnan(v) else v
+        rate = {k: known(v) for k, v in asdict(self.failure_rate).items()}
+        return {k: known(v) for k, v in asdict(self).items()} | {"failure_rate": rate, "per_week": self.per_week}
 
 
 def _span(hours: float) -> str:

@@ -59,7 +59,7 @@ def watch_rollouts(
 ) -> Any: # a handle
     "Have one on the cluster; needs a connection to Ray. The one that is there already stays."
     absolute = settings.model_copy(update={"home": settings.home.resolve()})
-    return ray.remote(Keeper).options(name=_name(settings), namespace="mlray", lifetime="detached", get_if_exists=True, max_restarts=-1, num_cpus=0).remote(absolute) # type: ignore[attr-defined]
+    return ray.remote(Keeper).options(name=_name(settings), namespace="mlray", lifetime="detached", get_if_exists=True, max_restarts=-1, num_cpus=0).remote(absolute)
 
 
 def unwatch_rollouts(settings: Settings) -> None:
