@@ -244,7 +244,7 @@ def _write_down(folder: Path, told: Sequence[Told]) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-
+# %% ../nbs/38h_alert.ipynb #f48bbe36
 def tell_one(
     settings: Settings,
     told: Told,
@@ -265,7 +265,7 @@ def tell_one(
             return str(error)
     return ""
 
-
+# %% ../nbs/38h_alert.ipynb #1397b56b
 def tell(
     settings: Settings,
     alerts: Sequence[Alert],

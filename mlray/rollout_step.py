@@ -7,7 +7,7 @@ Whoever holds the lease looks at what the journal has of this step, lets `mlray.
 
 # %% auto #0
 __all__ = ['Seen', 'Source', 'standing_of', 'running', 'start', 'stop', 'carry_out', 'from_journal', 'lease_of', 'Looked',
-           'Controller', 'Progress', 'progress', 'gauges']
+           'Controller', 'progress']
 
 # %% ../nbs/38l_rollout_step.ipynb #4c0003ec
 import hashlib
@@ -23,17 +23,15 @@ import polars as pl
 from .alert import Told, tell_one
 from .archive import journaled
 from .bundle import Bundle
-from .chart import Chart, line_chart
 from .column import age_of
 from .database import ALIASES, EVENTS, Connection
 from .deed import Ask, Deed, Lease
-from .display import Displayed, Table, table
 from .errors import Conflict, MlrayError, Refused, RegistryError
 from .lease import acting, give_back, holder_here, holder_of, take
 from .policy import reasons
 from .registry import Registry, Version, bundle_of, generation, promote, version
 from .rollout import Decision, Hold, Mean, Promote, RollBack, decision_from
-from .rollout_run import Standing, apart_of, begin, done, next_step
+from .rollout_run import Progress, Standing, apart_of, begin, done, gauges, next_step
 from .settings import Settings
 from .spec import RunSpec
 from .standing import candidate_for
@@ -203,7 +201,26 @@ def _told(seen: Looked) -> Told | None:
     return Told(hashlib.sha256(f"{about}|rollout|{old.fence}|{did}".encode()).hexdigest()[:16], about, "rollout", did != "promoted", f"{did}, at {old.share:.4g} of the requests: {seen.why}", whom, moment(old.since), moment(seen.at),
                 f"answers of {about} as canary: `mlray journal rows {about} --since {moment(old.since)[:16]}`", may)
 
+# %% ../nbs/38l_rollout_step.ipynb #7c8c2585
+def _one(registry: Registry, settings: Settings, name: str, lease: Lease, spec_of: Callable[[Standing], RunSpec], source: Source) -> Looked:
+    "Look at one rollout, and do what follows."
+    before, now, decision = standing_of(registry, name), registry._now().timestamp(), None
+    if before is None or before.over: raise Conflict(f"The rollout of {name} is over.")
+    with acting(registry, lease):
+        if gone := _gone(registry, before):
+            over, why, share = gone
+            after = _write(registry, before, replace(before, over=over, since=int(now), fence=before.fence + 1), over, why, False, share=share)
+        else:
+            spec = spec_of(before)
+            decision = next_step(before, spec, *source(before, spec, now))
+            after, against = carry_out(registry, spec, before, decision)
+            why = against or decision.why
+    seen = Looked(before, after, decision, now, why)
+    if told := _told(seen): tell_one(settings, told, now)
+    _leave(settings, registry, seen)
+    return seen
 
+# %% ../nbs/38l_rollout_step.ipynb #f48bec9b
 class Controller:
     "Looks after every rollout of a registry."
 
@@ -235,25 +252,9 @@ class Controller:
             lease = take(self.registry, lease_of(name), self.holder, max(self.lease_s, 3 * every), "rollout:step", name)
             if lease is None: continue
             self.leases[name], self.due[name] = lease, now + every
-            try: found.append(self._one(name, lease))
+            try: found.append(_one(self.registry, self.settings, name, lease, self.spec, self.source))
             except Conflict: self.due[name] = now # somebody acted meanwhile: look again
         return found
-
-    def _one(self, name: str, lease: Lease) -> Looked:
-        before, now, decision = standing_of(self.registry, name), self.registry._now().timestamp(), None
-        if before is None or before.over: raise Conflict(f"The rollout of {name} is over.")
-        with acting(self.registry, lease):
-            if gone := _gone(self.registry, before):
-                over, why, share = gone
-                after = _write(self.registry, before, replace(before, over=over, since=int(now), fence=before.fence + 1), over, why, False, share=share)
-            else:
-                decision = next_step(before, self.spec(before), *self.source(before, self.spec(before), now))
-                after, against = carry_out(self.registry, self.spec(before), before, decision)
-                why = against or decision.why
-        seen = Looked(before, after, decision, now, why)
-        if told := _told(seen): tell_one(self.settings, told, now)
-        _leave(self.settings, self.registry, seen)
-        return seen
 
     def run(
         self,
@@ -277,44 +278,6 @@ class Controller:
         self.leases.clear()
 
 # %% ../nbs/38l_rollout_step.ipynb #02480e15
-@dataclass(frozen=True)
-class Progress(Displayed):
-    "How a rollout goes."
-    standing: Standing
-    steps: tuple[tuple[str, str, float, str, str], ...] # when, what was done, share from then on, by whom, why
-    holder: str                     # who looks after it; empty: nobody
-    decision: Decision | None       # as it was last looked at; None: nobody has
-    looked: str                     # when (ISO 8601)
-
-    def table(self) -> Table:
-        "One line a step."
-        s = self.standing
-        now = s.over or ("in shadow" if not s.share else f"{s.share:.4g} of the requests")
-        return table(["at", "what", "share", "by", "why"], [(at[:19], did, share, by, why) for at, did, share, by, why in self.steps], f"{s.name}/{s.canary} against {s.name}/{s.champion}: {now}" + ("" if s.over or self.holder else "; nobody looks after it (`mlray rollout run`)"))
-
-    def tables(self) -> tuple[Table, ...]: return (self.table(), *([self.decision.table()] if self.decision is not None and self.decision.findings else []))
-
-    def chart(self) -> Chart:
-        "Shares over time."
-        at = [datetime.fromisoformat(s[0]).timestamp() for s in self.steps]
-        shares = [s[2] for s in self.steps]
-        line = [p for i, (t, v) in enumerate(zip(at, shares, strict=True)) for p in ([((t - at[0]) / 60, shares[i - 1])] * bool(i) + [((t - at[0]) / 60, v)])]
-        return line_chart({f"{self.standing.name}/{self.standing.canary}": line}, "share of the requests", "minutes", "")
-
-    def _repr_html_(self) -> str: return (self.chart().svg if len(self.steps) > 1 else "") + super()._repr_html_()
-
-    def as_dict(self) -> dict[str, Any]:
-        "JSON values."
-        steps = [dict(zip(("at", "did", "share", "by", "why"), s, strict=True)) for s in self.steps]
-        return {**asdict(self.standing), "steps": steps, "holder": self.holder, "looked": self.looked, "decision": _finite(self.decision.as_dict()) if self.decision is not None else None}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping): return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple): return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
-
-
 def progress(
     registry: Registry,
     settings: Settings,
@@ -332,19 +295,6 @@ def progress(
     return Progress(standing, steps, lease.holder if lease else "", decision_from(last["decision"]) if mine else None, last.get("at", "") if mine else "")
 
 # %% ../nbs/38l_rollout_step.ipynb #cf787556
-def gauges(shown: Progress) -> str:
-    "The same for Prometheus, in its text format."
-    s = shown.standing
-    about = f'model="{s.name}",canary="{s.canary}",champion="{s.champion}"'
-    lines = ["# HELP mlray_rollout_share_ratio Share of the requests that the canary gets.", "# TYPE mlray_rollout_share_ratio gauge", f"mlray_rollout_share_ratio{{{about}}} {s.share if not s.over else 0:g}",
-             "# HELP mlray_rollout_running 1 while a rollout is not over.", "# TYPE mlray_rollout_running gauge", f"mlray_rollout_running{{{about}}} {int(not s.over)}",
-             "# HELP mlray_rollout_step_timestamp_seconds When this step began.", "# TYPE mlray_rollout_step_timestamp_seconds gauge", f"mlray_rollout_step_timestamp_seconds{{{about}}} {s.since}"]
-    found = shown.decision.findings if shown.decision is not None else ()
-    if found: lines += ["# HELP mlray_rollout_worse_by How much worse than the champion the canary is, at least and at most.", "# TYPE mlray_rollout_worse_by gauge"]
-    for f in found: lines += [f'mlray_rollout_worse_by{{{about},measure="{f.metric}",end="{end}"}} {v:.10g}' for end, v in (("least", f.low), ("most", f.high), ("tolerated", f.margin))]
-    return "\n".join([*lines, ""])
-
-
 def _leave(settings: Settings, registry: Registry, seen: Looked) -> None:
     "What was seen last, in files that are whole at any moment."
     name, folder = seen.before.name, settings.home / "rollouts"

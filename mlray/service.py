@@ -110,6 +110,7 @@ def alone(name: str, served: Served) -> Line:
     return Line(Traffic(name, served.version), {served.version: served})
 
 # %% ../nbs/39h_service.ipynb #b356fef6
+_STATUS = {"nonfinite_prediction": NO_NUMBER, "too_late": 504, "no_answer": 500} # of a version that failed, in the journal
 _JSON = ("", "application/json", "application/x-www-form-urlencoded", "application/octet-stream", "text/plain")
 _READERS: dict[str, Callable[[Served, Asked], Rows]] = {
     "predict": lambda s, a: rows_of_stream(s, a.body) if a.kind == ARROW else rows_of_json(s, a.body),
@@ -199,9 +200,6 @@ def _chosen(asked: Asked, caller: Caller, line: Line, rows: Rows) -> Choice:
     return choose(line.traffic, asked.routing or rows.subject or asked.request_id, wanted or None)
 
 # %% ../nbs/39h_service.ipynb #3b5e57b7
-_STATUS = {"nonfinite_prediction": NO_NUMBER, "too_late": 504, "no_answer": 500}
-
-
 async def _scored(service: Service, asked: Asked, line: Line, choice: Choice, known: tuple[Served, Rows], read: Callable[[Served], Rows], start: float) -> tuple[Served, np.ndarray, str, Rows]:
     "The first who can answer: the one chosen, others, rules."
     first, rows = known

@@ -188,11 +188,6 @@ def _labelled(bundle: Bundle, by: pl.DataFrame, rows: pl.DataFrame, said: pl.Dat
     return None, {**numbers, "bias": sum_of(error), "mean_absolute_error": sum_of(np.abs(error)), "mean_squared_error": sum_of(error**2)}
 
 # %% ../nbs/36c_windows.ipynb #47ccc8a2
-def _scoring(first: pl.DataFrame) -> tuple[int, ...]:
-    known = first.filter(pl.col("scoring") > 0)["scoring"].to_numpy() if "scoring" in first.columns else ()
-    return latencies(known) if len(known) else ()
-
-
 def count_window(
     bundle: Bundle,
     rows: pl.DataFrame,     # journaled rows of one version and arm, each answer once
@@ -202,12 +197,13 @@ def count_window(
 ) -> Window:
     "Count rows, once."
     reference = seen_through(bundle.contract, bundle.profile) if reference is None else reference
+    spent = rows.filter((pl.col("row").fill_null(0) == 0) & (pl.col("scoring") > 0))["scoring"].to_numpy() if "scoring" in rows.columns else ()
     first, answered = rows.filter(pl.col("row").fill_null(0) == 0), rows.filter(pl.col("row").is_not_null())
     live = live_rows(bundle.contract, answered)
     by = live_groups(bundle.contract, live)
     labelled, numbers = _labelled(bundle, by, answered, said)
     return replace(about, requests=first.height, errors=int((first["status"] >= 500).sum()), refused=int(first["status"].is_between(400, 499).sum()), lost=int(first["lost"].sum()), invalid=int((first["status"] == NO_NUMBER).sum()), rows=answered.height,
-                   latency=latencies(first["seconds"].to_numpy()), scoring=_scoring(first), profile=_features(bundle.contract, reference, live), answers=_answers(bundle.task, answered), answered=_counts(bundle.task, by, answered) if answered.height else None,
+                   latency=latencies(first["seconds"].to_numpy()), scoring=latencies(spent) if len(spent) else (), profile=_features(bundle.contract, reference, live), answers=_answers(bundle.task, answered), answered=_counts(bundle.task, by, answered) if answered.height else None,
                    labelled=labelled, numbers=numbers)
 
 # %% ../nbs/36c_windows.ipynb #0825ad21
@@ -286,8 +282,7 @@ def count_new(
     for folder in (kept.journal, kept.journal / "feedback"): put_away(folder, workers)
     mark, reference = kept.mark(), seen_through(bundle.contract, bundle.profile)
     files = sorted(str(p.relative_to(kept.journal)) for p in (kept.journal / "feedback").glob("rows/*/*.parquet"))
-    said = journaled(kept.journal / "feedback").collect()
-    over = int((now - _GRACE) // seconds * seconds)
+    said, over = journaled(kept.journal / "feedback").collect(), int((now - _GRACE) // seconds * seconds)
     _count_feedback_again(kept, bundle, [f for f in files if f not in set(mark["feedback"])], said, mark["until"], seconds, since)
     current = []
     for begin, until in _journal_days(kept.journal, max(mark["until"], since // seconds * seconds), now + 1):

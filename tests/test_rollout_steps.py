@@ -36,12 +36,11 @@ from mlray.registry import (
     version as named,
 )
 from mlray.rollout import latencies
-from mlray.rollout_run import Standing
+from mlray.rollout_run import Standing, gauges
 from mlray.rollout_step import (
     Controller,
     carry_out,
     from_journal,
-    gauges,
     lease_of,
     progress,
     running,
