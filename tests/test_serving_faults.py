@@ -69,13 +69,23 @@ class Stack:
 
     def answering(self, load: Load, seconds: float = 60) -> None:
         "Wait until a hundred requests in a row were answered."
-        end, since = time.monotonic() + seconds, Counter()
+        end, since = time.monotonic() + seconds, None
         while time.monotonic() < end:
             with load.lock: now = Counter(load.said)
+            since = now if since is None else since
             if now["200"] - since["200"] >= 100 and sum(now.values()) - now["200"] == sum(since.values()) - since["200"]: return
             if sum(now.values()) - now["200"] != sum(since.values()) - since["200"]: since = now
             time.sleep(0.1)
         raise AssertionError(f"the service did not come back within {seconds:g} s: {dict(now)}")
+
+
+    def follows(self, version: Version, seconds: float = 60) -> None:
+        "Wait until both replicas answer with a version: twenty answers in a row are by it."
+        end, number, row = time.monotonic() + seconds, str(version).partition("/")[2], 0
+        while row < 20:
+            assert time.monotonic() < end, f"{version} does not answer within {seconds:g} s"
+            said = httpx.post(f"{self.settings.url}/v1/models/near:predict", json={"instances": [self.rows["near"]]}, headers={"authorization": f"Bearer {self.key}"}, timeout=30)
+            row = row + 1 if said.status_code == 200 and said.json()["version"] == number else 0
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +124,7 @@ def test_versions_change_and_nobody_is_lost(stack):
         load.taken()
         for i in range(3 * TIMES):
             promote(stack.registry, stack.versions[(i + 1) % 2])
+            stack.follows(stack.versions[(i + 1) % 2])
             stack.answering(load)
         said = load.taken()
     print(f"\n{3 * TIMES} rolling updates, {CLIENTS} clients: {dict(said)}")
@@ -132,11 +143,9 @@ def test_updates_that_fail_change_nothing(stack):
             stack.answering(load)
         said = load.taken()
         promote(stack.registry, stack.versions[1])
-        end, number = time.monotonic() + 30, str(stack.versions[1]).partition("/")[2]
-        with httpx.Client(headers={"authorization": f"Bearer {stack.key}"}) as client: # and those that can be used, are
-            while (now := client.post(f"{stack.settings.url}/v1/models/near:predict", json={"instances": [stack.rows["near"]]}).json()["version"]) != number and time.monotonic() < end: time.sleep(0.1)
-    print(f"\n{TIMES} updates that cannot be loaded: {dict(said)}")
-    assert set(said) == {"200"} and now == number
+        stack.follows(stack.versions[1]) # and those that can be used, are
+    print(f"\n{TIMES} updates that cannot be loaded, {CLIENTS} clients: {dict(said)}")
+    assert set(said) == {"200"}
 
 
 @pytest.mark.parametrize(("word", "lost"), [("Predictor", 0.0), ("Gateway", 0.0), ("ServeController", 0.0), ("haproxy", 0.2)])
