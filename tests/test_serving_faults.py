@@ -148,7 +148,7 @@ def test_updates_that_fail_change_nothing(stack):
     assert set(said) == {"200"}
 
 
-@pytest.mark.parametrize(("word", "lost"), [("Predictor", 0.0), ("Gateway", 0.0), ("ServeController", 0.0), ("haproxy", 0.2)])
+@pytest.mark.parametrize(("word", "lost"), [("Predictor", 0.0), ("ServeController", 0.0), ("Gateway", 0.005), ("haproxy", 1.0)]) # the share of requests: HAProxy has no second one before it, so all are lost until Ray has started another
 def test_what_serves_is_killed(stack, word, lost):
     told = Counter()
     with Load(stack.settings.url, stack.key, stack.rows) as load:
@@ -167,4 +167,4 @@ def test_what_serves_is_killed(stack, word, lost):
         said = load.taken()
     failed = sum(n for s, n in said.items() if s != "200")
     print(f"\n{TIMES} × SIGKILL {word}, {CLIENTS} clients: {dict(said)}; {failed} of {sum(said.values())} lost; a hundred answers in a row again after {told['seconds'] / TIMES:.1f} s on average")
-    assert failed <= lost * sum(said.values())
+    assert failed <= lost * sum(said.values()) and told["seconds"] / TIMES < 60
