@@ -38,6 +38,8 @@ Modules:
 - `mlray.decision`: From a score to a decision: calibration, threshold and fairness, as intent
 - `mlray.declared`: Rows to numbers without having seen a row: encoders that follow from the contract alone
 - `mlray.deed`: What somebody who may do it does once, or is refused
+- `mlray.delivery`: How soon, how often, how safely, and for how much: releases in one table
+- `mlray.delivery_cli`: How models are delivered: one command, one table a model
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.doctor`: What is wrong with this machine or cluster, and how to mend it
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
@@ -82,6 +84,7 @@ Modules:
 - `mlray.lab`: `%load_ext mlray`: commands where the models are looked at
 - `mlray.launcher`: What is wrong with a file for `ray up`
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
+- `mlray.lease`: Of several controllers one acts, and one that was overtaken is refused
 - `mlray.ledger`: Whether what is known is what was done
 - `mlray.lineage`: What a version came from
 - `mlray.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
@@ -132,8 +135,10 @@ Modules:
 - `mlray.request`: One row as it comes in a request, held to the same rules
 - `mlray.robust`: How fragile: which answers flip when rows are slightly wrong, for whom, and what the contract catches first
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
+- `mlray.rollout_cli`: The commands of a rollout: look after it, look at it, end it
 - `mlray.rollout_policy`: How a new version takes over, as intent
 - `mlray.rollout_run`: From windows to a decision about a canary
+- `mlray.rollout_step`: A rollout goes on by itself: look, decide, act, and say why
 - `mlray.routes`: One table of everything that can be asked
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
 - `mlray.run`: The story of one run, from rows to a registered version with its verdict
@@ -165,6 +170,7 @@ Modules:
 - `mlray.store`: Bytes under their digest, on the disk when it says so
 - `mlray.stream_on_ray`: A table larger than memory, brought by Ray Data to where workers read it
 - `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all
+- `mlray.sunset`: The end of a version, said to those who use it
 - `mlray.survey`: All rows of a source held against the contract, piece by piece: more than fit into memory
 - `mlray.table`: Rows: named by a fingerprint, and divided the same way every time
 - `mlray.task`: What is to be predicted: one of two, one of several, any of several, a number, or quantiles of a number
@@ -181,6 +187,7 @@ Modules:
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
 - `mlray.vouching`: What the commands `sign`, `verify` and `signer` do
 - `mlray.warm_kernels`: Kernels that have their imports behind them: one process loads the libraries once, and each gate's kernel is a copy of it
+- `mlray.watch_on_ray`: A rollout's controller beside the service, which Ray starts again when it dies
 - `mlray.watching`: What `mlray monitor` and `mlray journal` do
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
 - `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances

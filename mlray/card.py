@@ -263,6 +263,18 @@ def _approvals(found: Dossier) -> Section:
                    missing=() if lines else ("an approval: the audit has none of this version that holds",))
 
 
+def _end(found: Dossier) -> tuple[Section, ...]:
+    "The closing entry of a version whose end was announced, or has come."
+    v, told = found.version, found.happened("deprecate", "retire")
+    if not told: return ()
+    said = [f"{'Deprecated' if e.action == 'deprecate' else 'Retired'} on {e.created[:10]} by {e.actor}: {e.details['why']}" for e in told]
+    until = f"It may be asked for by its own route until {v.sunset}; from then on that says 410." if v.sunset and not v.retired else f"Since {v.retired[:10]} its own route says 410, and nothing can be promoted to it again." if v.retired else ""
+    last = told[-1].details
+    kept = "Its bytes, its evidence and the audit stay. " + ("Its journaled rows were erased, as the policy says; what windows have counted stays." if last.get("rows") == "erase" else "Its journaled rows are kept for as long as the journal's policy says.") if v.retired else ""
+    lines = [(alias, since[:19], until_[:19] or "now") for alias, since, until_ in last.get("served", ())]
+    return (Section("Its end", tuple(filter(None, (*said, until, f"Use {v.successor} instead." if v.successor else "", kept))), (table(["alias", "from", "to"], lines, "Where it was"),) if lines else (), missing=() if v.successor else ("a successor: whoever used it is told of none",)),)
+
+
 def _evidence(found: Dossier) -> Section:
     lines = [(g, e.verdict.passed, e.created[:19], e.page) for g, e in found.proved.items()]
     return Section("Evidence", (f"The audit has {len(found.happened())} rows about this version; `mlray audit verify` checks its chain. Executed notebooks lie in the store under their digests.",),
@@ -284,5 +296,5 @@ def model_card(found: Dossier) -> Paper:
     explained, unexplained = by_gate(found, "explanation", "no gate has looked at explanations")
     shaken, unshaken = by_gate(found, "robustness", "nobody has looked at how fragile its answers are")
     why = Section("Why it answers so", (f"`mlray explain {found.version} ROW` says why it answers a row as it does, from the bundle alone.",), explained, missing=unexplained)
-    sections = (_what(found), _use(found), _rows(found), _quality(found), _fairness(found), why, Section("How fragile", (), shaken, missing=unshaken), _limits(found), _approvals(found), _evidence(found))
+    sections = (_what(found), _use(found), _rows(found), _quality(found), _fairness(found), why, Section("How fragile", (), shaken, missing=unshaken), _limits(found), _approvals(found), _evidence(found), *_end(found))
     return Paper("card", f"Model card: {found.version}", str(found.version), found.version.digest, found.row, sections, _front(found))

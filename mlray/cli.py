@@ -37,10 +37,12 @@ from mlray.commands import (
     until_stopped,
     versions_to_serve,
 )
+from .delivery_cli import delivery_app
 from .errors import MlrayError, ServingError, suggest
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 from .release_cli import release_app
+from .rollout_cli import rollout_app
 from .serve_cli import serve_app
 
 if TYPE_CHECKING:
@@ -65,10 +67,12 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 
 app.add_typer(release_app)
 app.add_typer(serve_app)
+app.add_typer(delivery_app)
 app.add_typer(proof_app)
 app.add_typer(papers_app)
 app.add_typer(audit_app, name="audit")
 app.add_typer(cluster_app, name="cluster")
+app.add_typer(rollout_app, name="rollout")
 Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, such as configs/adult.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Changes to the spec, such as train.epochs=5.")]
 Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="HTTP port (default: that of the settings).")]
@@ -172,7 +176,10 @@ def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Mo
         deploy_versions(references, settings)
         typer.echo(f"{', '.join(map(str, found))} at {settings.url} (Ctrl-C stops)")
         until_stopped()
-        if settings.ray != "local": undeploy()
+        if settings.ray != "local":
+            from mlray.watch_on_ray import unwatch_rollouts
+            undeploy()
+            unwatch_rollouts(settings)
 
 
 @app.command()

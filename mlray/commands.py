@@ -245,6 +245,9 @@ def deploy_versions(references: Sequence[str], settings: "Settings") -> None:
     "Put models up, inside a cluster; returns when they answer."
     from mlray.serve_on_ray import deploy
     deploy(plan_for(references, settings), references, settings)
+    if settings.journal: # without one there is nothing to decide by
+        from mlray.watch_on_ray import watch_rollouts
+        watch_rollouts(settings)
 
 
 def until_stopped() -> None:

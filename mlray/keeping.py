@@ -229,11 +229,12 @@ class Recorder:
         arm: str = "production",
         caller: str = "",
         subject: str = "",                      # whom it was about, as the caller names them; a pseudonym is written
+        scoring: float = 0.0,                   # seconds of the processor that the model took
     ) -> None:
         "Write one entry. Raises `JournalFull`."
         if bundle.digest not in self.plans: self.plans[bundle.digest] = plan(bundle.contract, bundle.profile, self.keys)
         self.journal.write(Entry(request_id, time.time_ns(), bundle.name, version, bundle.digest, status, seconds, len(said), kept(self.plans[bundle.digest], columns) if columns else {}, answer_columns(said), arm, caller,
-                                 pseudonym(self.keys, "subject", subject) if subject else ""))
+                                 pseudonym(self.keys, "subject", subject) if subject else "", scoring=scoring))
 
 
 def open_recorder(

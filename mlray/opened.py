@@ -20,7 +20,7 @@ from typing import Any
 from .access import Caller, Key, recognise
 from .attestation import Attestor
 from .database import KEYS, Connection, Database
-from .deed import Ask, Deed, act
+from .deed import Ask, Deed, Lease, act
 from .errors import RegistryError, suggest
 from .oidc import issuer_of
 from .policy import Policy, windows
@@ -50,6 +50,7 @@ class Registry:
         bytes_url: str = "",                        # where the bytes are kept, such as s3://bucket/folder; empty: in the folder
     ):
         self._now, self.policy, self.mirrors = now, policy, mirrors
+        self.lease: Lease | None = None # by which whoever acts by itself acts; see `mlray.lease`
         self.store = open_store(Path(store), bytes_url, hashlib.sha256(url.rpartition("@")[2].encode()).hexdigest()[:16])
         self.attestor = Attestor(self.store, Path(signers or Path(store).parent / "signers"))
         self.caller = caller or Caller(actor or user_here())
@@ -63,7 +64,7 @@ class Registry:
 
     def act(self, ask: Ask, do: Callable[[Deed], Mapping[str, Any]] = lambda deed: {}) -> Mapping[str, Any]:
         "Make a change as `mlray.deed` does; without `do` only ask whether it is allowed."
-        return act(self.database, self.caller, self._now(), ask, do, self.mirrors)
+        return act(self.database, self.caller, self._now(), ask, do, self.mirrors, self.lease)
 
     def _log(self, connection: Connection, action: str, about: str, **details: Any) -> None:
         self.database.log(connection, self._now().isoformat(), self.actor, action, about, details)

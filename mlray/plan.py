@@ -12,7 +12,7 @@ __all__ = ['share_of', 'set_share', 'Model', 'Plan', 'plan_of', 'loaded', 'Watch
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .access import Key
 from .bundle import load_bundle
@@ -23,16 +23,17 @@ from .registry import Registry, keys, version
 from .served import Served
 from .service import Line
 from .traffic import Traffic
+from .wire import Ending
 
 # %% ../nbs/39i_plan.ipynb #6ac21f27
-def _share(c: Connection, name: str) -> float:
+def _canary(c: Connection, name: str) -> tuple[float, bool]: # its share, and whether it listens along to what it does not answer
     row = c.execute(EVENTS.select().where(EVENTS.c.action == "traffic", EVENTS.c.object == name).order_by(EVENTS.c.seq.desc()).limit(1)).first()
-    return float(row.details["canary"]) if row else 0.0
+    return (float(row.details["canary"]), bool(row.details.get("listens"))) if row else (0.0, False)
 
 
 def share_of(registry: Registry, name: str) -> float:
     "The share of a model's canary."
-    with registry.database.change() as c: return _share(c, name)
+    with registry.database.change() as c: return _canary(c, name)[0]
 
 
 def set_share(
@@ -66,6 +67,7 @@ class Plan:
     models: tuple[Model, ...]       # the versions that any of these name
     keys: tuple[Key, ...]
     seq: int = 0                    # number of the registry's last act
+    endings: Mapping[tuple[str, str], Ending] = field(default_factory=dict) # of model and version: those whose end was announced, or has come
 
 
 def _traffic(c: Connection, reference: str) -> Traffic:
@@ -78,7 +80,8 @@ def _traffic(c: Connection, reference: str) -> Traffic:
     past = {r.generation: r for r in c.execute(MOVES.select().where(MOVES.c.name == name, MOVES.c.alias == "production"))}
     before = past.get(past[max(past)].under) if past else None
     previous = str(before.number) if before and str(before.number) not in retired | {at["production"]} else None
-    return Traffic(name, at["production"], at.get("canary"), _share(c, name) if "canary" in at else 0.0, at.get("shadow"), previous)
+    share, listens = _canary(c, name) if "canary" in at else (0.0, False)
+    return Traffic(name, at["production"], at.get("canary"), share, at["canary"] if listens else at.get("shadow"), previous)
 
 
 def plan_of(
@@ -91,9 +94,11 @@ def plan_of(
     with registry.database.change() as c:
         seq = c.execute(EVENTS.select().with_only_columns(EVENTS.c.seq).order_by(EVENTS.c.seq.desc()).limit(1)).scalar() or 0
         traffic = tuple(_traffic(c, r) for r in references)
-        digests = {(r.name, str(r.number)): r.digest for r in c.execute(VERSIONS.select())}
+        every = c.execute(VERSIONS.select()).all()
+    digests, served = {(r.name, str(r.number)): r.digest for r in every}, {t.model for t in traffic}
+    endings = {(r.name, str(r.number)): Ending(r.deprecated, r.sunset, r.successor, r.retired) for r in every if r.name in served and (r.deprecated or r.retired)}
     models = tuple(Model(t.model, v, str(registry.store.path(digests[t.model, v]).resolve()), digests[t.model, v]) for t in traffic for v in t.versions)
-    return Plan(traffic, models, known, seq)
+    return Plan(traffic, models, known, seq, endings)
 
 # %% ../nbs/39i_plan.ipynb #5f99ba72
 def loaded(
@@ -137,6 +142,7 @@ class Watcher(threading.Thread):
                 self.look(registry)
                 last, self.failed = time.monotonic(), ""
             except MlrayError as error: registry, self.failed = None, str(error)
+            except Exception as error: self.failed = f"{type(error).__name__}: {error}" # a version that cannot even warm up: what answers goes on, and the next plan is used
             self.heard(time.monotonic() - last)
 
     def look(self, registry: Registry) -> None:

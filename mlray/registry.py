@@ -254,6 +254,7 @@ def retire(
     why: str,                       # one sentence, for the audit
     successor: str | None = None,   # what to use instead
     anyway: bool = False,           # although it was promised for longer, or other versions began with it
+    rows: str = "keep",             # what becomes of its journaled rows: keep, erase
     once: str | None = None,        # a key with which it is done once, however often it is asked for
 ) -> Version:
     "Take a version out of use for good; its bytes and its evidence stay. Raises `Refused` while an alias points at it."
@@ -267,7 +268,7 @@ def retire(
         held = held_by(c, found.name, found.number, when[:10])
         if held and not anyway: raise Refused(f"{held}. Retire it with --anyway if that is what you want; the audit will say so.")
         c.execute(VERSIONS.update().where(*mine).values(retired=when, **({"successor": successor} if successor else {})))
-        deed.log("retire", str(found), why=why, successor=successor, served=served(c, found.name, found.number), **({"anyway": held} if held else {}))
+        deed.log("retire", str(found), why=why, successor=successor, served=served(c, found.name, found.number), **({"rows": rows} if rows != "keep" else {}), **({"anyway": held} if held else {}))
         return {}
 
     registry.act(Ask("model:retire", str(found), found.name, {"retire": why, "successor": successor}, once), do)

@@ -7,8 +7,8 @@ What the commands do is told by the rooms below; here words come in and faces go
 
 # %% auto #0
 __all__ = ['Env', 'Json', 'Reference', 'Once', 'Why', 'Successor', 'release_app', 'key_app', 'registry_app', 'shown', 'approve',
-           'promote', 'rollback', 'deprecate', 'retire', 'until', 'key_create', 'key_list', 'key_revoke', 'mirrors_of',
-           'registry_mirror', 'registry_export']
+           'promote', 'begin_rollout', 'rollback', 'deprecate', 'retire', 'until', 'key_create', 'key_list',
+           'key_revoke', 'mirrors_of', 'registry_mirror', 'registry_export']
 
 # %% ../nbs/58b_release_cli.ipynb #c67ec4ee
 import json
@@ -24,6 +24,8 @@ from .errors import RegistryError, suggest
 
 if TYPE_CHECKING:
     from mlray.outbox import Mirror
+    from mlray.registry import Registry, Version
+    from mlray.rollout_run import Standing
     from mlray.settings import Settings
 
 # %% ../nbs/58b_release_cli.ipynb #4510dc8e
@@ -59,13 +61,23 @@ def approve(version: Reference, alias: Annotated[str, typer.Option("--for", help
 
 @release_app.command()
 def promote(version: Reference, alias: Annotated[str, typer.Argument(help="What to point at it.")] = "production",
-            override: Annotated[str | None, typer.Option("--override-freeze", metavar="WHY", help="Although nothing is let out now; the policy says who may.")] = None, once: Once = None, env: Env = None, as_json: Json = False) -> None:
-    "Point an alias at a version, if gates, approvals and the calendar allow it."
+            override: Annotated[str | None, typer.Option("--override-freeze", metavar="WHY", help="Although nothing is let out now; the policy says who may.")] = None,
+            by_hand: Annotated[bool, typer.Option("--by-hand", help="canary: start no rollout; `mlray traffic` sets its share.")] = False, once: Once = None, env: Env = None, as_json: Json = False) -> None:
+    "Point an alias at a version, if gates, approvals and the calendar allow it; `canary` starts its rollout."
     from mlray.registry import generation, promote as move
     settings = settings_of(env)
     registry, found = find_version(version, settings)
     new = move(registry, found, alias, settings.gates, generation(registry, found.name, alias), override, once)
-    shown(as_json, {"version": str(found), "alias": alias, "generation": new}, f"{found.name}@{alias} is {found} (generation {new})")
+    begun = None if alias != "canary" or by_hand else begin_rollout(registry, found, once)
+    told = [] if begun is None else [f"its rollout begins: {'in shadow' if not begun.share else f'{begun.share:.4g} of the requests'}; `mlray rollout status {found.name}` shows it" + ("" if settings.journal else ". Nothing is journaled in this environment (`journal = on`), so that nothing will be decided")]
+    shown(as_json, {"version": str(found), "alias": alias, "generation": new, **({"rollout": {"share": begun.share, "champion": f"{begun.name}/{begun.champion}"}} if begun else {})}, f"{found.name}@{alias} is {found} (generation {new})", *told)
+
+
+def begin_rollout(registry: "Registry", found: "Version", once: str | None = None) -> "Standing | None":
+    "The rollout of a canary; None where no version is in production yet that it could be compared with."
+    from mlray.registry import bundle_of, generation
+    from mlray.rollout_step import start
+    return start(registry, found, bundle_of(registry, found).spec, f"{once} rollout"[:128] if once else None) if generation(registry, found.name) else None
 
 # %% ../nbs/58b_release_cli.ipynb #6cbac6e4
 @release_app.command()
@@ -89,15 +101,23 @@ def deprecate(version: Reference, why: Why, sunset: Annotated[str, typer.Option(
 
 
 @release_app.command()
-def retire(version: Reference, why: Why, successor: Successor = None, anyway: Annotated[bool, typer.Option("--anyway", help="Although it was promised for longer, or other versions began with it.")] = False,
+def retire(version: Reference, why: Annotated[str | None, typer.Option("--why", help="One sentence, for the audit.")] = None, successor: Successor = None,
+           who: Annotated[bool, typer.Option("--who", help="Retire nothing; list who still asks it, by the journal.")] = False, days: Annotated[int, typer.Option("--days", min=1, help="With --who: so far back.")] = 30, anyway: Annotated[bool, typer.Option("--anyway", help="Although it was promised for longer, or other versions began with it.")] = False,
            once: Once = None, env: Env = None, as_json: Json = False) -> None:
-    "Take a version that no alias points at out of use for good."
-    from mlray.registry import retire as end
+    "Take a version that no alias points at out of use for good; its rows stay or go as `retired_rows` in the settings says."
+    from mlray.archive import drop_version
+    from mlray.registry import keys, retire as end
     settings = settings_of(env)
     registry, found = find_version(version, settings)
+    if who:
+        from mlray.sunset import callers_of
+        asking = callers_of(settings, str(found), keys(registry), days)
+        return shown(as_json, asking.as_dict(), asking)
+    if why is None: raise RegistryError(f"Why is {found} retired? Say it for the audit: --why 'one sentence'. (`--who` lists who still asks it.)")
     instead = str(find_version(successor, settings)[1]) if successor else None
-    done = end(registry, found, why, instead, anyway, once)
-    shown(as_json, {"version": str(done), "retired": done.retired, "successor": instead}, f"{done} is retired" + (f"; use {instead}" if instead else ""))
+    done = end(registry, found, why, instead, anyway, settings.retired_rows, once)
+    gone = drop_version(settings.home / "journal", found.name, str(found.number)) if settings.retired_rows == "erase" else 0
+    shown(as_json, {"version": str(done), "retired": done.retired, "successor": instead, "rows": settings.retired_rows, "erased": gone}, f"{done} is retired" + (f"; use {instead}" if instead else "") + (f"; {gone} journaled rows are erased" if settings.retired_rows == "erase" else ""))
 
 # %% ../nbs/58b_release_cli.ipynb #7d33925d
 key_app = typer.Typer(no_args_is_help=True, help="API keys: create, list, revoke.", rich_markup_mode=None)

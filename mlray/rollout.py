@@ -70,12 +70,18 @@ class Arm:
     means: Mapping[str, Mean] = field(default_factory=dict)     # `error_rate`, `invalid_rate`, `accuracy`, …
     latency: tuple[int, ...] = ()                               # counts on `EDGES`
     counts: Counts | None = None                                # labelled rows by group, label and decision
+    decided: Counts | None = None                               # all rows by group and decision, whose label nobody knows yet; None: promises about decisions wait for labels too
 
     def __add__(self, other: "Arm") -> "Arm":
         means = {k: self.means.get(k, Mean()) + other.means.get(k, Mean()) for k in dict.fromkeys([*self.means, *other.means])}
         latency = tuple(a + b for a, b in zip(self.latency, other.latency, strict=True)) if self.latency and other.latency else self.latency or other.latency
         counts = self.counts + other.counts if self.counts and other.counts else self.counts or other.counts
-        return Arm(self.requests + other.requests, means, latency, counts)
+        decided = self.decided + other.decided if self.decided and other.decided else self.decided or other.decided
+        return Arm(self.requests + other.requests, means, latency, counts, decided)
+
+    def rows(self, metric: str) -> Counts | None:
+        "The rows that a promise about groups is held against."
+        return self.decided if self.decided is not None and metric.startswith(("demographic_parity", "selection_rate")) else self.counts
 
 
 @dataclass(frozen=True)
@@ -223,7 +229,7 @@ def _by_group(arms: Sequence[Counts | None]) -> tuple[list[tuple[str, ...]], np.
 
 def _each_group(rule: Rule, fair: Fair, evidence: Evidence, alpha: float) -> list[Finding]:
     "A promise about a rate in every group."
-    names, cells = _by_group([arm.counts.by(sorted(rule.by)) if arm.counts and set(rule.by) <= set(arm.counts.columns) else None for arm in (evidence.canary, evidence.champion)])
+    names, cells = _by_group([k.by(sorted(rule.by)) if k and set(rule.by) <= set(k.columns) else None for k in (evidence.canary.rows(rule.metric), evidence.champion.rows(rule.metric))])
     (hits, of), (hits_h, of_h) = (proportion(side, rule.metric) for side in cells)
     each = alpha / sum(b is not None for b in (rule.at_least, rule.at_most, rule.within)) / fair.groups
     low, high = interval(hits, of, each)
@@ -251,7 +257,7 @@ def _group(rule: Rule, fair: Fair, evidence: Evidence, alpha: float) -> list[Fin
     less, bound = less_is_better(rule.metric), rule.at_most if less_is_better(rule.metric) else rule.at_least
     if rule.metric not in _GAPS: raise SpecError(f"Rule {rule.measure}: no gap between groups has this name. {suggest(rule.metric, _GAPS)}")
     if (rule.at_least if less else rule.at_most) is not None: raise SpecError(f"Rule {rule.measure}: a difference is promised `at_most`, a ratio `at_least`; turn it round.")
-    counted = [arm.counts if arm.counts and set(rule.by) <= set(arm.counts.columns) else None for arm in (evidence.canary, evidence.champion)]
+    counted = [k if k and set(rule.by) <= set(k.columns) else None for k in (evidence.canary.rows(rule.metric), evidence.champion.rows(rule.metric))]
     c, h = (confusion(k.by(sorted(rule.by)), "rows") if k else np.zeros((0, 2, 2)) for k in counted)
     each = alpha if rule.within is None else alpha / 2
     (low, high), (low_h, high_h) = (_gap(rule.metric, cells, fair.groups, each) if len(cells) else (0.0, 1.0) for cells in (c, h))
@@ -276,19 +282,20 @@ def decide(
     policy: Rollout,                # from the spec
     rules: Sequence[Rule] = (),     # the gates' promises; those with `by` are kept up here
 ) -> Promote | Hold | RollBack:
-    "What to do with the canary now. Raises `SpecError` where the share is not a step, or a rule cannot be kept."
-    if evidence.share not in policy.steps: raise SpecError(f"{evidence.share:g} is not a step of this rollout. Steps: {', '.join(f'{s:g}' for s in policy.steps)}.")
-    at = policy.steps.index(evidence.share)
+    "What to do with the canary now; at a share of 0 it is in shadow. Raises `SpecError` where the share is not a step, or a rule cannot be kept."
+    steps = (0.0, *policy.steps) if policy.shadow else policy.steps
+    if evidence.share not in steps: raise SpecError(f"{evidence.share:g} is not a step of this rollout. Steps: {', '.join(f'{s:g}' for s in steps)}.")
+    at, checks, slower = steps.index(evidence.share), policy.checks if evidence.share else policy.shadow, policy.latency if evidence.share else None
     if evidence.share == 1: return Hold(1.0, "it has all requests; nothing is left to compare with", ())
     promises = [r for r in rules if r.by]
-    weights = sum(c.weight for c in policy.checks) + (policy.latency.weight if policy.latency else 0) + (policy.fairness.weight if promises else 0)
+    weights = sum(c.weight for c in checks) + (slower.weight if slower else 0) + (policy.fairness.weight if promises else 0)
     visits = evidence.visit * (evidence.visit + 1) if policy.rollback == "stepwise" else 1    # 1/2 + 1/6 + 1/12 + … = 1
-    alpha = policy.alpha / (len(policy.steps) - 1) / visits / max(weights, 1e-300)
-    findings = tuple([*(_mean(c, evidence, alpha * c.weight) for c in policy.checks), *([_latency(policy.latency, evidence, alpha * policy.latency.weight)] if policy.latency else []),
+    alpha = policy.alpha / (len(steps) - 1) / visits / max(weights, 1e-300)
+    findings = tuple([*(_mean(c, evidence, alpha * c.weight) for c in checks), *([_latency(slower, evidence, alpha * slower.weight)] if slower else []),
                       *(f for r in promises for f in _group(r, policy.fairness, evidence, alpha * policy.fairness.weight / len(promises)))])
-    before = policy.steps[at - 1] if policy.rollback == "stepwise" and at else 0.0
+    before = steps[at - 1] if policy.rollback == "stepwise" and at else 0.0
     if worse := [f for f in findings if f.verdict == "worse"]: return RollBack(before, _sentence(worse), findings)
     if not findings: return Hold(evidence.share, "the policy checks nothing", findings)
-    if not (unmet := [f for f in findings if not f.met]): return Promote(policy.steps[at + 1], "everything that was demanded is shown", findings)
+    if not (unmet := [f for f in findings if not f.met]): return Promote(steps[at + 1], "everything that was demanded is shown", findings)
     if policy.limit and evidence.canary.requests >= policy.limit: return RollBack(before, f"not shown within {policy.limit} requests: {', '.join(f.metric for f in unmet)}", findings)
     return Hold(evidence.share, _sentence(unmet) if evidence.canary.requests else "the canary has had no traffic yet", findings)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .column import Part
+from .column import Age, Part, age_of
 
 # %% ../nbs/00i_rollout_policy.ipynb #60c98ebd
 Demand = Literal["better", "within", "not worse"]  # shown to be better; shown to be within the margin; not shown to be outside
@@ -57,6 +57,8 @@ class Fair(Part):
 class Rollout(Part):
     "From the first request to all of them."
     steps: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.01, 0.05, 0.25, 1.0) # share of requests (Argo: setWeight)
+    shadow: tuple[Check, ...] = ()                       # what must hold before the first step, while it answers along and nobody hears it; none: there is no such time
+    every: Age = "1m"                                    # how often somebody looks, and how long the windows are that are counted; divides a day
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.05   # chance that a whole rollout ends on a wrong verdict, at most
     checks: tuple[Check, ...] = (Check(metric="error_rate", margin=0.01), Check(metric="invalid_rate", margin=0.01))
     latency: Slower | None = Slower()
@@ -68,6 +70,7 @@ class Rollout(Part):
     def _rises(self) -> Self:
         if list(self.steps) != sorted(set(self.steps)) or len(self.steps) < 2 or self.steps[-1] != 1:
             raise ValueError("steps must rise and end at 1.0, such as [0.01, 0.05, 0.25, 1.0]")
-        names = [c.metric for c in self.checks]
-        if len(set(names)) < len(names) or "latency" in names: raise ValueError("each metric is checked once, and latency has a section of its own")
+        for names in ([c.metric for c in self.checks], [c.metric for c in self.shadow]):
+            if len(set(names)) < len(names) or "latency" in names: raise ValueError("each metric is checked once, and latency has a section of its own")
+        if 86400 % (seconds := age_of(self.every).total_seconds()) or seconds < 1: raise ValueError("every must divide a day, such as 10s, 1m or 15m")
         return self

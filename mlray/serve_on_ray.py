@@ -42,6 +42,7 @@ from .served import Served
 from .service import Asked, Service, admitted, at_once, in_process
 from .settings import Settings
 from .shadow import Shadow
+from .sunset import told_by
 from .traffic import Rates
 from .wire import Arm, Refused, Reply, Rows
 
@@ -171,7 +172,7 @@ class Gateway:
         self.scoring.models = self.scoring.models | {m.digest: m for m in plan.models}
         warm = lambda model, served: None if model.name in self.scoring.handles else served.warm()
         lines = loaded(plan, self.service.models, warm) # type: ignore[arg-type]
-        service = replace(self.service, models=lines, keys=plan.keys)
+        service = replace(self.service, models=lines, keys=plan.keys, ending=told_by(plan.endings))
         openapi = json.dumps(describe(service)).encode()
         self.meters.tell(plan.traffic)
         if self.service.models: self.meters.of("changes").inc()

@@ -10,6 +10,7 @@ __all__ = ['fits', 'asked', 'Served', 'complaint', 'bounded', 'decoded', 'rows_o
            'scores_of_rules']
 
 # %% ../nbs/39a_served.ipynb #19162bf8
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,7 +102,9 @@ class Served:
 
     def scores(self, rows: Rows) -> np.ndarray | None:
         "What the graph says; None if something of it is no number."
+        begin = time.thread_time()
         scores = predict(self.bundle, rows.columns, rows.count)
+        rows.spent.seconds = time.thread_time() - begin
         return scores if np.isfinite(scores).all() else None
 
     def named(self, rows: Rows, scores: np.ndarray) -> Sequence[Any]:

@@ -71,6 +71,8 @@ class Settings(Releases):
     journal: bool = False                   # whether each answer is recorded before it is given
     journal_full: Literal["refuse", "answer-without"] = "refuse" # what becomes of an answer that cannot be recorded
     journal_sync_s: Annotated[float, Field(ge=0)] = 1.0 # what a loss of power may take; 0: nothing, and each answer waits for the disk
+    price_hour: Annotated[float, Field(ge=0)] | None = None # what a replica costs in an hour, in any currency; for `mlray delivery`
+    retired_rows: Literal["keep", "erase"] = "keep" # what becomes of the journaled rows of a version that is retired
     alert_webhook: str = ""                 # a URL that alerts are sent to, signed with MLRAY_WEBHOOK_KEY
     alertmanager: str = ""                  # the URL of an Alertmanager
     rate: Annotated[float, Field(gt=0)] | None = None # requests a second of one API key; empty: as many as it likes

@@ -28,6 +28,7 @@ from .contract import Contract, groups, read_columns
 from .counts import Counts, count_rows, merged
 from .errors import DataError
 from .feedback import label_codes, outcomes, truth
+from .journal import NO_NUMBER
 from .keeping import kept_as, seen_through
 from .profile import Histogram, Profile, count_numbers, count_values, counted
 from .rollout import latencies
@@ -77,8 +78,10 @@ class Window:
     errors: int = 0             # of them, answered with 5xx
     refused: int = 0            # with 4xx
     lost: int = 0               # answers that were given and could not be journaled
+    invalid: int = 0            # of the errors, those where an answer was no number
     rows: int = 0
     latency: tuple[int, ...] = ()   # requests on `mlray.rollout.EDGES`
+    scoring: tuple[int, ...] = ()   # likewise, by what the model alone took of the processor; those of which that is known
     profile: Profile = field(default_factory=lambda: Profile(0, {}))    # features as the journal shows them
     answers: Profile = field(default_factory=lambda: Profile(0, {}))    # labels and scores, or the number
     answered: Counts | None = None  # by group, decision and score; the label is the decision
@@ -93,7 +96,7 @@ class Window:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "Window":
         counts = lambda c: None if c is None else Counts(tuple(c["columns"]), pl.DataFrame(c["cells"], schema_overrides={n: pl.UInt16 for n in ("label", "decision", "bin")}), tuple(c["classes"]), c["bins"])
-        return Window(**{**data, "latency": tuple(data["latency"]), "profile": Profile.from_dict(data["profile"]), "answers": Profile.from_dict(data["answers"]),
+        return Window(**{**data, "latency": tuple(data["latency"]), "scoring": tuple(data.get("scoring", ())), "profile": Profile.from_dict(data["profile"]), "answers": Profile.from_dict(data["answers"]),
                          "answered": counts(data["answered"]), "labelled": counts(data["labelled"]), "numbers": {n: Sum(*s) for n, s in data["numbers"].items()}})
 
 # %% ../nbs/36c_windows.ipynb #9e0a37a0
@@ -112,8 +115,8 @@ def together(
     numbers: dict[str, Sum] = {}
     for w in windows:
         for n, s in w.numbers.items(): numbers[n] = numbers.get(n, Sum()) + s
-    latency = np.sum([w.latency for w in windows if w.latency], axis=0) if any(w.latency for w in windows) else ()
-    return replace(windows[0], start=min(w.start for w in windows), end=max(w.end for w in windows), **{n: add(n) for n in ("requests", "errors", "refused", "lost", "rows")}, latency=tuple(int(n) for n in latency),
+    slow = lambda name: tuple(np.sum(found, axis=0).tolist()) if (found := [x for w in windows if (x := getattr(w, name))]) else ()
+    return replace(windows[0], start=min(w.start for w in windows), end=max(w.end for w in windows), **{n: add(n) for n in ("requests", "errors", "refused", "lost", "invalid", "rows")}, latency=slow("latency"), scoring=slow("scoring"),
                    profile=_profiles([w.profile for w in windows]), answers=_profiles([w.answers for w in windows]), answered=counts("answered"), labelled=counts("labelled"), numbers=numbers)
 
 # %% ../nbs/36c_windows.ipynb #dd6dd56e
@@ -194,12 +197,13 @@ def count_window(
 ) -> Window:
     "Count rows, once."
     reference = seen_through(bundle.contract, bundle.profile) if reference is None else reference
+    spent = rows.filter((pl.col("row").fill_null(0) == 0) & (pl.col("scoring") > 0))["scoring"].to_numpy() if "scoring" in rows.columns else ()
     first, answered = rows.filter(pl.col("row").fill_null(0) == 0), rows.filter(pl.col("row").is_not_null())
     live = live_rows(bundle.contract, answered)
     by = live_groups(bundle.contract, live)
     labelled, numbers = _labelled(bundle, by, answered, said)
-    return replace(about, requests=first.height, errors=int((first["status"] >= 500).sum()), refused=int(first["status"].is_between(400, 499).sum()), lost=int(first["lost"].sum()), rows=answered.height,
-                   latency=latencies(first["seconds"].to_numpy()), profile=_features(bundle.contract, reference, live), answers=_answers(bundle.task, answered), answered=_counts(bundle.task, by, answered) if answered.height else None,
+    return replace(about, requests=first.height, errors=int((first["status"] >= 500).sum()), refused=int(first["status"].is_between(400, 499).sum()), lost=int(first["lost"].sum()), invalid=int((first["status"] == NO_NUMBER).sum()), rows=answered.height,
+                   latency=latencies(first["seconds"].to_numpy()), scoring=latencies(spent) if len(spent) else (), profile=_features(bundle.contract, reference, live), answers=_answers(bundle.task, answered), answered=_counts(bundle.task, by, answered) if answered.height else None,
                    labelled=labelled, numbers=numbers)
 
 # %% ../nbs/36c_windows.ipynb #0825ad21
@@ -212,9 +216,10 @@ class Windows:
     settings: Settings
     model: str
     version: str
+    kind: str = "windows"   # the folder in `home`: those of a rollout are shorter, and lie elsewhere
 
     @property
-    def folder(self) -> Path: return self.settings.home / "windows" / self.model / self.version
+    def folder(self) -> Path: return self.settings.home / self.kind / self.model / self.version
     @property
     def journal(self) -> Path: return self.settings.home / "journal"
 
@@ -270,18 +275,18 @@ def count_new(
     seconds: int,       # of a window; divides a day
     now: float,         # seconds since 1970
     workers: int = 1,   # processes, where there is much to put away
+    since: float = 0,   # what is older is not counted, and not looked at
 ) -> list[Window]: # those that are not over yet
     "Store what is over and was not counted yet, once; count what feedback has changed."
     if 86400 % seconds: raise DataError(f"monitor.window: a day is not a whole number of windows of {seconds} s. Take 15m, 1h, 6h or 1d.")
     for folder in (kept.journal, kept.journal / "feedback"): put_away(folder, workers)
     mark, reference = kept.mark(), seen_through(bundle.contract, bundle.profile)
     files = sorted(str(p.relative_to(kept.journal)) for p in (kept.journal / "feedback").glob("rows/*/*.parquet"))
-    said = journaled(kept.journal / "feedback").collect()
-    over = int((now - _GRACE) // seconds * seconds)
-    _count_feedback_again(kept, bundle, [f for f in files if f not in set(mark["feedback"])], said, mark["until"], seconds)
+    said, over = journaled(kept.journal / "feedback").collect(), int((now - _GRACE) // seconds * seconds)
+    _count_feedback_again(kept, bundle, [f for f in files if f not in set(mark["feedback"])], said, mark["until"], seconds, since)
     current = []
-    for since, until in _journal_days(kept.journal, mark["until"], now + 1):
-        for arm, start, rows in _divided(journaled(kept.journal, kept.model, kept.version, since, until).collect(), seconds):
+    for begin, until in _journal_days(kept.journal, max(mark["until"], since // seconds * seconds), now + 1):
+        for arm, start, rows in _divided(journaled(kept.journal, kept.model, kept.version, begin, until).collect(), seconds):
             window = count_window(bundle, rows, said, Window(kept.model, kept.version, arm, start, start + seconds), reference)
             if start < over: kept.store(window)
             else: current.append(window)
@@ -289,11 +294,11 @@ def count_new(
     return current
 
 # %% ../nbs/36c_windows.ipynb #5a4621da
-def _count_feedback_again(kept: Windows, bundle: Bundle, new: Sequence[str], said: pl.DataFrame, until: int, seconds: int) -> None:
+def _count_feedback_again(kept: Windows, bundle: Bundle, new: Sequence[str], said: pl.DataFrame, until: int, seconds: int, oldest: float = 0) -> None:
     "The labelled part of stored windows that new feedback belongs to."
     if not new or not until: return
     ids = pl.concat([pl.read_parquet(kept.journal / path, columns=["id"]) for path in new])["id"].unique()
-    for since, end in _journal_days(kept.journal, 0, until):
+    for since, end in _journal_days(kept.journal, oldest // seconds * seconds, until):
         scan = journaled(kept.journal, kept.model, kept.version, since, end)
         touched = scan.filter(pl.col("id").is_in(ids.implode())).select((pl.col("time") // (seconds * 10**9) * seconds).alias("window")).unique().collect()["window"].to_list()
         if not touched: continue

@@ -31,6 +31,7 @@ from mlray.registry import (
     Registry,
     add_evidence,
     add_key,
+    bundle_of,
     events,
     generation,
     keys,
@@ -43,6 +44,7 @@ from mlray.registry import (
     versions,
 )
 from mlray.release import approvals, approve, deprecate, environment_of, withdraw
+from mlray.rollout_step import start, stop
 from mlray.service import Service
 from mlray.settings import Settings, amended, read_settings
 from tests.test_registry import GOLDEN, PASSED, server, tiny, url
@@ -148,14 +150,20 @@ def test_a_role_allows_what_the_matrix_says_and_a_dead_key_nothing(role):
     assert {allowed(t, [key], "predict", "adult", now) for t in ("", "mlr_", f"mlr_{key.id}_", text[:-1], text + "x", f"mlr_{key.id}_{key.sha256}")} == {None}
 
 
+def rolled_out(r, v, tmp):
+    "The first version against the one in production, begun and ended."
+    start(r, v[0], bundle_of(r, v[0]).spec)
+    stop(r, "tiny", "enough")
+
+
 DEEDS = {
     "model:register": lambda r, v, tmp: register(r, tiny(tmp, 99), {}), "model:gate": lambda r, v, tmp: add_evidence(r, v[0], "quality", PASSED, b"{}"),
     "model:approve": lambda r, v, tmp: approve(r, v[0]), "model:promote": lambda r, v, tmp: promote(r, v[0], "canary"), "model:rollback": lambda r, v, tmp: rollback(r, "tiny", "shadow"),
     "model:deprecate": lambda r, v, tmp: deprecate(r, v[0], "old", "2099-01-01"), "model:retire": lambda r, v, tmp: retire(r, v[2], "old"), "key:create": lambda r, v, tmp: add_key(r, new_key("viewer")[0]),
     "model:sign": lambda r, v, tmp: sign(r, v[0]), "signer:change": lambda r, v, tmp: change_signer(r, "create", f"s{uuid4().hex[:6]}"),
-    "key:revoke": lambda r, v, tmp: revoke_key(r, keys(r)[0].id, "lost"), "traffic:set": lambda r, v, tmp: set_share(r, "tiny", 0.0), "mirror:deliver": lambda r, v, tmp: (deliver(r, {}), send_again(r, "mlflow")),
+    "key:revoke": lambda r, v, tmp: revoke_key(r, keys(r)[0].id, "lost"), "traffic:set": lambda r, v, tmp: set_share(r, "tiny", 0.0), "rollout:step": rolled_out, "mirror:deliver": lambda r, v, tmp: (deliver(r, {}), send_again(r, "mlflow")),
 }
-OF_A_MODEL = {a for a in DEEDS if a.startswith(("model:", "traffic:"))}
+OF_A_MODEL = {a for a in DEEDS if a.startswith(("model:", "traffic:", "rollout:"))}
 
 
 def test_every_change_goes_through_the_matrix(tmp_path):
@@ -164,6 +172,7 @@ def test_every_change_goes_through_the_matrix(tmp_path):
     root = Registry(at, tmp_path / "home/store", "root", policy=Policy(gates=()))
     v = [register(root, tiny(tmp_path, seed), {}) for seed in (1, 2, 3)]
     for each in v[:2]: promote(root, each, "shadow")
+    for each, alias in ((v[1], "production"), (v[0], "canary")): promote(root, each, alias)
     add_key(root, new_key("viewer")[0])
     change_signer(root, "create", "ada")
     source = (Path(__file__).parents[1] / "mlray").glob("*.py")

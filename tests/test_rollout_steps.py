@@ -1,0 +1,395 @@
+"""A rollout that goes on by itself: each bad canary leaves for its own reason while nobody sees its errors, a good one arrives, and of several controllers, dead, stopped or late, one acts."""
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from mlray.access import new_key
+from mlray.cli import app
+from mlray.counts import tabulated
+from mlray.errors import Conflict, Refused, RegistryError
+from mlray.journal import Feedback, Journal
+from mlray.keeping import open_recorder
+from mlray.lease import acting, holder_of, take
+from mlray.ledger import audit
+from mlray.plan import loaded, plan_of, set_share, share_of
+from mlray.registry import (
+    Registry,
+    Version,
+    add_key,
+    bundle_of,
+    open_registry,
+    promote,
+    register,
+    rollback,
+    version as named,
+)
+from mlray.rollout import latencies
+from mlray.rollout_run import Standing, gauges
+from mlray.rollout_step import (
+    Controller,
+    carry_out,
+    from_journal,
+    lease_of,
+    progress,
+    running,
+    standing_of,
+    start,
+    stop,
+)
+from mlray.service import Service
+from mlray.settings import Settings, amended
+from mlray.windows import Sum, Window
+from tests.canaries import gone_wrong, no_number, raises, same, slow, unfair
+
+ONE, TWO = 2, 3 # codes of the two groups of the diabetes model
+POLICY = {"steps": [0.5, 1.0], "every": "10s", "checks": [{"metric": "error_rate", "margin": 0.02}, {"metric": "invalid_rate", "margin": 0.02}, {"metric": "accuracy", "margin": 0.2, "higher_is_better": True}]}
+NOON = datetime(2026, 5, 4, 12, tzinfo=UTC)
+
+
+@dataclass
+class House:
+    settings: Settings
+    registry: Registry
+    champion: str
+    canary: str
+    now: list[datetime] = field(default_factory=lambda: [NOON])
+
+    def at_noon(self) -> "House":
+        self.registry._now = lambda: self.now[0]
+        return self
+
+    def begin(self) -> Standing: return start(self.registry, self.version, bundle_of(self.registry, self.version).spec)
+
+    @property
+    def version(self) -> Version: return named(self.registry, self.canary)
+
+
+def housed(trained, home: Path, added=None, policy=POLICY, **more) -> House:
+    "A registry with a champion in production, and a canary made from it."
+    settings = amended(trained[0], home=home, journal=True, gates=(), **more)
+    registry, bundle = open_registry(settings), bundle_of(open_registry(trained[0]), trained[1].version)
+    champion = register(registry, bundle, {})
+    canary = register(registry, gone_wrong(bundle, home.parent / f"bundle-{uuid4().hex[:6]}", added or same(), policy), {})
+    promote(registry, champion)
+    promote(registry, canary, "canary")
+    return House(settings, registry, str(champion), str(canary))
+
+
+# ---- with the service and its journal -------------------------------------------------------------------------------
+
+def asked(house: House, rows, requests: int) -> tuple[Counter, list]:
+    "Ask a service that follows the registry; what came back, and the answers."
+    answers: list = []
+    key, text = new_key("predictor")
+    add_key(house.registry, key)
+    plan = plan_of(house.registry, ["diabetes"])
+    service = Service(loaded(plan), plan.keys, open_recorder(house.settings))
+    features, found = bundle_of(house.registry, house.version).contract.features, Counter()
+    bodies = [json.dumps({"instances": [{n: r[n] for n in features}]}).encode() for r in rows]
+    for i in range(requests):
+        reply = service.answer("diabetes", bodies[i % len(bodies)], text, f"{uuid4().hex[:12]}-{i}")
+        said = json.loads(reply.body)
+        found[reply.status, said.get("arm")] += 1
+        if reply.status == 200: answers.append((said["request_id"], rows[i % len(rows)]["sex"], said["predictions"][0]["label"]))
+    service.recorder.journal.close()
+    return found, answers
+
+
+def labelled(house: House, answers: list) -> None:
+    "A world in which one group has the illness more often, and the champion is hardly better than guessing for the other."
+    rng, told = np.random.default_rng(5), Journal(house.settings.home / "journal/feedback/segments")
+    for id, sex, _ in answers: told.write(Feedback(id, time.time_ns(), number=200.0 if rng.random() < (0.25 if sex == "group 1" else 0.6) else 100.0))
+    told.close()
+
+
+@pytest.mark.parametrize(("added", "because"), [(raises(TWO), {"error_rate"}), (no_number(TWO), {"error_rate", "invalid_rate"}), (slow(300), {"latency"}), (unfair(ONE), {"fairness"})], ids=["raises", "no number", "slow", "unfair"])
+def test_a_bad_canary_leaves_for_its_reason_and_nobody_sees_it(trained, tmp_path, added, because):
+    house, rows = housed(trained, tmp_path / "home", added, POLICY | {"every": "1s"}), trained[1].rows.parts.train.to_dicts()
+    house.begin()
+    found, answers = asked(house, rows, 900)
+    labelled(house, answers)
+    assert {status for status, _ in found} == {200} and (found[200, "fallback"] > 50) == (because <= {"error_rate", "invalid_rate"})
+    (seen,) = Controller(house.registry, house.settings).look()
+    kinds = {f.kind if f.kind == "fairness" else f.metric for f in seen.decision.findings if f.verdict == "worse"}
+    print(found, seen.why)
+    assert seen.after.over == "rolled back" and share_of(house.registry, "diabetes") == 0 and kinds == because
+    if because == {"fairness"}:
+        canary, champion = next((f.canary, f.champion) for f in seen.decision.findings if f.metric == "accuracy")
+        assert canary > champion, "the unfair one should be the more accurate"
+    (told,) = [json.loads(line) for line in (house.settings.home / f"alerts/{house.canary}/alerts.jsonl").read_text().splitlines()]
+    row = next(e for e in reversed(audit(house.registry).entries) if e.action == "rollout")
+    assert told["measure"] == "rollout" and row.details["why"] in told["what"] and set(row.details["because"]) == set(seen.decision.because) and not audit(house.registry).faults
+
+
+def test_the_journal_of_a_good_canary_lets_it_go_on(trained, tmp_path):
+    house, rows = housed(trained, tmp_path / "home", policy=POLICY | {"every": "1s", "checks": POLICY["checks"][:2], "fairness": {"groups": 6}}), trained[1].rows.parts.train.to_dicts()
+    house.begin()
+    labelled(house, asked(house, rows, 1600)[1])
+    controller = Controller(house.registry, house.settings)
+    (seen,) = controller.look()
+    known = {f.metric: f for f in seen.decision.findings}
+    assert seen.after.over != "rolled back" and known["error_rate"].canary == 0 and known["invalid_rate"].verdict == "within", seen.why
+    assert known["equal_opportunity_difference[sex]"].canary is not None and known["demographic_parity_ratio[sex]"].canary is not None # labels, and decisions without any
+    assert controller.look() == [] # not before it is time again
+
+
+# ---- on a clock of its own ------------------------------------------------------------------------------------------
+
+class World:
+    "Traffic by the window, made when a controller looks."
+    def __init__(self, canary=(0.002, 0.004), champion=(0.002, 0.004), requests=4000, seed=0, tpr=((0.7, 0.7), (0.7, 0.7)), clicks=None):
+        self.rng, self.requests, self.of, self.tpr, self.clicks, self.kept = np.random.default_rng(seed), requests, {"canary": canary, "champion": champion}, {"canary": tpr[0], "champion": tpr[1]}, clicks, {}
+
+    def window(self, standing, who, start):
+        failing, seconds = self.of[who]
+        share = 1.0 if not standing.share else standing.share if who == "canary" else 1 - standing.share
+        n, version = int(self.requests * share), standing.canary if who == "canary" else standing.champion
+        cells = {(g,): (int(n * 0.25) - (p := int(self.rng.binomial(int(n * 0.25), 0.25))), p, int(n * 0.25) - (t := int(self.rng.binomial(int(n * 0.25), rate))), t) for g, rate in zip(("f", "m"), self.tpr[who], strict=True)}
+        numbers = {"click": Sum(n, k := float(self.rng.binomial(n, self.clicks[who])), k)} if self.clicks else {}
+        return Window(standing.name, version, ("canary" if standing.share else "shadow") if who == "canary" else "production", start, start + 10, requests=n, errors=int(self.rng.binomial(n, failing)), rows=n,
+                      latency=latencies(self.rng.lognormal(np.log(seconds), 0.3, n)), labelled=tabulated(("sex",), cells), numbers=numbers)
+
+    def __call__(self, standing, spec, now):
+        for at in range(-(-standing.since // 10) * 10, int(now) - 9, 10):
+            if (standing.fence, at) not in self.kept: self.kept[standing.fence, at] = (self.window(standing, "canary", at), self.window(standing, "champion", at))
+        return [k[0] for k in self.kept.values()], [k[1] for k in self.kept.values()], {}
+
+
+def watched(house: House, world, looks: int = 60) -> Standing:
+    controller = Controller(house.registry, house.settings, world)
+    for _ in range(looks):
+        house.now[0] += timedelta(seconds=10)
+        controller.look()
+        if (standing := standing_of(house.registry, "diabetes")).over: break
+    return standing
+
+
+FAIR = {"steps": [0.1, 0.5, 1.0], "every": "10s", "checks": [*POLICY["checks"][:2], {"metric": "accuracy", "margin": 0.05, "higher_is_better": True}]}
+
+
+@pytest.mark.parametrize("simulations", [12, pytest.param(1000, marks=pytest.mark.chaos)])
+def test_a_canary_that_is_its_champion_is_rolled_back_no_more_often_than_promised(trained, tmp_path, simulations):
+    "The controller's own loop, registry, lease and all; five kinds of evidence, looked at every ten seconds."
+    ended = Counter()
+    for i in range(simulations):
+        if i % 50 == 0:
+            house = housed(trained, tmp_path / f"home-{i}" / "home", policy=FAIR).at_noon()
+            promise = {"by": ["sex"], "metric": "equal_opportunity_difference", "at_most": 0.3}
+            spec = bundle_of(house.registry, house.version).spec
+            spec = spec.model_validate(spec.model_dump(mode="json") | {"gates": {"fairness": [promise]}})
+        start(house.registry, house.version, spec)
+        controller = Controller(house.registry, house.settings, World(seed=i))
+        controller._specs[house.canary] = spec # with the one promise that this world has rows for
+        for _ in range(25):
+            house.now[0] += timedelta(seconds=10)
+            controller.look()
+            if (over := standing_of(house.registry, "diabetes").over): break
+        ended[over or "undecided"] += 1
+        if over == "promoted": rollback(house.registry, "diabetes")
+        elif not over: stop(house.registry, "diabetes", "enough")
+    print(dict(ended))
+    assert ended["rolled back"] <= max(1, 0.05 * simulations) and ended["promoted"] >= simulations * 0.5
+
+
+def test_no_traffic_decides_nothing(trained, tmp_path):
+    house = housed(trained, tmp_path / "home").at_noon()
+    house.begin()
+    before = len(audit(house.registry).entries)
+    assert watched(house, World(requests=0)).over == "" and len(audit(house.registry).entries) == before
+    assert from_journal(house.registry, house.settings)(standing_of(house.registry, "diabetes"), bundle_of(house.registry, house.version).spec, house.now[0].timestamp()) == ([], [], {})
+
+
+def test_shadow_first_then_canary_then_everybody(trained, tmp_path):
+    shadow = [{"metric": "disagreement", "at_most": 0.05}, {"metric": "error_rate", "at_most": 0.02}]
+    house = housed(trained, tmp_path / "home", policy=FAIR | {"shadow": shadow}).at_noon()
+    first = replace_gates(house)
+    assert (first.share, plan_of(house.registry, ["diabetes"]).traffic[0].shadow) == (0.0, house.canary.partition("/")[2])
+    world = World()
+    from mlray.rollout import Mean
+    apart = lambda standing, spec, now: (*world(standing, spec, now)[:2], {"disagreement": Mean(4.0, 2000)})
+    assert watched_with(house, apart).over == "promoted"
+    shown = progress(house.registry, house.settings, "diabetes")
+    assert [s[2] for s in shown.steps] == [0.0, 0.1, 0.5, 1.0] and plan_of(house.registry, ["diabetes"]).traffic[0].shadow is None
+    assert "diabetes" in shown._repr_html_() and "<svg" in shown._repr_html_() and "mlray_rollout_running" in gauges(shown) and json.dumps(shown.as_dict())
+    house.now[0] += timedelta(days=1)
+    worse = housed(trained, tmp_path / "other" / "home", policy=FAIR | {"shadow": shadow}).at_noon()
+    replace_gates(worse)
+    differs = lambda standing, spec, now: (*world(standing, spec, now)[:2], {"disagreement": Mean(400.0, 2000)})
+    assert watched_with(worse, differs).over == "rolled back" and {e.details.get("canary") for e in audit(worse.registry).entries if e.action == "traffic"} == {0.0} # nobody ever heard it
+
+
+def replace_gates(house: House) -> Standing:
+    return start(house.registry, house.version, plain(house))
+
+
+def plain(house: House):
+    spec = bundle_of(house.registry, house.version).spec
+    return spec.model_validate(spec.model_dump(mode="json") | {"gates": {}})
+
+
+def watched_with(house: House, source, looks: int = 60) -> Standing:
+    controller = Controller(house.registry, house.settings, source)
+    controller._specs[house.canary] = plain(house)
+    for _ in range(looks):
+        house.now[0] += timedelta(seconds=10)
+        controller.look()
+        if standing_of(house.registry, "diabetes").over: break
+    return standing_of(house.registry, "diabetes")
+
+
+@pytest.mark.parametrize(("clicks", "over"), [({"canary": 0.12, "champion": 0.08}, "promoted"), ({"canary": 0.08, "champion": 0.12}, "rolled back"), ({"canary": 0.10, "champion": 0.10}, "")])
+def test_a_business_metric_decides(trained, tmp_path, clicks, over):
+    "A/B: half of the people each, and the new one has to be shown to earn more."
+    house = housed(trained, tmp_path / "home", policy={"steps": [0.5, 1.0], "every": "10s", "latency": None, "checks": [{"metric": "click", "margin": 0.0, "higher_is_better": True, "demand": "better"}]}).at_noon()
+    replace_gates(house)
+    standing = watched_with(house, World(clicks=clicks, requests=1000), 20)
+    assert standing.over == over, standing
+
+
+# ---- people, policies, and other controllers ------------------------------------------------------------------------
+
+def test_what_people_do_holds(trained, tmp_path):
+    def one(act):
+        house = housed(trained, tmp_path / uuid4().hex / "home").at_noon()
+        house.begin()
+        third = register(house.registry, gone_wrong(bundle_of(house.registry, named(house.registry, house.champion)), tmp_path / uuid4().hex, same(), FAIR), {})
+        act(house, third)
+        house.now[0] += timedelta(seconds=10)
+        (seen,) = Controller(house.registry, house.settings, World()).look()
+        return seen.after.over, share_of(house.registry, "diabetes"), bool(running(house.registry))
+    assert one(lambda h, third: promote(h.registry, third)) == ("abandoned", 0.0, False)            # another champion
+    assert one(lambda h, third: promote(h.registry, third, "canary")) == ("abandoned", 0.5, False)  # another canary
+    assert one(lambda h, third: set_share(h.registry, "diabetes", 0.2)) == ("abandoned", 0.2, False)  # a share by hand
+    assert one(lambda h, third: promote(h.registry, h.version)) == ("promoted", 0.0, False)         # or a controller that died after it had let it out
+    house = housed(trained, tmp_path / "home").at_noon()
+    house.begin()
+    assert stop(house.registry, "diabetes", "the campaign begins").over == "stopped" and share_of(house.registry, "diabetes") == 0
+    with pytest.raises(RegistryError, match="no rollout that runs"): stop(house.registry, "diabetes", "again")
+
+
+def test_what_cannot_begin_is_a_letter(trained, tmp_path):
+    house = housed(trained, tmp_path / "home").at_noon()
+    spec = bundle_of(house.registry, house.version).spec
+    champion = named(house.registry, house.champion)
+    with pytest.raises(RegistryError, match="is diabetes@production already"): start(house.registry, champion, spec)
+    with pytest.raises(RegistryError, match="has had no rollout"): progress(house.registry, house.settings, "diabetes")
+
+
+def test_a_policy_that_says_no_is_told_once_and_asked_again(trained, tmp_path):
+    house = housed(trained, tmp_path / "home", policy=POLICY | {"latency": None}).at_noon()
+    house.registry.policy = replace(house.registry.policy, approvals=1)
+    replace_gates(house)
+    refused = lambda: sum(e.action == "refuse" for e in audit(house.registry).entries)
+    assert watched_with(house, World(), 30).over == "" and refused() == 0
+    (told,) = [json.loads(line) for line in (house.settings.home / f"alerts/{house.canary}/alerts.jsonl").read_text().splitlines()]
+    assert "0 of 1 approvals" in told["what"] and f"mlray promote {house.canary}" in told["may"]
+    house.registry.policy = replace(house.registry.policy, approvals=0)
+    assert watched_with(house, World(), 30).over == "promoted"
+
+
+def test_controllers_side_by_side_take_each_step_once(trained, tmp_path):
+    house = housed(trained, tmp_path / "home", policy=FAIR).at_noon()
+    replace_gates(house)
+    world = World()
+    def controller(i):
+        registry = open_registry(house.settings)
+        registry._now = lambda: house.now[0]
+        made = Controller(registry, house.settings, world)
+        made._specs[house.canary] = plain(house)
+        return made
+    several = [controller(i) for i in range(4)]
+    for _ in range(40):
+        house.now[0] += timedelta(seconds=10)
+        with ThreadPoolExecutor(4) as pool: list(pool.map(lambda c: c.look(), several))
+    steps = [e.details["standing"]["fence"] for e in audit(house.registry).entries if e.action == "rollout"]
+    assert steps == list(range(1, len(steps) + 1)) and standing_of(house.registry, "diabetes").over == "promoted" and not audit(house.registry).faults
+
+
+def test_of_two_decisions_from_one_place_one_is_carried_out(trained, tmp_path):
+    from mlray.rollout import Promote, RollBack
+    house = housed(trained, tmp_path / "home", policy=FAIR).at_noon()
+    first, spec = house.begin(), plain(house)
+    carry_out(house.registry, spec, first, Promote(0.5, "shown", ()))
+    with pytest.raises(Conflict, match="gone on meanwhile"): carry_out(house.registry, spec, first, RollBack(0.0, "late", ()))
+    assert share_of(house.registry, "diabetes") == 0.5
+
+
+def late(settings: Settings, canary: str, out: Path) -> None:
+    "A controller that is stopped between its look and its act, for longer than its lease."
+    from mlray.rollout import Mean
+    def source(standing, spec, now):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        world = World(canary=(0.5, 0.004))
+        return (*world(standing, spec, standing.since + 60)[:2], {"disagreement": Mean(0.0, 1)})
+    controller = Controller(open_registry(settings), settings, source)
+    try:
+        controller.look()
+        out.write_text("it acted")
+    except Refused as error: out.write_text(str(error))
+
+
+def test_a_controller_that_was_stopped_past_its_lease_is_refused(trained, tmp_path):
+    house = housed(trained, tmp_path / "home", policy=FAIR)
+    first = replace_gates(house)
+    process = multiprocessing.get_context("spawn").Process(target=late, args=(house.settings, house.canary, tmp_path / "said"))
+    process.start()
+    os.waitpid(process.pid, os.WUNTRACED)
+    token = holder_of(house.registry, lease_of("diabetes")).token
+    now = datetime.now(UTC) + timedelta(seconds=100)
+    house.registry._now = lambda: now # on the clock of another machine it is later, too
+    second = Controller(house.registry, house.settings, World())
+    second._specs[house.canary] = plain(house)
+    (seen,) = second.look()
+    assert seen.after.share == 0.5 and holder_of(house.registry, lease_of("diabetes")).token == token + 1
+    os.kill(process.pid, signal.SIGCONT)
+    process.join()
+    said = (tmp_path / "said").read_text()
+    print(said)
+    assert "acts by an old lease" in said and standing_of(house.registry, "diabetes").share == 0.5 == share_of(house.registry, "diabetes") and first.fence + 1 == seen.after.fence
+    refusal = next(e for e in audit(house.registry).entries if e.action == "refuse")
+    assert "old lease" in refusal.details["why"] and not audit(house.registry).faults
+
+
+def test_a_lease_is_one_holders_at_a_time(trained, tmp_path):
+    house = housed(trained, tmp_path / "home").at_noon()
+    mine = take(house.registry, "x", "one", 30, "rollout:step")
+    assert take(house.registry, "x", "two", 30, "rollout:step") is None and take(house.registry, "x", "one", 30, "rollout:step").token == mine.token
+    house.now[0] += timedelta(seconds=31)
+    theirs = take(house.registry, "x", "two", 30, "rollout:step")
+    assert theirs.token == mine.token + 1
+    with acting(house.registry, mine), pytest.raises(Refused, match="old lease"): set_share(house.registry, "diabetes", 0.3)
+    with acting(house.registry, theirs): set_share(house.registry, "diabetes", 0.3)
+    with acting(house.registry, mine), pytest.raises(Refused): promote(house.registry, house.version)
+    assert share_of(house.registry, "diabetes") == 0.3
+
+
+# ---- the commands ---------------------------------------------------------------------------------------------------
+
+def test_the_commands(trained, tmp_path, monkeypatch):
+    house = housed(trained, tmp_path / "home")
+    for name, value in {"HOME": house.settings.home, "JOURNAL": "on", "GATES": " "}.items(): monkeypatch.setenv(f"MLRAY_{name}", str(value))
+    run = lambda *words: CliRunner().invoke(app, [*words, "--json"])
+    (tmp_path / "settings.ini").write_text("[local]\n")
+    monkeypatch.chdir(tmp_path)
+    begun = run("promote", house.canary, "canary", "--once", "k1")
+    assert begun.exit_code == 0, begun.output + str(begun.exception)
+    assert json.loads(begun.stdout)["rollout"] == {"share": 0.5, "champion": house.champion}
+    run("promote", house.canary, "canary", "--once", "k1") # asked again, and done once
+    assert [(a["action"], a["why"]) for a in json.loads(run("rollout", "run", "--once").stdout)] == [("hold", "the canary has had no traffic yet")]
+    shown = json.loads(run("rollout", "status", "diabetes").stdout)
+    assert [s["did"] for s in shown["steps"]] == ["begin"] and shown["over"] == "" and shown["decision"]["action"] == "hold"
+    assert json.loads(run("rollout", "stop", "diabetes", "--why", "enough").stdout)["over"] == "stopped"
+    assert [type(run(*words).exception).__name__ for words in (["rollout", "stop", "diabetes", "--why", "again"], ["rollout", "status", "diabets"])] == ["RegistryError", "RegistryError"]
+    assert "mlray_rollout_share_ratio" in (house.settings.home / "monitor/rollout-diabetes.prom").read_text()
