@@ -71,11 +71,13 @@ Modules:
 - `mlray.gate_page`: An executed notebook as proof: what it says, where it broke, and what of it may be kept
 - `mlray.gate_report`: What gates found, for those who read it elsewhere: JUnit, GitHub, a summary, pages
 - `mlray.gradient`: What the network itself says: what each feature adds to the logit
+- `mlray.grpc_on_ray`: gRPC in front of the service, on Ray Serve
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.harmless`: May a graph be run: one that only computes, of its inputs, within bounds
 - `mlray.importance`: What a model hangs on, over many rows: permutation importance, and explanations that add up
 - `mlray.imported`: What a spec names by where it is imported from
 - `mlray.infer`: A first contract, from rows, for a person to correct
+- `mlray.inference_messages`: The Open Inference Protocol's messages of protobuf
 - `mlray.intervals`: How far a number from counts can be trusted: effective rows, DeLong, and a bootstrap that never sees a row
 - `mlray.journal`: One durable record for each answer, written before the answer is sent
 - `mlray.keeping`: What of a row may be kept: all of a value, a pseudonym, a bucket, or nothing

@@ -161,16 +161,17 @@ def row_of(
 
 
 @app.command()
-def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Models; of each the version in production.")], port: Port = None, env: Env = None) -> None:
+def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Models; of each the version in production.")], port: Port = None,
+          grpc_port: Annotated[int | None, typer.Option("--grpc-port", min=1, max=65535, help="The Open Inference Protocol over gRPC too, at this port.")] = None, env: Env = None) -> None:
     "Serve the versions in production until Ctrl-C."
-    settings = settings_of(env, port=port)
+    settings = settings_of(env, port=port, grpc_port=grpc_port)
     from mlray.cluster_on_ray import cluster
     from mlray.serve_on_ray import check_port, undeploy
     found, references = versions_to_serve(names, settings)
     if settings.ray == "local": check_port(settings)
     with cluster(settings):
         deploy_versions(references, settings)
-        typer.echo(f"{', '.join(map(str, found))} at {settings.url} (Ctrl-C stops)")
+        typer.echo(f"{', '.join(map(str, found))} at {settings.url}{f', gRPC at {settings.host}:{settings.grpc_port}' if settings.grpc_port else ''} (Ctrl-C stops)")
         until_stopped()
         if settings.ray != "local": undeploy()
 

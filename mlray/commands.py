@@ -243,7 +243,8 @@ def plan_for(references: Sequence[str], settings: "Settings") -> "Plan":
 
 def deploy_versions(references: Sequence[str], settings: "Settings") -> None:
     "Put models up, inside a cluster; returns when they answer."
-    from mlray.serve_on_ray import deploy
+    if settings.grpc_port: from mlray.grpc_on_ray import deploy_both as deploy
+    else: from mlray.serve_on_ray import deploy
     deploy(plan_for(references, settings), references, settings)
 
 

@@ -67,6 +67,7 @@ class Settings(Releases):
     object_store_mb: Annotated[int, Field(ge=80)] = 512 # shared memory of a local Ray cluster
     host: str = "127.0.0.1"                 # HTTP
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    grpc_port: Annotated[int, Field(ge=1, le=65535)] | None = None # the Open Inference Protocol over gRPC; empty: not served
     replicas: Annotated[int, Field(ge=1)] = 1
     journal: bool = False                   # whether each answer is recorded before it is given
     journal_full: Literal["refuse", "answer-without"] = "refuse" # what becomes of an answer that cannot be recorded

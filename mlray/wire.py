@@ -64,6 +64,11 @@ class Rows:
     echo: str = ""                  # the client's own name of the request
     outputs: tuple[str, ...] = ()   # those asked for; none: all
 
+    @property
+    def lists(self) -> Mapping[str, Sequence[Any]]:
+        "The columns, as lists."
+        return self.columns.to_dict(as_series=False) if isinstance(self.columns, pl.DataFrame) else self.columns
+
 # %% ../nbs/39_wire.ipynb #b84d0fbe
 encode = msgspec.json.Encoder().encode
 MOST_PROBLEMS = 20

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
+import grpc
 import httpx
 import numpy as np
 import polars as pl
 import pytest
+import tritonclient.grpc as tritongrpc
+import tritonclient.http as triton
 
 from mlray.access import ROLES, new_key
 from mlray.arrow import ARROW
@@ -18,6 +21,8 @@ from mlray.bundle import Bundle, predict
 from mlray.client import AsyncClient, BrokenContract, Client, NotAllowed
 from mlray.commands import deploy_versions
 from mlray.gate import judge
+from mlray.grpc_on_ray import CALLS
+from mlray.inference_messages import messages
 from mlray.openapi import example_row
 from mlray.plan import set_share
 from mlray.registry import (
@@ -49,6 +54,7 @@ class Stack:
     versions: list[Version]
     bundle: Bundle          # of the first version
     keys: dict[str, str]    # role → text
+    settings: Settings
 
     def ask(self, method: str, path: str, role: str = "admin", key: str | None = None, **more) -> httpx.Response:
         headers = {"authorization": f"Bearer {key or self.keys[role]}", **more.pop("headers", {})}
@@ -67,7 +73,7 @@ def stack(tmp_path_factory):
     "Two models: diabetes with three versions, in the gateway; `distant` in predictors of its own."
     from mlray.cluster_on_ray import cluster
     root = tmp_path_factory.mktemp("serving")
-    settings = Settings(root=root, home=root / "home", port=free_port(), object_store_mb=100, tracking="disabled", journal=True)
+    settings = Settings(root=root, home=root / "home", port=free_port(), grpc_port=free_port(), object_store_mb=100, tracking="disabled", journal=True)
     registry, passed = open_registry(settings), judge({"roc_auc": 0.8}, (Rule(metric="roc_auc", at_least=0.5),))
     versions = [registered(settings, "diabetes", seed) for seed in (1, 2, 3)]
     far = registered(settings, "distant", 1, "serve.placement=apart")
@@ -79,7 +85,7 @@ def stack(tmp_path_factory):
         add_key(registry, key)
     with cluster(settings):
         deploy_versions(["diabetes", "distant"], settings)
-        yield Stack(settings.url, registry, versions, bundle_of(registry, versions[0]), keys)
+        yield Stack(settings.url, registry, versions, bundle_of(registry, versions[0]), keys, settings)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +150,99 @@ def test_binary_tensors_as_triton_sends_them(stack, rows):
     reply = stack.ask("POST", "/v2/models/diabetes/versions/1/infer", content=head + tail, headers={"inference-header-content-length": str(len(head)), "content-type": "application/octet-stream"})
     (output,) = reply.json()["outputs"]
     assert output["name"] == "score" and output["shape"] == [5] and np.array(output["data"], np.float32).tobytes() == predict(stack.bundle, some, 5).tobytes()
+
+
+# The clients of others.
+
+def triton_http(stack) -> triton.InferenceServerClient: return triton.InferenceServerClient(stack.url.removeprefix("http://"), network_timeout=60.0)
+
+
+def triton_grpc(stack) -> tritongrpc.InferenceServerClient: return tritongrpc.InferenceServerClient(f"127.0.0.1:{stack.settings.grpc_port}")
+
+
+def triton_inputs(module, frame: pl.DataFrame, **how) -> list:
+    made = []
+    for c in frame:
+        values = np.array([v.encode() for v in c], object) if c.dtype == pl.String else c.to_numpy()
+        made.append(module.InferInput(c.name, [len(c)], {pl.Int64: "INT64", pl.Float64: "FP64", pl.String: "BYTES"}[c.dtype.base_type()]))
+        made[-1].set_data_from_numpy(values, **how)
+    return made
+
+
+def bearer(stack, role: str = "admin") -> dict[str, str]: return {"authorization": f"Bearer {stack.keys[role]}"}
+
+
+def test_triton_clients_work_unchanged(stack, rows):
+    "Over HTTP, in binary tensors and in JSON, and over gRPC: health, metadata, answers to the bit."
+    some, headers = rows.head(300), bearer(stack)
+    expected = predict(stack.bundle, some, 300)
+    with triton_http(stack) as http, triton_grpc(stack) as calls:
+        for client in (http, calls):
+            assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("diabetes", headers=headers) and client.is_model_ready("diabetes", "1", headers=headers)
+        assert http.get_server_metadata(headers=headers)["name"] == calls.get_server_metadata(headers=headers).name == "mlray"
+        told, said = calls.get_model_metadata("diabetes", headers=headers), http.get_model_metadata("diabetes", headers=headers)
+        assert [(i.name, i.datatype, list(i.shape)) for i in told.inputs] == [(i["name"], i["datatype"], i["shape"]) for i in said["inputs"]] and list(told.versions) == said["versions"]
+        answers = [http.infer("diabetes", triton_inputs(triton, some, binary_data=binary), headers=bearer(stack)) for binary in (True, False)]
+        answers += [calls.infer(name, triton_inputs(tritongrpc, some), headers=headers, request_id="mine") for name in ("diabetes", "distant")]
+        assert [a.as_numpy("score").tobytes() for a in answers] == [expected.tobytes()] * 4
+        labels = [[v.decode() if isinstance(v, bytes) else v for v in a.as_numpy("label")] for a in answers]
+        assert labels == [arrow(stack, some)["label"].to_list()] * 4 and answers[2].get_response().id == "mine" and answers[2].get_response().model_version == "1"
+        only = calls.infer("diabetes", triton_inputs(tritongrpc, some.head(2)), outputs=[tritongrpc.InferRequestedOutput("score")], headers={"x-api-key": stack.keys["predictor"]})
+        assert [o.name for o in only.get_response().outputs] == ["score"]
+
+
+def call(stack, name: str, body: bytes, *metadata: tuple[str, str]) -> tuple[str, str, dict[str, str]]:
+    "A call of gRPC: its status, its details, what came in its trailers."
+    with grpc.insecure_channel(f"127.0.0.1:{stack.settings.grpc_port}") as channel:
+        try:
+            _, done = channel.unary_unary(f"/inference.GRPCInferenceService/{name}").with_call(body, metadata=metadata, timeout=60)
+        except grpc.RpcError as error: done = error
+        return done.code().name, done.details() or "", {k: v for k, v in done.trailing_metadata() or ()}
+
+
+def infer_message(frame: pl.DataFrame, model: str = "diabetes", **more) -> bytes:
+    "A request with typed fields."
+    kinds = {pl.Int64: ("INT64", "int64_contents"), pl.Float64: ("FP64", "fp64_contents"), pl.String: ("BYTES", "bytes_contents")}
+    inputs = [{"name": c.name, "shape": [len(c)], "datatype": (kind := kinds[c.dtype.base_type()])[0], "contents": {kind[1]: [v.encode() if isinstance(v, str) else v for v in c]}} for c in frame]
+    return messages()["ModelInferRequest"](**{"model_name": model, "inputs": inputs} | more).SerializeToString()
+
+
+def test_grpc_refuses_as_http_does(stack, rows):
+    "Who may not, what is not there, what breaks the contract; and nothing of it is the service's fault."
+    one, key = rows.head(1), ("authorization", f"Bearer {stack.keys['predictor']}")
+    for route, role in product(CALLS.items(), [*ROLES, "forged"]):
+        body = infer_message(one) if route[0] == "ModelInfer" else messages()[f"{route[0]}Request"](**({"name": "diabetes"} if route[0].startswith("Model") else {})).SerializeToString()
+        action = next(r.action for r in ROUTES if r.name == route[1])
+        text = stack.keys["admin"][:-1] + "~" if role == "forged" else stack.keys[role]
+        expected = "OK" if action == PUBLIC else "UNAUTHENTICATED" if role == "forged" else "OK" if action in ROLES[role] else "PERMISSION_DENIED"
+        assert call(stack, route[0], body, ("authorization", f"Bearer {text}"))[0] == expected, (route, role)
+    code, details, trailers = call(stack, "ModelInfer", infer_message(one.with_columns(pl.lit(200).alias("age"))), key, ("x-request-id", "g-17"))
+    assert (code, details.splitlines()[1], trailers["mlray-error"], trailers["x-request-id"]) == ("INVALID_ARGUMENT", "row 0: age: at most 120", "contract", "g-17")
+    assert call(stack, "ModelInfer", infer_message(one, "nobody"), key)[0] == "NOT_FOUND" and call(stack, "ModelInfer", infer_message(one, model_version="99"), key)[0] == "NOT_FOUND"
+    assert call(stack, "ModelInfer", infer_message(one), key, ("x-mlray-version", "3"))[0] in ("PERMISSION_DENIED", "NOT_FOUND")
+    assert call(stack, "ModelInfer", b"\0" * (2**24 + 1), key)[0] == "RESOURCE_EXHAUSTED"
+    whole, tensor = infer_message(one), {"name": "age", "datatype": "INT64", "shape": [1]}
+    odd = [whole[:i] for i in range(1, len(whole), 29)] + [whole[:i] + b"\xff" * 4 + whole[i + 4:] for i in range(0, len(whole), 17)] + [messages()["ModelInferRequest"](model_name="diabetes", **more).SerializeToString() for more in (
+        {}, {"inputs": [tensor]}, {"inputs": [tensor | {"datatype": "FP128"}]}, {"inputs": [tensor | {"shape": [10**15]}]}, {"inputs": [tensor | {"shape": []}]}, {"inputs": [tensor], "raw_input_contents": [b"123"]}, {"inputs": [tensor] * 2, "raw_input_contents": [b"12345678"]},
+        {"inputs": [tensor | {"contents": {"fp32_contents": [1.0]}}]}, {"inputs": [tensor | {"datatype": "BYTES", "contents": {"bytes_contents": [b"\xff"]}}]}, {"inputs": [tensor | {"datatype": "FP64", "contents": {"fp64_contents": [float("nan")]}}]}, {"inputs": [tensor], "outputs": [{"name": "nobody"}]})]
+    told = {call(stack, "ModelInfer", body, key)[0] for body in odd}
+    assert told <= {"INVALID_ARGUMENT", "NOT_FOUND", "OK"} and "INVALID_ARGUMENT" in told, told
+    assert call(stack, "ModelStreamInfer", b"", key)[0] == "UNIMPLEMENTED"
+
+
+def test_an_mlflow_client_works_unchanged(stack, rows, tmp_path, monkeypatch):
+    "MLflow's own client of a scoring server; the key stands where `requests` looks for passwords, and the model is the one that the key is for."
+    from mlflow.pyfunc.scoring_server.client import ScoringServerClient
+    key, text = new_key("predictor", models=("diabetes",))
+    add_key(stack.registry, key)
+    until(lambda: stack.ask("POST", "/v1/models/diabetes:predict", key=text, json={"instances": rows.head(1).to_dicts()}).status_code == 200)
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login mlray password {text}\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    client = ScoringServerClient("127.0.0.1", stack.settings.port)
+    client.wait_server_ready(timeout=30)
+    said = client.invoke(rows.head(300).to_pandas()).get_predictions()
+    assert said["score"].tolist() == predict(stack.bundle, rows.head(300), 300).tolist()
+    with pytest.raises(Exception, match="error code 422.*at most 120"): client.invoke(rows.head(1).with_columns(pl.lit(200).alias("age")).to_pandas())
 
 
 def test_metadata_says_what_infer_takes(stack):
