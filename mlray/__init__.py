@@ -79,6 +79,8 @@ Modules:
 - `mlray.infer`: A first contract, from rows, for a person to correct
 - `mlray.inference_messages`: The Open Inference Protocol's messages of protobuf
 - `mlray.intervals`: How far a number from counts can be trusted: effective rows, DeLong, and a bootstrap that never sees a row
+- `mlray.job_desk`: Where jobs are handed in, asked after and fetched, and who does them
+- `mlray.jobs`: Large batches, answered later
 - `mlray.journal`: One durable record for each answer, written before the answer is sent
 - `mlray.keeping`: What of a row may be kept: all of a value, a pseudonym, a bucket, or nothing
 - `mlray.lab`: `%load_ext mlray`: commands where the models are looked at

@@ -7,7 +7,7 @@ that should answer cannot, the one before it does, and after that the rules of t
 
 # %% auto #0
 __all__ = ['Scorer', 'Listener', 'Desk', 'DEFERRED', 'Asked', 'Form', 'Answered', 'in_process', 'nobody', 'mark', 'marked',
-           'at_once', 'Line', 'alone', 'Service', 'admitted', 'line_of', 'answered', 'worded']
+           'at_once', 'Line', 'alone', 'Service', 'caller_name', 'admitted', 'line_of', 'answered', 'worded']
 
 # %% ../nbs/39h_service.ipynb #8a8b9990
 import hashlib
@@ -191,6 +191,11 @@ def _bearer(service: Service, presented: str) -> Caller | None:
 def _named(presented: str) -> str:
     "Whom journals and limits name: the id of a key, or of a token what it begins with when hashed; never what was presented."
     return presented.split("_")[1] if presented.startswith("mlr_") else f"token-{hashlib.sha256(presented.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
+
+
+def caller_name(asked: Asked) -> str:
+    "Whom the journal names."
+    return _named(asked.presented or "")
 
 
 def admitted(service: Service, asked: Asked) -> Caller:

@@ -16,9 +16,10 @@ import tritonclient.grpc as tritongrpc
 import tritonclient.http as triton
 
 from mlray.access import ROLES, new_key
+from mlray.archive import journaled
 from mlray.arrow import ARROW
 from mlray.bundle import Bundle, predict
-from mlray.client import AsyncClient, BrokenContract, Client, NotAllowed
+from mlray.client import AsyncClient, BrokenContract, Client, NotAllowed, NotFound, ServiceError
 from mlray.commands import deploy_versions
 from mlray.gate import judge
 from mlray.grpc_on_ray import CALLS
@@ -216,7 +217,7 @@ def test_grpc_refuses_as_http_does(stack, rows):
         text = stack.keys["admin"][:-1] + "~" if role == "forged" else stack.keys[role]
         expected = "OK" if action == PUBLIC else "UNAUTHENTICATED" if role == "forged" else "OK" if action in ROLES[role] else "PERMISSION_DENIED"
         assert call(stack, route[0], body, ("authorization", f"Bearer {text}"))[0] == expected, (route, role)
-    code, details, trailers = call(stack, "ModelInfer", infer_message(one.with_columns(pl.lit(200).alias("age"))), key, ("x-request-id", "g-17"))
+    code, details, trailers = call(stack, "ModelInfer", infer_message(one.with_columns(pl.lit(200, pl.Int64).alias("age"))), key, ("x-request-id", "g-17"))
     assert (code, details.splitlines()[1], trailers["mlray-error"], trailers["x-request-id"]) == ("INVALID_ARGUMENT", "row 0: age: at most 120", "contract", "g-17")
     assert call(stack, "ModelInfer", infer_message(one, "nobody"), key)[0] == "NOT_FOUND" and call(stack, "ModelInfer", infer_message(one, model_version="99"), key)[0] == "NOT_FOUND"
     assert call(stack, "ModelInfer", infer_message(one), key, ("x-mlray-version", "3"))[0] in ("PERMISSION_DENIED", "NOT_FOUND")
@@ -245,6 +246,28 @@ def test_an_mlflow_client_works_unchanged(stack, rows, tmp_path, monkeypatch):
     with pytest.raises(Exception, match="error code 422.*at most 120"): client.invoke(rows.head(1).with_columns(pl.lit(200).alias("age")).to_pandas())
 
 
+# What is answered later.
+
+def test_a_job_answers_what_a_request_would(stack, rows):
+    "JSON and Arrow in, JSON and Arrow out; the same key is the same job; its rows are journaled; nobody else sees it."
+    with Client(stack.url, stack.keys["predictor"]) as client, Client(stack.url, stack.keys["tester"]) as other:
+        job = client.submit("diabetes", rows, key="monday")
+        assert client.submit("diabetes", rows, key="monday").id == job.id and (job.rows, job.version) == (ROWS, "1")
+        small = client.submit("diabetes", rows.head(5).to_dicts())
+        assert client.wait(job.id, 120).state == "done" and client.wait(small.id, 120).state == "done"
+        expected = predict(stack.bundle, rows, ROWS)
+        assert pl.read_ipc_stream(client.result_stream(job.id))["score"].to_numpy().tobytes() == expected.tobytes()
+        said = client.result(small.id)
+        assert [p["score"] for p in said.predictions] == expected[:5].tolist() and list(said.predictions) == stack.predict(*rows.head(5).to_dicts()).json()["predictions"]
+        with pytest.raises(NotFound): other.job(job.id)
+        with pytest.raises(ServiceError, match="named another job"): client.submit("diabetes", rows.head(3), key="monday")
+        with pytest.raises(BrokenContract, match="row 1: age: at most 120"): client.submit("diabetes", rows.head(2).with_columns(pl.Series("age", [50, 200])))
+        gone = client.cancel(client.submit("diabetes", rows).id)
+        assert gone.state in ("cancelled", "done")
+    kept = journaled(stack.settings.home / "journal", "diabetes").filter(pl.col("id").str.starts_with(job.id)).collect()
+    assert kept.height == ROWS and kept["caller"].unique().to_list() == [stack.keys["predictor"].split("_")[1]]
+
+
 def test_metadata_says_what_infer_takes(stack):
     told = stack.ask("GET", "/v2/models/diabetes").json()
     assert [i["name"] for i in told["inputs"]] == list(stack.bundle.contract.features) and told["platform"] == "onnx_onnxv1" and "1" in told["versions"]
@@ -264,12 +287,14 @@ def test_explanations_come_with_the_predictions(stack, rows):
 
 def test_every_route_for_every_role(stack, rows):
     (row,) = rows.head(1).to_dicts()
-    bodies = {"predict": {"instances": [row]}, "explain": {"instances": [row]}, "invoke": {"instances": [row]}, "infer": tensors(rows.head(1)), "feedback": {"feedback": [{"request_id": "r-1", "value": True}]}}
+    jobs = {role: stack.ask("POST", "/v1/models/diabetes/jobs", role, json={"instances": [row]}).json().get("id", "0" * 32) for role in ROLES}
+    bodies = {"predict": {"instances": [row]}, "submit": {"instances": [row]}, "explain": {"instances": [row]}, "invoke": {"instances": [row]}, "infer": tensors(rows.head(1)), "feedback": {"feedback": [{"request_id": "r-1", "value": True}]}}
     for route, role in product(ROUTES, [*ROLES, "nobody", "forged"]):
-        path = route.path.replace("{model}", "diabetes").replace("{version}", "1") + ("?model=diabetes" if route.name == "invoke" else "")
+        path = route.path.replace("{model}", "diabetes").replace("{version}", "1").replace("{job}", jobs.get(role, "0" * 32)) + ("?model=diabetes" if route.name == "invoke" else "")
+        if route.name == "result" and route.action in ROLES.get(role, ()): until(lambda path=path, role=role: stack.ask("GET", path.removesuffix("/result"), role).json()["state"] == "done", 120)
         key = {"nobody": "none", "forged": stack.keys["admin"][:-1] + "~"}.get(role)
         reply = stack.ask(route.method, path, role, key, **({"json": bodies[route.name]} if route.method == "POST" else {}))
-        expected = 200 if route.action == PUBLIC else 401 if key else (202 if route.name == "feedback" else 200) if route.action in ROLES[role] else 403
+        expected = 200 if route.action == PUBLIC else 401 if key else (202 if route.name in ("feedback", "submit") else 200) if route.action in ROLES[role] else 403
         assert reply.status_code == (404 if expected == 200 and route.name == "card" else expected), (route, role, reply.text)
 
 
@@ -281,9 +306,9 @@ def test_the_description_has_every_route_and_its_examples_are_answered(stack):
         if "post" not in methods: continue
         example = methods["post"]["requestBody"]["content"]["application/json"]["example"]
         reply = stack.ask("POST", path.replace("{version}", "1") + ("?model=diabetes" if path == "/invocations" else ""), json=example)
-        assert reply.status_code == (202 if path == "/v1/feedback" else 200), (path, reply.text)
+        assert reply.status_code == (202 if path == "/v1/feedback" or path.endswith("/jobs") else 200), (path, reply.text)
         asked += 1
-    assert asked == 10 # four of each model, /invocations, and /v1/feedback
+    assert asked == 12 # five of each model, /invocations, and /v1/feedback
     assert example_row(stack.bundle.contract).keys() == set(stack.bundle.contract.features)
 
 
