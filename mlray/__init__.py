@@ -13,6 +13,7 @@ Modules:
 - `mlray.attestation`: What is signed here, by whom, and whether it is enough
 - `mlray.audit`: A chain that breaks if it is touched
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
+- `mlray.beside`: What a shadow answered, beside what was answered
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
 - `mlray.calibration`: Scores that can be taken at their word: fitted on validation rows, shipped in the graph
 - `mlray.card`: A version's papers, made from what is known of it: the model card, as Markdown, as a page, as JSON
@@ -176,6 +177,7 @@ Modules:
 - `mlray.threshold`: Where the line is drawn: one line that does best by what was asked, or one for each group
 - `mlray.topic`: A Kafka topic as rows: from an offset to the end that it had when it was opened
 - `mlray.trace_on_openlineage`: What ran, on which rows, and what came of it, told to a lineage server
+- `mlray.trace_on_opentelemetry`: Where the time of a request went
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
 - `mlray.traffic`: Which version answers whom

@@ -41,7 +41,7 @@ from .plan import Model, Plan, Watcher, loaded
 from .registry import open_registry
 from .routes import PUBLIC, Routes
 from .served import Served
-from .service import DEFERRED, Asked, Service, admitted, at_once, in_process
+from .service import DEFERRED, Asked, Service, admitted, at_once, carried, in_process
 from .settings import Settings
 from .shadow import Shadow
 from .traffic import Rates
@@ -51,7 +51,7 @@ from .wire import Arm, Refused, Reply, Rows
 class Predictor:
     "Scores rows."
 
-    def __init__(self, models: Sequence[Model]):
+    def __init__(self, models: Sequence[Model], settings: Settings | None = None):
         self.known: dict[str, Served] = {}
         for m in models: self.load(m)
 
@@ -62,7 +62,7 @@ class Predictor:
         self.known = dict([*self.known.items(), (model.digest, served)][-8:])
         return served
 
-    async def score(self, model: Model, rows: Rows) -> np.ndarray | None:
+    async def score(self, model: Model, rows: Rows, carried: Mapping[str, str] | None = None) -> np.ndarray | None:
         known = self.known.get(model.digest)
         served = known if known is not None else await asyncio.to_thread(self.load, model)
         return served.scores(rows)
@@ -141,9 +141,9 @@ class Scoring:
         from ray.exceptions import RayActorError
         self.loop = asyncio.get_running_loop()
         for _ in range(5):
-            try: return await self.handles[model].score.remote(self.models[served.bundle.digest], rows)
+            try: return await self.handles[model].score.remote(self.models[served.bundle.digest], rows, carried())
             except RayActorError: self.meters.of("retried", model).inc()
-        return await self.handles[model].score.remote(self.models[served.bundle.digest], rows)
+        return await self.handles[model].score.remote(self.models[served.bundle.digest], rows, carried())
 
     def listening(self, model: str, served: Served, rows: Rows) -> np.ndarray | None:
         "For the shadow's thread."
@@ -153,6 +153,7 @@ class Scoring:
 # %% ../nbs/43_serve_on_ray.ipynb #e07b2084
 class Gateway:
     "HTTP in, HTTP out."
+    predictor: type[Predictor] = Predictor # who scores models that are apart
     servicers: tuple[str, ...] = () # what adds calls of gRPC to a server, where a gateway has such
 
     def __init__(
@@ -173,7 +174,9 @@ class Gateway:
         self.service = Service({}, (), recorder, feedback, issuer.caller if issuer else None, self.scoring, self.shadow, self.meters, self.rates)
         self.desk = Desk(shelf_of(settings)) if worker is not None else None
         if self.desk:
-            minder = Minder(self.desk.shelf, lambda: worker.work.remote().result())
+            loop = asyncio.get_running_loop() # handles are asked from it and from nowhere else
+            async def work() -> None: await worker.work.remote()
+            minder = Minder(self.desk.shelf, lambda: asyncio.run_coroutine_threadsafe(work(), loop).result())
             self.desk.wake, self.service = minder.bell.set, replace(self.service, desk=self.desk)
             minder.start()
         self.use(plan)
@@ -249,7 +252,7 @@ def check_port(settings: Settings) -> None:
                 raise ServingError(f"Port {port} of {settings.host} cannot be used: {error.strerror}. Choose another with `--{option}`, or `{option.replace('-', '_')}` in settings.ini.") from error
 
 
-def _predictors(plan: Plan) -> dict[str, Any]:
+def _predictors(plan: Plan, kind: type[Predictor], settings: Settings) -> dict[str, Any]:
     "Deployments of models that are apart."
     from ray import serve
     made = {}
@@ -258,9 +261,9 @@ def _predictors(plan: Plan) -> dict[str, Any]:
         spec = load_bundle(mine[0].path, mine[0].digest).spec.serve
         if spec.placement == "together": continue
         scaling = {"min_replicas": spec.min_replicas, "max_replicas": max(spec.max_replicas, spec.min_replicas), "target_ongoing_requests": spec.target_ongoing, "upscale_delay_s": spec.up_delay_s, "downscale_delay_s": spec.down_delay_s}
-        predictor: Any = serve.deployment(Predictor, name=f"Predictor-{name}", autoscaling_config=scaling, max_ongoing_requests=64, max_queued_requests=1024, health_check_period_s=5,
+        predictor: Any = serve.deployment(kind, name=f"Predictor-{name}", autoscaling_config=scaling, max_ongoing_requests=64, max_queued_requests=1024, health_check_period_s=5,
                                           graceful_shutdown_wait_loop_s=0.1, graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": 0.5})
-        made[name] = predictor.bind(mine)
+        made[name] = predictor.bind(mine, settings)
     return made
 
 # %% ../nbs/43_serve_on_ray.ipynb #fabe0d00
@@ -283,7 +286,7 @@ def bound(
     from ray import serve
     deployment: Any = serve.deployment(gateway, name="Gateway", num_replicas=settings.replicas, max_ongoing_requests=64, max_queued_requests=settings.max_queued, health_check_period_s=5,
                                   graceful_shutdown_wait_loop_s=0.1, graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": 0.5})
-    return deployment.bind(plan, list(references), settings.model_copy(update={"home": settings.home.resolve()}), _predictors(plan), _worker(settings))
+    return deployment.bind(plan, list(references), settings.model_copy(update={"home": settings.home.resolve()}), _predictors(plan, gateway.predictor, settings), _worker(settings))
 
 
 def deploy(
