@@ -248,10 +248,13 @@ def deploy_versions(references: Sequence[str], settings: "Settings") -> None:
     if traces:
         from mlray.grpc_on_ray import deploy_both
         from mlray.trace_on_opentelemetry import TracedGateway
-        return deploy_both(plan, references, settings.model_copy(update={"traces": traces}), TracedGateway)
-    if settings.grpc_port: from mlray.grpc_on_ray import deploy_both as deploy
-    else: from mlray.serve_on_ray import deploy
-    deploy(plan, references, settings)
+        deploy_both(plan, references, settings.model_copy(update={"traces": traces}), TracedGateway)
+    elif settings.grpc_port:
+        from mlray.grpc_on_ray import deploy_both
+        deploy_both(plan, references, settings)
+    else:
+        from mlray.serve_on_ray import deploy
+        deploy(plan, references, settings)
 
 
 def until_stopped() -> None:

@@ -125,8 +125,9 @@ def _wait_for(settings: Settings, seconds: float = 30) -> None:
     while time.monotonic() < end:
         where = f"{settings.host}:{settings.grpc_port}"
         with grpc.secure_channel(where, options) if options else grpc.insecure_channel(where) as channel:
-            try: return channel.unary_unary(f"/{SERVICE}/ServerReady")(b"", timeout=2) and None
+            try: channel.unary_unary(f"/{SERVICE}/ServerReady")(b"", timeout=2)
             except grpc.RpcError: time.sleep(0.05)
+            else: return
     raise ServingError(f"gRPC did not answer at {settings.host}:{settings.grpc_port} within {seconds:g} s. Ray's logs are in /tmp/ray/session_latest/logs/serve.")
 
 

@@ -92,7 +92,7 @@ class Shelf:
                 if known.sha256 != job.sha256: raise Refused(409, "key_used", "This key has named another job already. Send a new Idempotency-Key.")
                 return known
             self.sweep()
-            if len(self.waiting()) >= self.most: raise Refused(503, "too_many_jobs", "As many jobs as may wait do wait.", headers={"Retry-After": "5"})
+            if len(self.waiting()) >= self.most: raise Refused(429, "too_many_jobs", "As many jobs as may wait do wait.", headers={"Retry-After": "5"})
             made = self.folder / f".{job.id}-{os.urandom(4).hex()}"
             made.mkdir(mode=0o700)
             rows.write_ipc(made / "rows.arrow")

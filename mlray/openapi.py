@@ -66,16 +66,16 @@ def _body(route: Route, schema: Mapping[str, Any], contract: Contract) -> dict[s
     if route.name == "infer":
         content: dict[str, Any] = {"application/json": {"schema": {"type": "object", "required": ["inputs"], "properties": {"id": {"type": "string"}, "inputs": {"type": "array", "minItems": 1, "items": _TENSOR}, "outputs": {"type": "array", "items": {"type": "object"}}, "parameters": {"type": "object"}}}, "example": _tensors(contract)}}
     elif route.name == "invoke":
-        shapes = {n: {"type": "object" if n == "dataframe_split" else ["array", "object"] if n in ("instances", "inputs") else "array"} for n in ("dataframe_split", "dataframe_records", "instances", "inputs")}
-        content = {"application/json": {"schema": {"type": "object", "minProperties": 1, "properties": shapes}, "example": {"dataframe_split": {"columns": list(row), "data": [list(row.values())]}}}}
+        shapes = {n: {"type": "object", "required": ["columns", "data"]} if n == "dataframe_split" else {"type": ["array", "object"] if n in ("instances", "inputs") else "array", "minItems": 1} for n in ("dataframe_split", "dataframe_records", "instances", "inputs")}
+        content = {"application/json": {"schema": {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False, "properties": shapes}, "example": {"dataframe_split": {"columns": list(row), "data": [list(row.values())]}}}}
     elif route.name == "feedback": content = {"application/json": {"schema": schema, "example": {"feedback": [{"request_id": "r-17", "value": 1}]}}}
     else: content = {"application/json": {"schema": schema, "example": {"instances": [row]}}}
     if route.name in ("predict", "submit"): content["application/vnd.apache.arrow.stream"] = {"schema": {"type": "string", "format": "binary"}}
     return {"required": True, "content": content}
 
 # %% ../nbs/39k_openapi.ipynb #bc834af8
-_PARAMETERS = [{"name": n, "in": "header", "required": False, "schema": {"type": "string", "maxLength": 256}, "description": d} for n, d in (
-    ("x-request-id", "Names the request, in the answer too"), ("x-routing-key", "The same key, the same version; else the id column of the first row"), ("x-mlray-version", "A version to ask, for testers"))]
+_PARAMETERS = [{"name": n, "in": "header", "required": False, "schema": {"type": "string"}, "description": d} for n, d in (
+    ("x-request-id", "Names the request, in the answer too: 1 to 64 letters, digits, dots, dashes; else it gets a name"), ("x-routing-key", "The same key, the same version; else the id column of the first row"), ("x-mlray-version", "A version to ask, for testers"))]
 
 
 def _operation(route: Route, name: str, schemas: Mapping[str, tuple[Any, Any, Any]], service: Service) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _operation(route: Route, name: str, schemas: Mapping[str, tuple[Any, Any, An
     parameters = list(_PARAMETERS[:1] if route.name == "feedback" else _PARAMETERS) if posts else []
     if "{version}" in route.path: parameters.append({"name": "version", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[0-9]{1,9}$"}})
     if "{job}" in route.path: parameters.append({"name": "job", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"}})
-    if route.name == "submit": parameters.append({"name": "idempotency-key", "in": "header", "required": False, "schema": {"type": "string", "maxLength": 256}, "description": "The same key, the same job"})
+    if route.name == "submit": parameters.append({"name": "idempotency-key", "in": "header", "required": False, "schema": {"type": "string"}, "description": "The same key, the same job"})
     if route.name == "invoke": parameters.append({"name": "model", "in": "query", "required": len(service.models) > 1, "schema": {"enum": sorted(service.models)}})
     if parameters: made["parameters"] = parameters
     if posts and line: made["requestBody"] = _body(route, batch if route.name == "submit" else sent, line.production.bundle.contract)
@@ -115,7 +115,7 @@ def describe(service: Service) -> dict[str, Any]: # OpenAPI 3.1
     lines = {n: m if isinstance(m, Line) else line_of(service, n) for n, m in service.models.items()}
     types = [Refusal, SentMany, *(s.production.decoder.type for s in lines.values()), *(s.production.answer_type for s in lines.values())]
     (_, told, *both), parts = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-    schemas = {"": (told, {"type": "object", "required": ["accepted"], "properties": {"accepted": {"type": "integer"}, "request_id": {"type": "string"}}}, {})} | {n: (both[i], both[len(lines) + i], _batch(both[i], parts)) for i, n in enumerate(lines)}
+    schemas: dict[str, tuple[Any, Any, Any]] = {"": (told, {"type": "object", "required": ["accepted"], "properties": {"accepted": {"type": "integer"}, "request_id": {"type": "string"}}}, {})} | {n: (both[i], both[len(lines) + i], _batch(both[i], parts)) for i, n in enumerate(lines)}
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         names = list(lines) if "{model}" in route.path else [next(iter(lines))] if route.method == "POST" else [""]

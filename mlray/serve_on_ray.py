@@ -299,8 +299,8 @@ def deploy(
     from ray import serve
     from ray.serve.config import HTTPOptions, gRPCOptions
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    calls = {"grpc_options": gRPCOptions(port=settings.grpc_port, grpc_servicer_functions=list(gateway.servicers), enable_reflection=False)} if settings.grpc_port and gateway.servicers else {}
-    serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port), **calls)
+    calls = gRPCOptions(port=settings.grpc_port, grpc_servicer_functions=list(gateway.servicers), enable_reflection=False) if settings.grpc_port and gateway.servicers else None
+    serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port), grpc_options=calls)
     try: serve.run(bound(plan, references, settings, gateway), name="mlray", route_prefix="/")
     except RuntimeError as error: raise ServingError(f"The service did not start: {str(error).strip().splitlines()[-1]}") from error
     _wait_for(settings)

@@ -23,7 +23,6 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.requests import Request
 
-
 from .grpc_on_ray import CALLS, CallGateway, Sent
 from .plan import Model, Plan
 from .serve_on_ray import Predictor
@@ -50,7 +49,7 @@ def traced(
     tracer: Tracer,
     name: str,
     headers: Mapping[str, str],         # of the request; its `traceparent` is the parent
-    **attributes: str | int,
+    **attributes: Any,                  # texts and numbers
 ) -> Iterator[Span]:
     "A span for what is done inside, and one for each of its steps."
     start = time.time_ns()
@@ -74,7 +73,8 @@ class TracedPredictor(Predictor):
         self.tracer = self.provider.get_tracer("mlray")
 
     async def score(self, model: Model, rows: Rows, carried: Mapping[str, str] | None = None) -> np.ndarray | None:
-        with traced(self.tracer, "score", carried or {}, **{"mlray.model": model.name, "mlray.version": model.version, "mlray.rows": rows.count}):
+        about: dict[str, Any] = {"mlray.model": model.name, "mlray.version": model.version, "mlray.rows": rows.count}
+        with traced(self.tracer, "score", carried or {}, **about):
             return await super().score(model, rows)
 
 

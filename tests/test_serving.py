@@ -3,6 +3,7 @@ import asyncio
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -192,6 +193,22 @@ def test_triton_clients_work_unchanged(stack, rows):
         assert [o.name for o in only.get_response().outputs] == ["score"]
 
 
+@pytest.mark.chaos
+def test_ten_thousand_rows_over_grpc(stack, rows):
+    "In raw bytes and in typed fields, by Triton's client over HTTP and over gRPC, in bulk and alone, together and apart: as the bundle says, to the bit."
+    expected, headers, different = predict(stack.bundle, rows, ROWS), bearer(stack), Counter()
+    with triton_grpc(stack) as calls, triton_http(stack) as http, grpc.insecure_channel(f"127.0.0.1:{stack.settings.grpc_port}") as channel:
+        for name in ("diabetes", "distant"):
+            different[f"gRPC raw, {name}"] = int((calls.infer(name, triton_inputs(tritongrpc, rows), headers=headers).as_numpy("score") != expected).sum())
+            different[f"HTTP, 5 000 rows, {name}"] = int((http.infer(name, triton_inputs(triton, rows.head(5000)), headers=bearer(stack)).as_numpy("score") != expected[:5000]).sum())
+        typed = messages()["ModelInferResponse"].FromString(channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(infer_message(rows), metadata=list(headers.items())))
+        different["gRPC typed"] = int((np.array(typed.outputs[1].contents.fp32_contents, np.float32) != expected).sum())
+        different["Arrow"] = int((arrow(stack, rows)["score"].to_numpy() != expected).sum())
+        different["gRPC, one row each"] = sum(int(calls.infer("diabetes", triton_inputs(tritongrpc, rows[i]), headers=headers).as_numpy("score")[0] != expected[i]) for i in range(ROWS))
+    print({k: f"{v} of {ROWS} differ" for k, v in different.items()})
+    assert not different.total()
+
+
 def call(stack, name: str, body: bytes, *metadata: tuple[str, str]) -> tuple[str, str, dict[str, str]]:
     "A call of gRPC: its status, its details, what came in its trailers."
     with grpc.insecure_channel(f"127.0.0.1:{stack.settings.grpc_port}") as channel:
@@ -243,7 +260,7 @@ def test_an_mlflow_client_works_unchanged(stack, rows, tmp_path, monkeypatch):
     client.wait_server_ready(timeout=30)
     said = client.invoke(rows.head(300).to_pandas()).get_predictions()
     assert said["score"].tolist() == predict(stack.bundle, rows.head(300), 300).tolist()
-    with pytest.raises(Exception, match="error code 422.*at most 120"): client.invoke(rows.head(1).with_columns(pl.lit(200).alias("age")).to_pandas())
+    with pytest.raises(Exception, match=r"error code 422.*at most 120"): client.invoke(rows.head(1).with_columns(pl.lit(200).alias("age")).to_pandas())
 
 
 # What is answered later.
@@ -403,3 +420,38 @@ def test_the_client(stack, rows):
     async def many() -> list[str]:
         async with AsyncClient(stack.url, stack.keys["predictor"]) as client: return [r.version for r in await asyncio.gather(*(client.predict("distant", some) for _ in range(50)))]
     assert asyncio.run(many()) == ["1"] * 50
+
+
+# What the description promises.
+
+def promises(stack, examples: int) -> Counter:
+    "Requests that keep the description and requests that break it, by schemathesis, of every operation: each answer must be one that is described."
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings as hypothesis_settings
+    from hypothesis.errors import Unsatisfiable
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi import checks
+    promised = [not_a_server_error, checks.status_code_conformance, checks.content_type_conformance, checks.response_schema_conformance, checks.response_headers_conformance, checks.unsupported_method]
+    seen: Counter = Counter()
+    for found in schemathesis.openapi.from_url(f"{stack.url}/openapi.json", headers=bearer(stack)).get_all_operations():
+        for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
+            @given(case=found.ok().as_strategy(generation_mode=mode))
+            @hypothesis_settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=(Phase.generate,))
+            def ask(case) -> None:
+                reply = case.call(headers=bearer(stack))
+                seen[reply.status_code] += 1
+                case.validate_response(reply, checks=promised)
+            try: ask()
+            except Unsatisfiable: assert mode is schemathesis.GenerationMode.NEGATIVE # a health check takes nothing, so nothing is wrong for it
+    return seen
+
+
+def test_answers_are_as_described(stack):
+    assert {200, 202, 404, 422} <= promises(stack, 2).keys()
+
+
+@pytest.mark.chaos
+def test_many_answers_are_as_described(stack):
+    seen = promises(stack, 100)
+    print(f"{seen.total()} requests of schemathesis: {dict(sorted(seen.items()))}")
+    assert seen.total() > 3000 and not any(status >= 500 for status in seen)
