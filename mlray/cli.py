@@ -41,7 +41,7 @@ from .errors import MlrayError, ServingError, suggest
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 from .release_cli import release_app
-from .serve_cli import serve_app
+from .serve_cli import answer_file, serve_app
 
 if TYPE_CHECKING:
     from mlray.settings import Settings
@@ -177,12 +177,17 @@ def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Mo
 
 
 @app.command()
-def ask(name: Annotated[str, typer.Argument(help="A model.")], row: Annotated[str, typer.Argument(metavar="JSON", help="A row or a list of rows; - reads stdin.")],
+def ask(name: Annotated[str, typer.Argument(help="A model.")], row: Annotated[str | None, typer.Argument(metavar="[JSON]", help="A row or a list of rows; - reads stdin.")] = None,
+        file: Annotated[Path | None, typer.Option("--file", help="Rows in CSV, Parquet, JSON lines or Arrow, answered as one job.")] = None,
+        to: Annotated[Path | None, typer.Option("--to", help="Where their answers go, .parquet or .csv (default: beside the file).")] = None,
         url: Annotated[str | None, typer.Option("--url", help="Of the service (default: that of the settings).")] = None, env: Env = None, as_json: Json = False) -> None:
     "Ask the running service; the key comes from MLRAY_API_KEY."
     key = os.environ.get("MLRAY_API_KEY")
     if not key: raise ServingError("Set MLRAY_API_KEY to an API key; `mlray key create` makes one.")
-    rows = row_of(row)
+    if (row is None) == (file is None): raise ServingError("Ask with a row, as JSON, or with --file.")
+    if file:
+        with stderr().status("waiting") as line: return _show(as_json, *answer_file(name, file, to, url or settings_of(env).url, key, lambda job: line.update(f"{job.done} of {job.rows} rows")))
+    rows = row_of(str(row))
     said = ask_service(name, rows if isinstance(rows, list) else [rows], url or settings_of(env).url, key)
     from mlray.faces import face_of_answer
     _show(as_json, said, face_of_answer(said))

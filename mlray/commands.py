@@ -13,7 +13,6 @@ __all__ = ['stderr', 'settings_of', 'tracker_of', 'backend_on', 'propose_contrac
 
 # %% ../nbs/58_commands.ipynb #d3866d23
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -244,17 +243,11 @@ def plan_for(references: Sequence[str], settings: "Settings") -> "Plan":
 
 def deploy_versions(references: Sequence[str], settings: "Settings") -> None:
     "Put models up, inside a cluster; returns when they answer."
-    plan, traces = plan_for(references, settings), settings.traces or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
-    if traces:
-        from mlray.grpc_on_ray import deploy_both
-        from mlray.trace_on_opentelemetry import TracedGateway
-        deploy_both(plan, references, settings.model_copy(update={"traces": traces}), TracedGateway)
-    elif settings.grpc_port:
-        from mlray.grpc_on_ray import deploy_both
-        deploy_both(plan, references, settings)
+    if settings.traces:
+        from mlray.trace_on_opentelemetry import deploy_traced as deploy
     else:
-        from mlray.serve_on_ray import deploy
-        deploy(plan, references, settings)
+        from mlray.grpc_on_ray import deploy_both as deploy
+    deploy(plan_for(references, settings), references, settings)
 
 
 def until_stopped() -> None:

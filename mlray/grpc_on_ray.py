@@ -9,7 +9,7 @@ that goes is noticed by nobody; a listener of our own would be one port for each
 __all__ = ['SERVICE', 'CALLS', 'code_of', 'details_of', 'refused_of', 'asked_of_call', 'Sent', 'CallGateway', 'add_calls',
            'deploy_both']
 
-# %% ../nbs/43a_grpc_on_ray.ipynb #521fe1d3
+# %% ../nbs/43a_grpc_on_ray.ipynb #29292296
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from .service import Asked
 from .settings import Settings
 from .wire import Refusal, Refused, Reply
 
-# %% ../nbs/43a_grpc_on_ray.ipynb #006ba8a7
+# %% ../nbs/43a_grpc_on_ray.ipynb #8610604b
 _CODES = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 413: "RESOURCE_EXHAUSTED", 415: "INVALID_ARGUMENT", 422: "INVALID_ARGUMENT", 429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE"}
 
 
@@ -50,7 +50,7 @@ def refused_of(reply: Reply) -> Refused:
     said = msgspec.json.decode(reply.body, type=Refusal)
     return Refused(reply.status, "" if said.error == said.message else said.error, said.message, said.problems, reply.headers)
 
-# %% ../nbs/43a_grpc_on_ray.ipynb #5ef14249
+# %% ../nbs/43a_grpc_on_ray.ipynb #d56b2aef
 SERVICE = "inference.GRPCInferenceService"
 CALLS: Mapping[str, str] = {"ServerLive": "live", "ServerReady": "ready", "ModelReady": "model_ready", "ServerMetadata": "server", "ModelMetadata": "metadata", "ModelInfer": "infer"} # → the name of a route
 _ACTIONS = {r.name: r.action for r in ROUTES}
@@ -111,13 +111,13 @@ class CallGateway(Gateway):
     async def ModelMetadata(self, body: bytes, grpc_context: Any) -> Sent: return await self.called("ModelMetadata", body, grpc_context)
     async def ModelInfer(self, body: bytes, grpc_context: Any) -> Sent: return await self.called("ModelInfer", body, grpc_context)
 
-
+# %% ../nbs/43a_grpc_on_ray.ipynb #7eb7f3e9
 def add_calls(servicer: Any, server: Any) -> None:
     "Add the calls to a server. Messages stay bytes: what cannot be read is refused by us, where gRPC would call it an error of its own."
     handlers = {name: grpc.unary_unary_rpc_method_handler(getattr(servicer, name), response_serializer=Sent.SerializeToString) for name in CALLS}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
-# %% ../nbs/43a_grpc_on_ray.ipynb #0135c61c
+# %% ../nbs/43a_grpc_on_ray.ipynb #406d450d
 def _wait_for(settings: Settings, seconds: float = 30) -> None:
     "Until the proxy in front has heard of the replicas."
     end, secure = time.monotonic() + seconds, settings.tls_cert

@@ -31,17 +31,17 @@ from starlette.responses import Response
 from .arrow import ARROW
 from .bundle import load_bundle
 from .errors import ServingError
-from .job_desk import Desk, Minder, Worker, shelf_of
+from .job_desk import Desk, Worker, shelf_of
 from .journal import Feedback, Journal
 from .keeping import open_recorder
-from .meters import Meters
+from .meters import Meters, carried
 from .oidc import issuer_of
 from .openapi import describe
 from .plan import Model, Plan, Watcher, loaded
 from .registry import open_registry
 from .routes import PUBLIC, Routes
 from .served import Served
-from .service import DEFERRED, Asked, Service, admitted, at_once, carried, in_process
+from .service import DEFERRED, Asked, Service, admitted, at_once, in_process
 from .settings import Settings
 from .shadow import Shadow
 from .traffic import Rates
@@ -167,18 +167,13 @@ class Gateway:
         settings = settings or Settings()
         self.routes, self.meters = Routes(), Meters(uuid4().hex[:8])
         self.scoring = Scoring(handles or {}, self.meters)
+        self.desk = Desk(shelf_of(settings)) if worker is not None else None
+        if self.desk: self.desk.mind(worker.work.remote)
         self.rates = Rates(settings.rate / settings.replicas if settings.rate else None)
         recorder, issuer = open_recorder(settings), issuer_of(settings)
         self.shadow = Shadow(self.meters, settings.shadow_queued, self.scoring.listening, recorder)
         feedback = Journal[Feedback](settings.home / "journal" / "feedback" / "segments", sync_s=settings.journal_sync_s) if recorder else None
-        self.service = Service({}, (), recorder, feedback, issuer.caller if issuer else None, self.scoring, self.shadow, self.meters, self.rates)
-        self.desk = Desk(shelf_of(settings)) if worker is not None else None
-        if self.desk:
-            loop = asyncio.get_running_loop() # handles are asked from it and from nowhere else
-            async def work() -> None: await worker.work.remote()
-            minder = Minder(self.desk.shelf, lambda: asyncio.run_coroutine_threadsafe(work(), loop).result())
-            self.desk.wake, self.service = minder.bell.set, replace(self.service, desk=self.desk)
-            minder.start()
+        self.service = Service({}, (), recorder, feedback, issuer.caller if issuer else None, self.scoring, self.shadow, self.meters, self.rates, desk=self.desk)
         self.use(plan)
         if references:
             self.watcher = Watcher(lambda: open_registry(settings), references, plan.seq, self.use, self.meters.of("unheard").set)

@@ -152,6 +152,7 @@ def read_settings(
     if path is None and env != "local": raise SettingsError(f"There is no settings.ini in {start} or above, so no environment {env!r}.")
     found: dict[str, object] = dict(_section(path, env)) if path else {}
     found |= {k: environ[f"MLRAY_{k.upper()}"] for k in _KEYS if environ.get(f"MLRAY_{k.upper()}")}
+    if environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"): found.setdefault("traces", environ["OTEL_EXPORTER_OTLP_ENDPOINT"])
     found |= {k: tuple(v.replace(",", " ").split()) for k, v in found.items() if k in _SEVERAL and isinstance(v, str)}
     root = path.parent if path else start
     settings = _valid({**found, "env": env, "root": root}, str(path or "MLRAY_* variables"))

@@ -20,7 +20,7 @@ from mlray.arrow import ARROW, stream_of_answer
 from mlray.beside import beside, pairs
 from mlray.bundle import predict
 from mlray.job_desk import Desk, Worker, said_of, shelf_of
-from mlray.jobs import PART
+from mlray.jobs import PART, sweep
 from mlray.keeping import open_recorder
 from mlray.meters import Meters
 from mlray.open_inference import parts_of_answer
@@ -123,9 +123,7 @@ def test_a_job_is_its_owners_and_there_are_only_so_many(two, tmp_path):
     assert json.loads(ask(service, "cancel", job=job).body)["state"] == "cancelled" and ask(service, "submit", body, kind=ARROW).status == 202
     assert ask(service, "submit", stream(rows.head(2).with_columns(pl.lit(200, pl.Int64).alias("age"))), kind=ARROW).status == 422
     assert not (settings.home / "jobs" / job / "rows.arrow").exists() # nobody will ask for these
-    shelf = service.desk.shelf
-    shelf.now = lambda: time.time() + settings.jobs_kept_s + 1
-    assert shelf.sweep() == 1 and ask(service, "job", job=job).status == 404
+    assert sweep(replace(service.desk.shelf, now=lambda: time.time() + settings.jobs_kept_s + 1)) == 1 and ask(service, "job", job=job).status == 404
 
 
 def test_the_version_of_a_job_is_decided_when_it_is_handed_in(two, tmp_path):

@@ -1,7 +1,10 @@
 """The service as its clients see it: every route over real HTTP, through HAProxy and Ray Serve, while versions change underneath."""
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -420,6 +423,14 @@ def test_the_client(stack, rows):
     async def many() -> list[str]:
         async with AsyncClient(stack.url, stack.keys["predictor"]) as client: return [r.version for r in await asyncio.gather(*(client.predict("distant", some) for _ in range(50)))]
     assert asyncio.run(many()) == ["1"] * 50
+
+
+def test_a_file_is_asked_on_the_command_line(stack, rows, tmp_path):
+    rows.head(20).write_csv(tmp_path / "rows.csv")
+    done = subprocess.run([sys.executable, "-c", "from mlray.cli import main; main()", "ask", "diabetes", "--file", str(tmp_path / "rows.csv"), "--url", stack.url, "--json"], capture_output=True, text=True, env=os.environ | {"MLRAY_API_KEY": stack.keys["predictor"]}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["rows"], told["version"]) == (20, "1") and pl.read_parquet(told["answers"])["score"].to_numpy().tobytes() == predict(stack.bundle, rows.head(20), 20).tobytes()
 
 
 # What the description promises.
