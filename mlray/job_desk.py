@@ -29,7 +29,7 @@ from .jobs import PART, Job, Shelf, claimed, end, job_id, keep, put, sweep
 from .keeping import open_recorder
 from .plan import Model, Plan, loaded
 from .served import MOST_ROWS, Served, decoded, rows_of_frame, rows_of_records
-from .service import Answered, Asked, Form, Service, answered, at_once, caller_name, line_of, worded
+from .service import Asked, Form, Service, answered, at_once, caller_name, line_of, worded
 from .settings import Settings
 from .traffic import Choice, Traffic, choose
 from .wire import Refused, Reply, Rows, encode
