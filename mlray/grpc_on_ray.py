@@ -24,9 +24,8 @@ from .inference_messages import form_of, messages, read_message
 from .plan import Plan
 from .routes import PUBLIC, ROUTES
 from .serve_on_ray import Gateway, deploy, id_of, presented
-from .service import Asked
 from .settings import Settings
-from .wire import Refusal, Refused, Reply
+from .wire import Asked, Refusal, Refused, Reply
 
 # %% ../nbs/43a_grpc_on_ray.ipynb #8610604b
 _CODES = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 413: "RESOURCE_EXHAUSTED", 415: "INVALID_ARGUMENT", 422: "INVALID_ARGUMENT", 429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE"}

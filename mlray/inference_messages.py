@@ -20,8 +20,8 @@ from google.protobuf.message import DecodeError, Message
 from .bundle import decide
 from .open_inference import Tensor, parts_of_answer, rows_of_columns
 from .served import Served
-from .service import Answered, Asked, Form
-from .wire import Refused, Reply, Rows
+from .service import Answered, Form
+from .wire import Asked, Refused, Reply, Rows
 
 # %% ../nbs/39m_inference_messages.ipynb #935fe84b
 _MESSAGES: Mapping[str, str] = {

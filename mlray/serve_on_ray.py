@@ -31,7 +31,7 @@ from starlette.responses import Response
 from .arrow import ARROW
 from .bundle import load_bundle
 from .errors import ServingError
-from .job_desk import Desk, Worker, shelf_of
+from .job_desk import Worker, minded
 from .journal import Feedback, Journal
 from .keeping import open_recorder
 from .meters import Meters, carried
@@ -41,11 +41,11 @@ from .plan import Model, Plan, Watcher, loaded
 from .registry import open_registry
 from .routes import PUBLIC, Routes
 from .served import Served
-from .service import DEFERRED, Asked, Service, admitted, at_once, in_process
+from .service import DEFERRED, Service, admitted, at_once, in_process
 from .settings import Settings
 from .shadow import Shadow
 from .traffic import Rates
-from .wire import Arm, Refused, Reply, Rows
+from .wire import Arm, Asked, Refused, Reply, Rows
 
 # %% ../nbs/43_serve_on_ray.ipynb #6194d32a
 class Predictor:
@@ -164,16 +164,13 @@ class Gateway:
         handles: Mapping[str, Any] | None = None, # predictors of models that are apart
         worker: Any = None,                     # does jobs; None: none are taken
     ):
-        settings = settings or Settings()
-        self.routes, self.meters = Routes(), Meters(uuid4().hex[:8])
+        settings, self.routes, self.meters = settings or Settings(), Routes(), Meters(uuid4().hex[:8])
         self.scoring = Scoring(handles or {}, self.meters)
-        self.desk = Desk(shelf_of(settings)) if worker is not None else None
-        if self.desk: self.desk.mind(worker.work.remote)
-        self.rates = Rates(settings.rate / settings.replicas if settings.rate else None)
+        self.desk = minded(settings, worker.work.remote) if worker is not None else None
         recorder, issuer = open_recorder(settings), issuer_of(settings)
         self.shadow = Shadow(self.meters, settings.shadow_queued, self.scoring.listening, recorder)
         feedback = Journal[Feedback](settings.home / "journal" / "feedback" / "segments", sync_s=settings.journal_sync_s) if recorder else None
-        self.service = Service({}, (), recorder, feedback, issuer.caller if issuer else None, self.scoring, self.shadow, self.meters, self.rates, desk=self.desk)
+        self.service = Service({}, (), recorder, feedback, issuer.caller if issuer else None, self.scoring, self.shadow, self.meters, Rates(settings.rate / settings.replicas if settings.rate else None), desk=self.desk)
         self.use(plan)
         if references:
             self.watcher = Watcher(lambda: open_registry(settings), references, plan.seq, self.use, self.meters.of("unheard").set)
@@ -215,7 +212,7 @@ class Gateway:
     async def said(self, asked: Asked) -> Reply:
         "What the service says; what takes long, it says in a thread."
         service = self.service
-        if asked.route in ("explain", "feedback") or asked.route in DEFERRED: return await asyncio.to_thread(lambda: at_once(service.reply(asked)))
+        if asked.route in ("explain", "feedback", *DEFERRED): return await asyncio.to_thread(lambda: at_once(service.reply(asked)))
         if len(asked.body) > _LARGE and not self.scoring.handles: return await asyncio.to_thread(lambda: at_once(_here(service).reply(asked)))
         return await service.reply(asked)
 
