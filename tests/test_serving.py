@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 
@@ -15,6 +16,7 @@ import grpc
 import httpx
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 import tritonclient.grpc as tritongrpc
 import tritonclient.http as triton
@@ -23,7 +25,7 @@ from mlray.access import ROLES, new_key
 from mlray.archive import journaled
 from mlray.arrow import ARROW
 from mlray.bundle import Bundle, predict
-from mlray.client import AsyncClient, BrokenContract, Client, NotAllowed, NotFound, ServiceError
+from mlray.client import AsyncClient, BrokenContract, Client, NotAllowed, NotFound, Patience, ServiceError
 from mlray.commands import deploy_versions
 from mlray.gate import judge
 from mlray.grpc_on_ray import CALLS
@@ -423,6 +425,31 @@ def test_the_client(stack, rows):
     async def many() -> list[str]:
         async with AsyncClient(stack.url, stack.keys["predictor"]) as client: return [r.version for r in await asyncio.gather(*(client.predict("distant", some) for _ in range(50)))]
     assert asyncio.run(many()) == ["1"] * 50
+
+
+def kill(deployment: str) -> None:
+    "The replicas of a deployment, with -9."
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith("ray::Serve") and f":{deployment}" in " ".join(process.cmdline()): process.kill()
+
+
+@pytest.mark.chaos
+def test_a_job_survives_whoever_works_on_it(stack, rows):
+    "200 000 rows, while the worker, the gateway and the worker again are killed: one answer a row, to the bit, and one row in the journal."
+    many, seen = pl.concat([rows] * 20), []
+    with Client(stack.url, stack.keys["predictor"], Patience(seconds=120, attempts=60)) as client:
+        job = client.submit("diabetes", many, key="kills")
+        for deployment in ("Jobs", "Gateway", "Jobs"):
+            before = client.job(job.id).done
+            until(lambda before=before: client.job(job.id).done > before, 300)
+            seen.append(client.job(job.id).done)
+            kill(deployment)
+        assert client.wait(job.id, 600).state == "done"
+        scores = pl.read_ipc_stream(client.result_stream(job.id))["score"].to_numpy()
+    kept = journaled(stack.settings.home / "journal", "diabetes").filter(pl.col("id").str.starts_with(job.id)).collect()
+    print(f"killed at {seen} of {many.height} rows; {int((scores != np.tile(predict(stack.bundle, rows, ROWS), 20)).sum())} differ; {kept.height} rows journaled")
+    assert scores.tobytes() == np.tile(predict(stack.bundle, rows, ROWS), 20).tobytes() and kept.height == many.height
 
 
 def test_a_file_is_asked_on_the_command_line(stack, rows, tmp_path):
