@@ -13,6 +13,7 @@ Modules:
 - `mlray.attestation`: What is signed here, by whom, and whether it is enough
 - `mlray.audit`: A chain that breaks if it is touched
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
+- `mlray.beside`: What a shadow answered, beside what was answered
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
 - `mlray.calibration`: Scores that can be taken at their word: fitted on validation rows, shipped in the graph
 - `mlray.card`: A version's papers, made from what is known of it: the model card, as Markdown, as a page, as JSON
@@ -73,12 +74,16 @@ Modules:
 - `mlray.gate_page`: An executed notebook as proof: what it says, where it broke, and what of it may be kept
 - `mlray.gate_report`: What gates found, for those who read it elsewhere: JUnit, GitHub, a summary, pages
 - `mlray.gradient`: What the network itself says: what each feature adds to the logit
+- `mlray.grpc_on_ray`: gRPC in front of the service, on Ray Serve
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.harmless`: May a graph be run: one that only computes, of its inputs, within bounds
 - `mlray.importance`: What a model hangs on, over many rows: permutation importance, and explanations that add up
 - `mlray.imported`: What a spec names by where it is imported from
 - `mlray.infer`: A first contract, from rows, for a person to correct
+- `mlray.inference_messages`: The Open Inference Protocol's messages of protobuf
 - `mlray.intervals`: How far a number from counts can be trusted: effective rows, DeLong, and a bootstrap that never sees a row
+- `mlray.job_desk`: Where jobs are handed in, asked after and fetched, and who does them
+- `mlray.jobs`: Large batches, answered later
 - `mlray.journal`: One durable record for each answer, written before the answer is sent
 - `mlray.keeping`: What of a row may be kept: all of a value, a pseudonym, a bucket, or nothing
 - `mlray.lab`: `%load_ext mlray`: commands where the models are looked at
@@ -178,6 +183,7 @@ Modules:
 - `mlray.threshold`: Where the line is drawn: one line that does best by what was asked, or one for each group
 - `mlray.topic`: A Kafka topic as rows: from an offset to the end that it had when it was opened
 - `mlray.trace_on_openlineage`: What ran, on which rows, and what came of it, told to a lineage server
+- `mlray.trace_on_opentelemetry`: Where the time of a request went
 - `mlray.track_on_wandb`: One W&B run for each training
 - `mlray.tracking`: Who listens to a run
 - `mlray.traffic`: Which version answers whom

@@ -43,7 +43,7 @@ from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 from .release_cli import release_app
 from .rollout_cli import rollout_app
-from .serve_cli import serve_app
+from .serve_cli import answer_file, serve_app
 
 if TYPE_CHECKING:
     from mlray.settings import Settings
@@ -165,16 +165,17 @@ def row_of(
 
 
 @app.command()
-def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Models; of each the version in production.")], port: Port = None, env: Env = None) -> None:
+def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Models; of each the version in production.")], port: Port = None,
+          grpc_port: Annotated[int | None, typer.Option("--grpc-port", min=1, max=65535, help="The Open Inference Protocol over gRPC too, at this port.")] = None, env: Env = None) -> None:
     "Serve the versions in production until Ctrl-C."
-    settings = settings_of(env, port=port)
+    settings = settings_of(env, port=port, grpc_port=grpc_port)
     from mlray.cluster_on_ray import cluster
     from mlray.serve_on_ray import check_port, undeploy
     found, references = versions_to_serve(names, settings)
     if settings.ray == "local": check_port(settings)
     with cluster(settings):
         deploy_versions(references, settings)
-        typer.echo(f"{', '.join(map(str, found))} at {settings.url} (Ctrl-C stops)")
+        typer.echo(f"{', '.join(map(str, found))} at {settings.url}{f', gRPC at {settings.host}:{settings.grpc_port}' if settings.grpc_port else ''} (Ctrl-C stops)")
         until_stopped()
         if settings.ray != "local":
             from mlray.watch_on_ray import unwatch_rollouts
@@ -183,12 +184,17 @@ def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Mo
 
 
 @app.command()
-def ask(name: Annotated[str, typer.Argument(help="A model.")], row: Annotated[str, typer.Argument(metavar="JSON", help="A row or a list of rows; - reads stdin.")],
+def ask(name: Annotated[str, typer.Argument(help="A model.")], row: Annotated[str | None, typer.Argument(metavar="[JSON]", help="A row or a list of rows; - reads stdin.")] = None,
+        file: Annotated[Path | None, typer.Option("--file", help="Rows in CSV, Parquet, JSON lines or Arrow, answered as one job.")] = None,
+        to: Annotated[Path | None, typer.Option("--to", help="Where their answers go, .parquet or .csv (default: beside the file).")] = None,
         url: Annotated[str | None, typer.Option("--url", help="Of the service (default: that of the settings).")] = None, env: Env = None, as_json: Json = False) -> None:
     "Ask the running service; the key comes from MLRAY_API_KEY."
     key = os.environ.get("MLRAY_API_KEY")
     if not key: raise ServingError("Set MLRAY_API_KEY to an API key; `mlray key create` makes one.")
-    rows = row_of(row)
+    if (row is None) == (file is None): raise ServingError("Ask with a row, as JSON, or with --file.")
+    if file:
+        with stderr().status("waiting") as line: return _show(as_json, *answer_file(name, file, to, url or settings_of(env).url, key, lambda job: line.update(f"{job.done} of {job.rows} rows")))
+    rows = row_of(str(row))
     said = ask_service(name, rows if isinstance(rows, list) else [rows], url or settings_of(env).url, key)
     from mlray.faces import face_of_answer
     _show(as_json, said, face_of_answer(said))

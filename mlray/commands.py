@@ -243,7 +243,10 @@ def plan_for(references: Sequence[str], settings: "Settings") -> "Plan":
 
 def deploy_versions(references: Sequence[str], settings: "Settings") -> None:
     "Put models up, inside a cluster; returns when they answer."
-    from mlray.serve_on_ray import deploy
+    if settings.traces:
+        from mlray.trace_on_opentelemetry import deploy_traced as deploy
+    else:
+        from mlray.grpc_on_ray import deploy_both as deploy
     deploy(plan_for(references, settings), references, settings)
     if settings.journal: # without one there is nothing to decide by
         from mlray.watch_on_ray import watch_rollouts

@@ -18,6 +18,7 @@ from pathlib import Path
 # %% ../nbs/42_haproxy.ipynb #c46e0851
 _STRIPPED = ("x-request-timeout-seconds", "x-request-disconnect-disabled") # with these, a client would change what holds for everybody
 _BUSY = 'content-type application/json string "{\\"error\\":\\"overloaded\\",\\"message\\":\\"Too many requests wait. Ask again.\\"}" hdr Retry-After 1'
+_UNTOLD = "http-request return status 200 content-type application/grpc hdr grpc-status 12 if { path_beg /ray.serve.RayServeAPIService/ListApplications }"
 _CLOSED = "http-request deny deny_status 404 if routes"
 
 
@@ -35,8 +36,9 @@ def closed(
     mended = re.sub(r"(?m)^(defaults\n)", lambda m: m[1] + "".join(f"    {line}\n" for line in limits) + "    option http-buffer-request\n", mended) # the time limit of a request holds for the beginning of its body too
     mended = re.sub(r"(?m)^(\s*)errorfile (50[234]) .*$", lambda m: f"{m[1]}http-error status {m[2]} {_BUSY}", mended)
     mended = re.sub(r"(?m)^(frontend http_frontend\n\s*bind [^\n]*)\n", lambda m: m[1] + f" ssl crt {pem} alpn http/1.1" * bool(pem) + "\n" + "".join(f"    http-request del-header {h}\n" for h in _STRIPPED), mended)
+    mended = re.sub(r"(?m)^(frontend grpc_frontend\n\s*bind \S+) proto h2\n", lambda m: m[1] + (f" ssl crt {pem} alpn h2" if pem else " proto h2") + f"\n    {_UNTOLD}\n", mended)
     mended = re.sub(r"(?m)^(backend (?!default_backend)(?!\S*-via-ingress-request-router)\S+\n)", lambda m: m[1] + f"    http-request return status 503 {_BUSY} if {{ queue ge {queued} }}\n", mended)
-    mended = re.sub(r"(?m)^(\s*server \S+ \S+ check(?!.* maxconn).*)$", rf"\1 maxconn {ongoing}", mended)
+    mended = re.sub(r"(?m)^(\s*server \S+ \S+ (?:proto h2 )?check(?!.* maxconn).*)$", rf"\1 maxconn {ongoing}", mended)
     return re.sub(r"(?m)^(\s*)(acl routes path .*\n)", rf"\1\2\1{_CLOSED}\n", mended)
 
 

@@ -21,6 +21,7 @@ from .contract import Contract
 from .feedback import SentMany
 from .open_inference import inputs_of, outputs_of
 from .routes import PUBLIC, ROUTES, Route
+from .served import MOST_ROWS
 from .service import Line, Service, line_of
 from .wire import Refusal
 
@@ -46,7 +47,11 @@ def example_row(contract: Contract) -> dict[str, Any]:
 
 # %% ../nbs/39k_openapi.ipynb #6525b8be
 _TENSOR = {"type": "object", "required": ["name", "shape", "datatype"], "properties": {"name": {"type": "string"}, "shape": {"type": "array", "items": {"type": "integer"}}, "datatype": {"type": "string"}, "data": {"type": "array"}, "parameters": {"type": "object"}}}
-_WHY = {"400": "not what its content type says", "401": "no valid key", "403": "the key's role", "404": "no such model or version", "413": "too large", "415": "another content type", "422": "breaks the contract", "429": "too often", "503": "no answer now"}
+_WHY = {"400": "not what its content type says", "401": "no valid key", "403": "the key's role", "404": "no such model or version", "409": "not now", "413": "too large", "415": "another content type", "422": "breaks the contract", "429": "too often", "503": "no answer now"}
+
+
+_JOB = {"type": "object", "required": ["id", "state", "rows", "done", "model", "version", "submitted"], "properties": {"id": {"type": "string"}, "state": {"enum": ["queued", "running", "done", "failed", "cancelled"]}, "rows": {"type": "integer"},
+        "done": {"type": "integer"}, "model": {"type": "string"}, "version": {"type": "string"}, "submitted": {"type": "number"}, "ended": {"type": "number"}, "error": {"type": "string"}, "message": {"type": "string"}}}
 
 
 def _tensors(contract: Contract) -> dict[str, Any]:
@@ -61,39 +66,48 @@ def _body(route: Route, schema: Mapping[str, Any], contract: Contract) -> dict[s
     if route.name == "infer":
         content: dict[str, Any] = {"application/json": {"schema": {"type": "object", "required": ["inputs"], "properties": {"id": {"type": "string"}, "inputs": {"type": "array", "minItems": 1, "items": _TENSOR}, "outputs": {"type": "array", "items": {"type": "object"}}, "parameters": {"type": "object"}}}, "example": _tensors(contract)}}
     elif route.name == "invoke":
-        shapes = {n: {"type": "object" if n == "dataframe_split" else ["array", "object"] if n in ("instances", "inputs") else "array"} for n in ("dataframe_split", "dataframe_records", "instances", "inputs")}
-        content = {"application/json": {"schema": {"type": "object", "minProperties": 1, "properties": shapes}, "example": {"dataframe_split": {"columns": list(row), "data": [list(row.values())]}}}}
+        shapes = {n: {"type": "object", "required": ["columns", "data"]} if n == "dataframe_split" else {"type": ["array", "object"] if n in ("instances", "inputs") else "array", "minItems": 1} for n in ("dataframe_split", "dataframe_records", "instances", "inputs")}
+        content = {"application/json": {"schema": {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False, "properties": shapes}, "example": {"dataframe_split": {"columns": list(row), "data": [list(row.values())]}}}}
     elif route.name == "feedback": content = {"application/json": {"schema": schema, "example": {"feedback": [{"request_id": "r-17", "value": 1}]}}}
     else: content = {"application/json": {"schema": schema, "example": {"instances": [row]}}}
-    if route.name == "predict": content["application/vnd.apache.arrow.stream"] = {"schema": {"type": "string", "format": "binary"}}
+    if route.name in ("predict", "submit"): content["application/vnd.apache.arrow.stream"] = {"schema": {"type": "string", "format": "binary"}}
     return {"required": True, "content": content}
 
 # %% ../nbs/39k_openapi.ipynb #bc834af8
-_PARAMETERS = [{"name": n, "in": "header", "required": False, "schema": {"type": "string", "maxLength": 256}, "description": d} for n, d in (
-    ("x-request-id", "Names the request, in the answer too"), ("x-routing-key", "The same key, the same version; else the id column of the first row"), ("x-mlray-version", "A version to ask, for testers"))]
+_PARAMETERS = [{"name": n, "in": "header", "required": False, "schema": {"type": "string"}, "description": d} for n, d in (
+    ("x-request-id", "Names the request, in the answer too: 1 to 64 letters, digits, dots, dashes; else it gets a name"), ("x-routing-key", "The same key, the same version; else the id column of the first row"), ("x-mlray-version", "A version to ask, for testers"))]
 
 
-def _operation(route: Route, name: str, schemas: Mapping[str, tuple[Any, Any]], service: Service) -> dict[str, Any]:
+def _operation(route: Route, name: str, schemas: Mapping[str, tuple[Any, Any, Any]], service: Service) -> dict[str, Any]:
     "One route of one model."
     line = line_of(service, name) if name else None
-    sent, said = schemas["" if route.name == "feedback" else name] if name else ({}, {})
+    sent, said, batch = schemas["" if route.name == "feedback" else name] if name else ({}, {}, {})
     posts = route.method == "POST"
     answer: Any = {"type": "object"}
     if route.name in ("predict", "invoke", "feedback"): answer = said
+    if route.name in ("submit", "job", "cancel"): answer = _JOB
     if route.name == "infer" and line: answer = {"type": "object", "required": ["model_name", "outputs"], "properties": {"outputs": {"type": "array"}}, "description": f"Outputs: {', '.join(o['name'] for o in outputs_of(line.production.bundle.task))}"}
     kind = {"metrics": "text/plain", "docs": "text/html", "card": "text/markdown"}.get(route.name, "application/json")
     made: dict[str, Any] = {"summary": route.summary, "operationId": "_".join(filter(None, (route.name, "" if route.name == "feedback" else name, "version" if "{version}" in route.path else "", route.path.strip("/").replace("/", "_") if route.action == PUBLIC else ""))),
-                            "responses": {"202" if route.name == "feedback" else "200": {"description": route.summary, "content": {kind: {"schema": answer if kind == "application/json" else {"type": "string"}}}}}}
+                            "responses": {"202" if route.name in ("feedback", "submit") else "200": {"description": route.summary, "content": {kind: {"schema": answer if kind == "application/json" else {"type": "string"}}}}}}
     if route.action != PUBLIC:
-        some = _WHY if posts else {c: _WHY[c] for c in ("401", "403", "404", "429")}
+        some = {c: _WHY[c] for c in _WHY if c != "409" or route.name in ("submit", "result")} if posts else {c: _WHY[c] for c in ("401", "403", "404", "429", *(["409"] if route.name == "result" else []))}
         made |= {"security": [{"key": []}], "description": f"Needs the action `{route.action}`."}
         made["responses"] |= {c: {"description": d, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Refusal"} if route.name != "infer" else {"type": "object", "required": ["error"]}}}} for c, d in some.items()}
     parameters = list(_PARAMETERS[:1] if route.name == "feedback" else _PARAMETERS) if posts else []
     if "{version}" in route.path: parameters.append({"name": "version", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[0-9]{1,9}$"}})
+    if "{job}" in route.path: parameters.append({"name": "job", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"}})
+    if route.name == "submit": parameters.append({"name": "idempotency-key", "in": "header", "required": False, "schema": {"type": "string"}, "description": "The same key, the same job"})
     if route.name == "invoke": parameters.append({"name": "model", "in": "query", "required": len(service.models) > 1, "schema": {"enum": sorted(service.models)}})
     if parameters: made["parameters"] = parameters
-    if posts and line: made["requestBody"] = _body(route, sent, line.production.bundle.contract)
+    if posts and line: made["requestBody"] = _body(route, batch if route.name == "submit" else sent, line.production.bundle.contract)
     return made
+
+
+def _batch(sent: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
+    "The same rows, and more of them."
+    found = parts[sent["$ref"].rpartition("/")[2]]
+    return found | {"title": f"{found['title']} of a job", "properties": {"instances": found["properties"]["instances"] | {"maxItems": MOST_ROWS}}}
 
 
 def describe(service: Service) -> dict[str, Any]: # OpenAPI 3.1
@@ -101,7 +115,7 @@ def describe(service: Service) -> dict[str, Any]: # OpenAPI 3.1
     lines = {n: m if isinstance(m, Line) else line_of(service, n) for n, m in service.models.items()}
     types = [Refusal, SentMany, *(s.production.decoder.type for s in lines.values()), *(s.production.answer_type for s in lines.values())]
     (_, told, *both), parts = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-    schemas = {"": (told, {"type": "object", "required": ["accepted"], "properties": {"accepted": {"type": "integer"}, "request_id": {"type": "string"}}})} | {n: (both[i], both[len(lines) + i]) for i, n in enumerate(lines)}
+    schemas: dict[str, tuple[Any, Any, Any]] = {"": (told, {"type": "object", "required": ["accepted"], "properties": {"accepted": {"type": "integer"}, "request_id": {"type": "string"}}}, {})} | {n: (both[i], both[len(lines) + i], _batch(both[i], parts)) for i, n in enumerate(lines)}
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         names = list(lines) if "{model}" in route.path else [next(iter(lines))] if route.method == "POST" else [""]

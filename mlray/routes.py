@@ -38,6 +38,10 @@ ROUTES = (
     Route("invoke", "POST", "/invocations", "predict", "MLflow: one prediction a row; ?model=NAME where several are served"),
     Route("explain", "POST", "/v1/models/{model}:explain", "predict:explain", "A prediction and its reasons, a row"),
     Route("feedback", "POST", "/v1/feedback", "feedback:write", "What became of answers: labels, corrections, ratings, any number"),
+    Route("submit", "POST", "/v1/models/{model}/jobs", "predict", "A large batch, answered later: JSON or an Arrow stream"),
+    Route("job", "GET", "/v1/jobs/{job}", "predict", "How far a job is; for its owner"),
+    Route("result", "GET", "/v1/jobs/{job}/result", "predict", "The answers of a job that is done, in JSON or as an Arrow stream"),
+    Route("cancel", "DELETE", "/v1/jobs/{job}", "predict", "Give a job up"),
     Route("models", "GET", "/v1/models", "model:read", "Names of the models"),
     Route("model", "GET", "/v1/models/{model}", "model:read", "Which versions answer, and with which share"),
     Route("card", "GET", "/v1/models/{model}/card", "model:read", "The model card"),
@@ -54,7 +58,7 @@ ROUTES = (
 )
 
 # %% ../nbs/39f_routes.ipynb #61fa4d4f
-_PART = {"model": r"(?P<model>[a-z0-9][a-z0-9._-]{0,63})", "version": r"(?P<version>[0-9]{1,9})"}
+_PART = {"model": r"(?P<model>[a-z0-9][a-z0-9._-]{0,63})", "version": r"(?P<version>[0-9]{1,9})", "job": r"(?P<job>[0-9a-f]{32})"}
 
 
 class Routes:

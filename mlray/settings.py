@@ -67,6 +67,7 @@ class Settings(Releases):
     object_store_mb: Annotated[int, Field(ge=80)] = 512 # shared memory of a local Ray cluster
     host: str = "127.0.0.1"                 # HTTP
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    grpc_port: Annotated[int, Field(ge=1, le=65535)] | None = None # the Open Inference Protocol over gRPC; empty: not served
     replicas: Annotated[int, Field(ge=1)] = 1
     journal: bool = False                   # whether each answer is recorded before it is given
     journal_full: Literal["refuse", "answer-without"] = "refuse" # what becomes of an answer that cannot be recorded
@@ -78,6 +79,9 @@ class Settings(Releases):
     rate: Annotated[float, Field(gt=0)] | None = None # requests a second of one API key; empty: as many as it likes
     max_queued: Annotated[int, Field(ge=1)] = 1024 # requests that wait in front of the replicas; more get 503
     shadow_queued: Annotated[int, Field(ge=1)] = 256 # requests that wait for a shadow; more are dropped, and counted
+    traces: str = ""                        # URL of an OTLP receiver over HTTP, which is told where the time of each request went; empty: OTEL_EXPORTER_OTLP_ENDPOINT, else none
+    jobs_queued: Annotated[int, Field(ge=0)] = 16 # batches that wait to be answered; more get 429; 0: none are taken
+    jobs_kept_s: Annotated[float, Field(gt=0)] = 86_400 # so long the answers of a batch can be fetched
     tls_cert: Path | None = None            # PEM; with both, HTTPS
     tls_key: Path | None = None
 
@@ -150,6 +154,7 @@ def read_settings(
     if path is None and env != "local": raise SettingsError(f"There is no settings.ini in {start} or above, so no environment {env!r}.")
     found: dict[str, object] = dict(_section(path, env)) if path else {}
     found |= {k: environ[f"MLRAY_{k.upper()}"] for k in _KEYS if environ.get(f"MLRAY_{k.upper()}")}
+    if environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"): found.setdefault("traces", environ["OTEL_EXPORTER_OTLP_ENDPOINT"])
     found |= {k: tuple(v.replace(",", " ").split()) for k, v in found.items() if k in _SEVERAL and isinstance(v, str)}
     root = path.parent if path else start
     settings = _valid({**found, "env": env, "root": root}, str(path or "MLRAY_* variables"))

@@ -20,6 +20,7 @@ import polars as pl
 
 from .alert import tell
 from .archive import cloud_events, erase, journaled, purge, put_away
+from .beside import beside, pairs
 from .column import age_of
 from .display import Displayed, table
 from .errors import DataError, MlrayError, suggest
@@ -54,7 +55,9 @@ def watch(
     numbers.with_suffix(".part").replace(numbers)
     value = report.as_dict() | {"alerts": said, "broken": broken, "undelivered": failed, "page": str(html) if html else None, "gauges": str(numbers)}
     if not report.verdict.findings: value["verdict"]["passed"] = True # no promise could be judged yet, so none is broken
-    faces: list[str | Displayed | Any] = [*report.sentences, *report.tables(), *(f"ALERT  {s}" for s in said), *(f"still broken: {b}" for b in broken if not any(t.measure == b for t in new)), *(f"not delivered: {f}" for f in failed), *([f"page: {html}"] if html else [])]
+    agreed = beside(bundle, pairs(settings.home / "journal", found.name, str(found.number))) if arm == "shadow" and bundle.task.kind in ("binary", "multiclass") else None
+    if agreed is not None: value["beside"] = {"rows": agreed.rows, "flips": agreed.flipped, "score_distance": agreed.moved.value}
+    faces: list[str | Displayed | Any] = [*report.sentences, *report.tables(), *(agreed.tables() if agreed is not None else ()), *(f"ALERT  {s}" for s in said), *(f"still broken: {b}" for b in broken if not any(t.measure == b for t in new)), *(f"not delivered: {f}" for f in failed), *([f"page: {html}"] if html else [])]
     return value, tuple(faces)
 
 # %% ../nbs/58j_watching.ipynb #c312b6da

@@ -1,23 +1,35 @@
 """The service as its clients see it: every route over real HTTP, through HAProxy and Ray Serve, while versions change underneath."""
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 
+import grpc
 import httpx
 import numpy as np
 import polars as pl
+import psutil
 import pytest
+import tritonclient.grpc as tritongrpc
+import tritonclient.http as triton
 
 from mlray.access import ROLES, new_key
+from mlray.archive import journaled
 from mlray.arrow import ARROW
 from mlray.bundle import Bundle, predict
-from mlray.client import AsyncClient, BrokenContract, Client, NotAllowed
+from mlray.client import AsyncClient, BrokenContract, Client, NotAllowed, NotFound, Patience, ServiceError
 from mlray.commands import deploy_versions
 from mlray.gate import judge
+from mlray.grpc_on_ray import CALLS
+from mlray.inference_messages import messages
 from mlray.openapi import example_row
 from mlray.plan import set_share
 from mlray.registry import (
@@ -49,6 +61,7 @@ class Stack:
     versions: list[Version]
     bundle: Bundle          # of the first version
     keys: dict[str, str]    # role → text
+    settings: Settings
 
     def ask(self, method: str, path: str, role: str = "admin", key: str | None = None, **more) -> httpx.Response:
         headers = {"authorization": f"Bearer {key or self.keys[role]}", **more.pop("headers", {})}
@@ -67,7 +80,7 @@ def stack(tmp_path_factory):
     "Two models: diabetes with three versions, in the gateway; `distant` in predictors of its own."
     from mlray.cluster_on_ray import cluster
     root = tmp_path_factory.mktemp("serving")
-    settings = Settings(root=root, home=root / "home", port=free_port(), object_store_mb=100, tracking="disabled", journal=True)
+    settings = Settings(root=root, home=root / "home", port=free_port(), grpc_port=free_port(), object_store_mb=100, tracking="disabled", journal=True)
     registry, passed = open_registry(settings), judge({"roc_auc": 0.8}, (Rule(metric="roc_auc", at_least=0.5),))
     versions = [registered(settings, "diabetes", seed) for seed in (1, 2, 3)]
     far = registered(settings, "distant", 1, "serve.placement=apart")
@@ -79,7 +92,7 @@ def stack(tmp_path_factory):
         add_key(registry, key)
     with cluster(settings):
         deploy_versions(["diabetes", "distant"], settings)
-        yield Stack(settings.url, registry, versions, bundle_of(registry, versions[0]), keys)
+        yield Stack(settings.url, registry, versions, bundle_of(registry, versions[0]), keys, settings)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +159,137 @@ def test_binary_tensors_as_triton_sends_them(stack, rows):
     assert output["name"] == "score" and output["shape"] == [5] and np.array(output["data"], np.float32).tobytes() == predict(stack.bundle, some, 5).tobytes()
 
 
+# The clients of others.
+
+def triton_http(stack) -> triton.InferenceServerClient: return triton.InferenceServerClient(stack.url.removeprefix("http://"), network_timeout=60.0)
+
+
+def triton_grpc(stack) -> tritongrpc.InferenceServerClient: return tritongrpc.InferenceServerClient(f"127.0.0.1:{stack.settings.grpc_port}")
+
+
+def triton_inputs(module, frame: pl.DataFrame, **how) -> list:
+    made = []
+    for c in frame:
+        values = np.array([v.encode() for v in c], object) if c.dtype == pl.String else c.to_numpy()
+        made.append(module.InferInput(c.name, [len(c)], {pl.Int64: "INT64", pl.Float64: "FP64", pl.String: "BYTES"}[c.dtype.base_type()]))
+        made[-1].set_data_from_numpy(values, **how)
+    return made
+
+
+def bearer(stack, role: str = "admin") -> dict[str, str]: return {"authorization": f"Bearer {stack.keys[role]}"}
+
+
+def test_triton_clients_work_unchanged(stack, rows):
+    "Over HTTP, in binary tensors and in JSON, and over gRPC: health, metadata, answers to the bit."
+    some, headers = rows.head(300), bearer(stack)
+    expected = predict(stack.bundle, some, 300)
+    with triton_http(stack) as http, triton_grpc(stack) as calls:
+        for client in (http, calls):
+            assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("diabetes", headers=headers) and client.is_model_ready("diabetes", "1", headers=headers)
+        assert http.get_server_metadata(headers=headers)["name"] == calls.get_server_metadata(headers=headers).name == "mlray"
+        told, said = calls.get_model_metadata("diabetes", headers=headers), http.get_model_metadata("diabetes", headers=headers)
+        assert [(i.name, i.datatype, list(i.shape)) for i in told.inputs] == [(i["name"], i["datatype"], i["shape"]) for i in said["inputs"]] and list(told.versions) == said["versions"]
+        answers = [http.infer("diabetes", triton_inputs(triton, some, binary_data=binary), headers=bearer(stack)) for binary in (True, False)]
+        answers += [calls.infer(name, triton_inputs(tritongrpc, some), headers=headers, request_id="mine") for name in ("diabetes", "distant")]
+        assert [a.as_numpy("score").tobytes() for a in answers] == [expected.tobytes()] * 4
+        labels = [[v.decode() if isinstance(v, bytes) else v for v in a.as_numpy("label")] for a in answers]
+        assert labels == [arrow(stack, some)["label"].to_list()] * 4 and answers[2].get_response().id == "mine" and answers[2].get_response().model_version == "1"
+        only = calls.infer("diabetes", triton_inputs(tritongrpc, some.head(2)), outputs=[tritongrpc.InferRequestedOutput("score")], headers={"x-api-key": stack.keys["predictor"]})
+        assert [o.name for o in only.get_response().outputs] == ["score"]
+
+
+@pytest.mark.chaos
+def test_ten_thousand_rows_over_grpc(stack, rows):
+    "In raw bytes and in typed fields, by Triton's client over HTTP and over gRPC, in bulk and alone, together and apart: as the bundle says, to the bit."
+    expected, headers, different = predict(stack.bundle, rows, ROWS), bearer(stack), Counter()
+    with triton_grpc(stack) as calls, triton_http(stack) as http, grpc.insecure_channel(f"127.0.0.1:{stack.settings.grpc_port}") as channel:
+        for name in ("diabetes", "distant"):
+            different[f"gRPC raw, {name}"] = int((calls.infer(name, triton_inputs(tritongrpc, rows), headers=headers).as_numpy("score") != expected).sum())
+            different[f"HTTP, 5 000 rows, {name}"] = int((http.infer(name, triton_inputs(triton, rows.head(5000)), headers=bearer(stack)).as_numpy("score") != expected[:5000]).sum())
+        typed = messages()["ModelInferResponse"].FromString(channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(infer_message(rows), metadata=list(headers.items())))
+        different["gRPC typed"] = int((np.array(typed.outputs[1].contents.fp32_contents, np.float32) != expected).sum())
+        different["Arrow"] = int((arrow(stack, rows)["score"].to_numpy() != expected).sum())
+        different["gRPC, one row each"] = sum(int(calls.infer("diabetes", triton_inputs(tritongrpc, rows[i]), headers=headers).as_numpy("score")[0] != expected[i]) for i in range(ROWS))
+    print({k: f"{v} of {ROWS} differ" for k, v in different.items()})
+    assert not different.total()
+
+
+def call(stack, name: str, body: bytes, *metadata: tuple[str, str]) -> tuple[str, str, dict[str, str]]:
+    "A call of gRPC: its status, its details, what came in its trailers."
+    with grpc.insecure_channel(f"127.0.0.1:{stack.settings.grpc_port}") as channel:
+        try:
+            _, done = channel.unary_unary(f"/inference.GRPCInferenceService/{name}").with_call(body, metadata=metadata, timeout=60)
+        except grpc.RpcError as error: done = error
+        return done.code().name, done.details() or "", {k: v for k, v in done.trailing_metadata() or ()}
+
+
+def infer_message(frame: pl.DataFrame, model: str = "diabetes", **more) -> bytes:
+    "A request with typed fields."
+    kinds = {pl.Int64: ("INT64", "int64_contents"), pl.Float64: ("FP64", "fp64_contents"), pl.String: ("BYTES", "bytes_contents")}
+    inputs = [{"name": c.name, "shape": [len(c)], "datatype": (kind := kinds[c.dtype.base_type()])[0], "contents": {kind[1]: [v.encode() if isinstance(v, str) else v for v in c]}} for c in frame]
+    return messages()["ModelInferRequest"](**{"model_name": model, "inputs": inputs} | more).SerializeToString()
+
+
+def test_grpc_refuses_as_http_does(stack, rows):
+    "Who may not, what is not there, what breaks the contract; and nothing of it is the service's fault."
+    one, key = rows.head(1), ("authorization", f"Bearer {stack.keys['predictor']}")
+    for route, role in product(CALLS.items(), [*ROLES, "forged"]):
+        body = infer_message(one) if route[0] == "ModelInfer" else messages()[f"{route[0]}Request"](**({"name": "diabetes"} if route[0].startswith("Model") else {})).SerializeToString()
+        action = next(r.action for r in ROUTES if r.name == route[1])
+        text = stack.keys["admin"][:-1] + "~" if role == "forged" else stack.keys[role]
+        expected = "OK" if action == PUBLIC else "UNAUTHENTICATED" if role == "forged" else "OK" if action in ROLES[role] else "PERMISSION_DENIED"
+        assert call(stack, route[0], body, ("authorization", f"Bearer {text}"))[0] == expected, (route, role)
+    code, details, trailers = call(stack, "ModelInfer", infer_message(one.with_columns(pl.lit(200, pl.Int64).alias("age"))), key, ("x-request-id", "g-17"))
+    assert (code, details.splitlines()[1], trailers["mlray-error"], trailers["x-request-id"]) == ("INVALID_ARGUMENT", "row 0: age: at most 120", "contract", "g-17")
+    assert call(stack, "ModelInfer", infer_message(one, "nobody"), key)[0] == "NOT_FOUND" and call(stack, "ModelInfer", infer_message(one, model_version="99"), key)[0] == "NOT_FOUND"
+    assert call(stack, "ModelInfer", infer_message(one), key, ("x-mlray-version", "3"))[0] in ("PERMISSION_DENIED", "NOT_FOUND")
+    assert call(stack, "ModelInfer", b"\0" * (2**24 + 1), key)[0] == "RESOURCE_EXHAUSTED"
+    whole, tensor = infer_message(one), {"name": "age", "datatype": "INT64", "shape": [1]}
+    odd = [whole[:i] for i in range(1, len(whole), 29)] + [whole[:i] + b"\xff" * 4 + whole[i + 4:] for i in range(0, len(whole), 17)] + [messages()["ModelInferRequest"](model_name="diabetes", **more).SerializeToString() for more in (
+        {}, {"inputs": [tensor]}, {"inputs": [tensor | {"datatype": "FP128"}]}, {"inputs": [tensor | {"shape": [10**15]}]}, {"inputs": [tensor | {"shape": []}]}, {"inputs": [tensor], "raw_input_contents": [b"123"]}, {"inputs": [tensor] * 2, "raw_input_contents": [b"12345678"]},
+        {"inputs": [tensor | {"contents": {"fp32_contents": [1.0]}}]}, {"inputs": [tensor | {"datatype": "BYTES", "contents": {"bytes_contents": [b"\xff"]}}]}, {"inputs": [tensor | {"datatype": "FP64", "contents": {"fp64_contents": [float("nan")]}}]}, {"inputs": [tensor], "outputs": [{"name": "nobody"}]})]
+    told = {call(stack, "ModelInfer", body, key)[0] for body in odd}
+    assert told <= {"INVALID_ARGUMENT", "NOT_FOUND", "OK"} and "INVALID_ARGUMENT" in told, told
+    assert call(stack, "ModelStreamInfer", b"", key)[0] == "UNIMPLEMENTED"
+
+
+def test_an_mlflow_client_works_unchanged(stack, rows, tmp_path, monkeypatch):
+    "MLflow's own client of a scoring server; the key stands where `requests` looks for passwords, and the model is the one that the key is for."
+    from mlflow.pyfunc.scoring_server.client import ScoringServerClient
+    key, text = new_key("predictor", models=("diabetes",))
+    add_key(stack.registry, key)
+    until(lambda: stack.ask("POST", "/v1/models/diabetes:predict", key=text, json={"instances": rows.head(1).to_dicts()}).status_code == 200)
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login mlray password {text}\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    client = ScoringServerClient("127.0.0.1", stack.settings.port)
+    client.wait_server_ready(timeout=30)
+    said = client.invoke(rows.head(300).to_pandas()).get_predictions()
+    assert said["score"].tolist() == predict(stack.bundle, rows.head(300), 300).tolist()
+    with pytest.raises(Exception, match=r"error code 422.*at most 120"): client.invoke(rows.head(1).with_columns(pl.lit(200).alias("age")).to_pandas())
+
+
+# What is answered later.
+
+def test_a_job_answers_what_a_request_would(stack, rows):
+    "JSON and Arrow in, JSON and Arrow out; the same key is the same job; its rows are journaled; nobody else sees it."
+    with Client(stack.url, stack.keys["predictor"]) as client, Client(stack.url, stack.keys["tester"]) as other:
+        job = client.submit("diabetes", rows, key="monday")
+        assert client.submit("diabetes", rows, key="monday").id == job.id and (job.rows, job.version) == (ROWS, "1")
+        small = client.submit("diabetes", rows.head(5).to_dicts())
+        assert client.wait(job.id, 120).state == "done" and client.wait(small.id, 120).state == "done"
+        expected = predict(stack.bundle, rows, ROWS)
+        assert pl.read_ipc_stream(client.result_stream(job.id))["score"].to_numpy().tobytes() == expected.tobytes()
+        said = client.result(small.id)
+        assert [p["score"] for p in said.predictions] == expected[:5].tolist() and list(said.predictions) == stack.predict(*rows.head(5).to_dicts()).json()["predictions"]
+        with pytest.raises(NotFound): other.job(job.id)
+        with pytest.raises(ServiceError, match="named another job"): client.submit("diabetes", rows.head(3), key="monday")
+        with pytest.raises(BrokenContract, match="row 1: age: at most 120"): client.submit("diabetes", rows.head(2).with_columns(pl.Series("age", [50, 200])))
+        gone = client.cancel(client.submit("diabetes", rows).id)
+        assert gone.state in ("cancelled", "done")
+    kept = journaled(stack.settings.home / "journal", "diabetes").filter(pl.col("id").str.starts_with(job.id)).collect()
+    assert kept.height == ROWS and kept["caller"].unique().to_list() == [stack.keys["predictor"].split("_")[1]]
+
+
 def test_metadata_says_what_infer_takes(stack):
     told = stack.ask("GET", "/v2/models/diabetes").json()
     assert [i["name"] for i in told["inputs"]] == list(stack.bundle.contract.features) and told["platform"] == "onnx_onnxv1" and "1" in told["versions"]
@@ -165,12 +309,14 @@ def test_explanations_come_with_the_predictions(stack, rows):
 
 def test_every_route_for_every_role(stack, rows):
     (row,) = rows.head(1).to_dicts()
-    bodies = {"predict": {"instances": [row]}, "explain": {"instances": [row]}, "invoke": {"instances": [row]}, "infer": tensors(rows.head(1)), "feedback": {"feedback": [{"request_id": "r-1", "value": True}]}}
+    jobs = {role: stack.ask("POST", "/v1/models/diabetes/jobs", role, json={"instances": [row]}).json().get("id", "0" * 32) for role in ROLES}
+    bodies = {"predict": {"instances": [row]}, "submit": {"instances": [row]}, "explain": {"instances": [row]}, "invoke": {"instances": [row]}, "infer": tensors(rows.head(1)), "feedback": {"feedback": [{"request_id": "r-1", "value": True}]}}
     for route, role in product(ROUTES, [*ROLES, "nobody", "forged"]):
-        path = route.path.replace("{model}", "diabetes").replace("{version}", "1") + ("?model=diabetes" if route.name == "invoke" else "")
+        path = route.path.replace("{model}", "diabetes").replace("{version}", "1").replace("{job}", jobs.get(role, "0" * 32)) + ("?model=diabetes" if route.name == "invoke" else "")
+        if route.name == "result" and route.action in ROLES.get(role, ()): until(lambda path=path, role=role: stack.ask("GET", path.removesuffix("/result"), role).json()["state"] == "done", 120)
         key = {"nobody": "none", "forged": stack.keys["admin"][:-1] + "~"}.get(role)
         reply = stack.ask(route.method, path, role, key, **({"json": bodies[route.name]} if route.method == "POST" else {}))
-        expected = 200 if route.action == PUBLIC else 401 if key else (202 if route.name == "feedback" else 200) if route.action in ROLES[role] else 403
+        expected = 200 if route.action == PUBLIC else 401 if key else (202 if route.name in ("feedback", "submit") else 200) if route.action in ROLES[role] else 403
         assert reply.status_code == (404 if expected == 200 and route.name == "card" else expected), (route, role, reply.text)
 
 
@@ -182,9 +328,9 @@ def test_the_description_has_every_route_and_its_examples_are_answered(stack):
         if "post" not in methods: continue
         example = methods["post"]["requestBody"]["content"]["application/json"]["example"]
         reply = stack.ask("POST", path.replace("{version}", "1") + ("?model=diabetes" if path == "/invocations" else ""), json=example)
-        assert reply.status_code == (202 if path == "/v1/feedback" else 200), (path, reply.text)
+        assert reply.status_code == (202 if path == "/v1/feedback" or path.endswith("/jobs") else 200), (path, reply.text)
         asked += 1
-    assert asked == 10 # four of each model, /invocations, and /v1/feedback
+    assert asked == 12 # five of each model, /invocations, and /v1/feedback
     assert example_row(stack.bundle.contract).keys() == set(stack.bundle.contract.features)
 
 
@@ -279,3 +425,71 @@ def test_the_client(stack, rows):
     async def many() -> list[str]:
         async with AsyncClient(stack.url, stack.keys["predictor"]) as client: return [r.version for r in await asyncio.gather(*(client.predict("distant", some) for _ in range(50)))]
     assert asyncio.run(many()) == ["1"] * 50
+
+
+def kill(deployment: str) -> None:
+    "The replicas of a deployment, with -9."
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith("ray::Serve") and f":{deployment}" in " ".join(process.cmdline()): process.kill()
+
+
+@pytest.mark.chaos
+def test_a_job_survives_whoever_works_on_it(stack, rows):
+    "200 000 rows, while the worker, the gateway and the worker again are killed: one answer a row, to the bit, and one row in the journal."
+    many, seen = pl.concat([rows] * 20), []
+    with Client(stack.url, stack.keys["predictor"], Patience(seconds=120, attempts=60)) as client:
+        job = client.submit("diabetes", many, key="kills")
+        for deployment in ("Jobs", "Gateway", "Jobs"):
+            before = client.job(job.id).done
+            until(lambda before=before: client.job(job.id).done > before, 300)
+            seen.append(client.job(job.id).done)
+            kill(deployment)
+        assert client.wait(job.id, 600).state == "done"
+        scores = pl.read_ipc_stream(client.result_stream(job.id))["score"].to_numpy()
+    kept = journaled(stack.settings.home / "journal", "diabetes").filter(pl.col("id").str.starts_with(job.id)).collect()
+    print(f"killed at {seen} of {many.height} rows; {int((scores != np.tile(predict(stack.bundle, rows, ROWS), 20)).sum())} differ; {kept.height} rows journaled")
+    assert scores.tobytes() == np.tile(predict(stack.bundle, rows, ROWS), 20).tobytes() and kept.height == many.height
+
+
+def test_a_file_is_asked_on_the_command_line(stack, rows, tmp_path):
+    rows.head(20).write_csv(tmp_path / "rows.csv")
+    done = subprocess.run([sys.executable, "-c", "from mlray.cli import main; main()", "ask", "diabetes", "--file", str(tmp_path / "rows.csv"), "--url", stack.url, "--json"], capture_output=True, text=True, env=os.environ | {"MLRAY_API_KEY": stack.keys["predictor"]}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["rows"], told["version"]) == (20, "1") and pl.read_parquet(told["answers"])["score"].to_numpy().tobytes() == predict(stack.bundle, rows.head(20), 20).tobytes()
+
+
+# What the description promises.
+
+def promises(stack, examples: int) -> Counter:
+    "Requests that keep the description and requests that break it, by schemathesis, of every operation: each answer must be one that is described."
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings as hypothesis_settings
+    from hypothesis.errors import Unsatisfiable
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi import checks
+    promised = [not_a_server_error, checks.status_code_conformance, checks.content_type_conformance, checks.response_schema_conformance, checks.response_headers_conformance, checks.unsupported_method]
+    seen: Counter = Counter()
+    for found in schemathesis.openapi.from_url(f"{stack.url}/openapi.json", headers=bearer(stack)).get_all_operations():
+        for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
+            @given(case=found.ok().as_strategy(generation_mode=mode))
+            @hypothesis_settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=(Phase.generate,))
+            def ask(case) -> None:
+                reply = case.call(headers=bearer(stack))
+                seen[reply.status_code] += 1
+                case.validate_response(reply, checks=promised)
+            try: ask()
+            except Unsatisfiable: assert mode is schemathesis.GenerationMode.NEGATIVE # a health check takes nothing, so nothing is wrong for it
+    return seen
+
+
+def test_answers_are_as_described(stack):
+    assert {200, 202, 404, 422} <= promises(stack, 2).keys()
+
+
+@pytest.mark.chaos
+def test_many_answers_are_as_described(stack):
+    seen = promises(stack, 100)
+    print(f"{seen.total()} requests of schemathesis: {dict(sorted(seen.items()))}")
+    assert seen.total() > 3000 and not any(status >= 500 for status in seen)
