@@ -1065,6 +1065,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mlray.gate_report.tell_github': ('gate_report.html#tell_github', 'mlray/gate_report.py'),
                                    'mlray.gate_report.write_reports': ('gate_report.html#write_reports', 'mlray/gate_report.py')},
             'mlray.gathering': { 'mlray.gathering.Gathering': ('gathering.html#gathering', 'mlray/gathering.py'),
+                                 'mlray.gathering.Gathering._breathe': ('gathering.html#gathering._breathe', 'mlray/gathering.py'),
                                  'mlray.gathering.Gathering._score': ('gathering.html#gathering._score', 'mlray/gathering.py'),
                                  'mlray.gathering.Gathering.scores': ('gathering.html#gathering.scores', 'mlray/gathering.py'),
                                  'mlray.gathering._alone': ('gathering.html#_alone', 'mlray/gathering.py'),

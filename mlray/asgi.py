@@ -11,11 +11,11 @@ __all__ = ['Scope', 'Receive', 'Send', 'Headers', 'MAX_BODY', 'MAX_ARROW', 'Line
 
 # %% ../nbs/39p_asgi.ipynb #80045e2b
 import base64
+import random
 import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import parse_qs
-from uuid import uuid4
 
 from .arrow import ARROW
 from .routes import Route
@@ -29,6 +29,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = Mapping[bytes, bytes] # names in small letters
 MAX_BODY, MAX_ARROW = 2**20, 2**24 # bytes
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_draw = random.Random().getrandbits # an id is a name and no secret; the seed is the system's
 
 
 def headers_of(scope: Scope) -> Headers:
@@ -39,7 +40,7 @@ def headers_of(scope: Scope) -> Headers:
 def id_of(headers: Headers) -> str:
     "What a request is called: as its client says, or anew."
     sent = headers.get(b"x-request-id", b"")
-    return sent.decode() if _ID.fullmatch(sent) else uuid4().hex
+    return sent.decode() if sent and _ID.fullmatch(sent) else f"{_draw(128):032x}"
 
 
 def length_of(headers: Headers) -> int | None: # None: nobody said, or nobody can say
@@ -62,16 +63,16 @@ def _presented(headers: Headers) -> str | None:
 
 async def _body(headers: Headers, receive: Receive, most: int) -> bytes:
     "The body; `Refused` if it is too large, without reading it to its end."
-    too_large = Refused(413, "too_large", f"A body may have {most} bytes.", headers={"Connection": "close"})
+    too_large = lambda: Refused(413, "too_large", f"A body may have {most} bytes.", headers={"Connection": "close"})
     if headers.get(b"content-encoding", b"identity") != b"identity": raise Refused(415, "wrong_type", "Send the body as it is, not compressed.")
-    if (length_of(headers) or 0) > most: raise too_large
+    if (length_of(headers) or 0) > most: raise too_large()
     pieces, size, more = [], 0, True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect": raise Refused(400, "gone", "The body did not come to its end.")
         piece, more = message.get("body", b""), message.get("more_body", False)
         size += len(piece)
-        if size > most: raise too_large
+        if size > most: raise too_large()
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 

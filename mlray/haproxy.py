@@ -32,7 +32,7 @@ def closed(
     mended = re.sub(r"(?m)^(\s*stats socket .*) mode 666 ", r"\1 mode 600 ", mended)
     mended = re.sub(r"(?m)^(\s*timeout client )\d+s", r"\g<1>15s", mended)
     limits = [line for line in ("timeout http-request 10s", "timeout queue 10s") if line.rsplit(" ", 1)[0] not in mended]
-    mended = re.sub(r"(?m)^(defaults\n)", lambda m: m[1] + "".join(f"    {line}\n" for line in limits) + "    option http-buffer-request\n", mended) # the time limit of a request holds for the beginning of its body too
+    mended = re.sub(r"(?m)^(defaults\n)", lambda m: m[1] + "".join(f"    {line}\n" for line in limits) + "    option http-buffer-request\n    option dontlog-normal\n", mended) # the time limit of a request holds for the beginning of its body too
     mended = re.sub(r"(?m)^(\s*)errorfile (50[234]) .*$", lambda m: f"{m[1]}http-error status {m[2]} {_BUSY}", mended)
     mended = re.sub(r"(?m)^(frontend http_frontend\n\s*bind [^\n]*)\n", lambda m: m[1] + f" ssl crt {pem} alpn http/1.1" * bool(pem) + "\n" + "".join(f"    http-request del-header {h}\n" for h in _STRIPPED), mended)
     mended = re.sub(r"(?m)^(backend (?!default_backend)(?!\S*-via-ingress-request-router)\S+\n)", lambda m: m[1] + f"    http-request return status 503 {_BUSY} if {{ queue ge {queued} }}\n", mended)

@@ -13,6 +13,7 @@ __all__ = ['fits', 'asked', 'Served', 'complaint', 'bounded', 'decoded', 'rows_o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from typing import Annotated, Any
 
 import msgspec
@@ -102,7 +103,7 @@ class Served:
     def scores(self, rows: Rows) -> np.ndarray | None:
         "What the graph says; None if something of it is no number."
         scores = predict(self.bundle, rows.columns, rows.count)
-        return scores if np.isfinite(scores).all() else None
+        return scores if (isfinite(scores.item()) if scores.size == 1 else np.isfinite(scores).all()) else None
 
     def named(self, rows: Rows, scores: np.ndarray) -> Sequence[Any]:
         "Answers with names, one a row."
