@@ -2023,6 +2023,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mlray.served.Served.row': ('served.html#served.row', 'mlray/served.py'),
                               'mlray.served.Served.scores': ('served.html#served.scores', 'mlray/served.py'),
                               'mlray.served.Served.taken': ('served.html#served.taken', 'mlray/served.py'),
+                              'mlray.served.Served.values': ('served.html#served.values', 'mlray/served.py'),
                               'mlray.served.Served.warm': ('served.html#served.warm', 'mlray/served.py'),
                               'mlray.served._broken': ('served.html#_broken', 'mlray/served.py'),
                               'mlray.served._odd': ('served.html#_odd', 'mlray/served.py'),

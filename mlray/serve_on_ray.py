@@ -208,7 +208,8 @@ class Front:
     "In front of what Serve puts around a replica."
 
     def __init__(self, serve: Callable[[Scope, Receive, Send], Awaitable[None]]):
-        self.serve, self.gateway = serve, None
+        self.serve = serve
+        self.gateway: Gateway | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway = self.gateway or self.look()

@@ -10,10 +10,11 @@ __all__ = ['fits', 'asked', 'Served', 'complaint', 'bounded', 'decoded', 'rows_o
            'scores_of_rules']
 
 # %% ../nbs/39a_served.ipynb #19162bf8
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
+from operator import attrgetter
 from typing import Annotated, Any
 
 import msgspec
@@ -76,6 +77,12 @@ class Served:
         return row_type(Contract(with_ids, contract.rules), f"{self.bundle.name} row", (*contract.features, *self.ids))
 
     @cached_property
+    def values(self) -> Callable[[Any], tuple[Any, ...]]:
+        "What one decoded row says of each feature, in order."
+        fields = [f"f{i}" for i in range(len(self.names))]
+        return attrgetter(*fields) if len(fields) > 1 else lambda row: (row.f0,)
+
+    @cached_property
     def decoder(self) -> Any:
         rows: Any = list[self.row]  # type: ignore[name-defined]
         bounded = Annotated[rows, msgspec.Meta(min_length=1, max_length=self.bundle.spec.serve.max_rows)]
@@ -98,7 +105,9 @@ class Served:
         "Decoded rows, by column."
         names, ids = self.names, self.ids
         subject = next((v for i in range(len(ids)) if (v := getattr(rows[0], f"f{len(names) + i}")) is not None), "") if ids else ""
-        return Rows({n: [getattr(r, f"f{i}") for r in rows] for i, n in enumerate(names)}, len(rows), str(subject), **more)
+        if len(rows) == 1: columns = {n: [value] for n, value in zip(names, self.values(rows[0]), strict=True)}
+        else: columns = {n: list(values) for n, values in zip(names, zip(*map(self.values, rows), strict=True), strict=True)}
+        return Rows(columns, len(rows), str(subject), **more)
 
     def scores(self, rows: Rows) -> np.ndarray | None:
         "What the graph says; None if something of it is no number."
