@@ -156,7 +156,7 @@ class Gateway:
             if name not in self.scoring.handles: line.production.warm() # type: ignore[union-attr]
 
     async def __call__(self, request: Request) -> Response: # as Serve asks
-        reply, request_id = await self.answer(request.scope, request.receive)
+        reply, _ = await self.answer(request.scope, request.receive)
         response = Response(reply.body, reply.status)
         response.raw_headers = headers_of_reply(reply) # Serve adds x-request-id
         return response
@@ -184,8 +184,9 @@ class Gateway:
     def soon(self, scope: Scope) -> bool:
         "Whether a request is answered within this step of the event loop, or but for a canary."
         route, parts, _ = self.routes.find(scope["method"], scope["path"])
-        if route is None or route.name not in ("predict", "infer", "invoke") or self.scoring.handles: return False
-        return _LARGE >= (length_of(headers_of(scope)) or _LARGE + 1)
+        if route is None or route.name not in ("predict", "infer", "invoke"): return False
+        if self.scoring.handles and parts.get("model") in {None, *self.scoring.handles}: return False
+        return (length_of(headers_of(scope)) or _LARGE + 1) <= _LARGE
 
 # %% ../nbs/43_serve_on_ray.ipynb #31cd762b
 def _page(service: Service, openapi: bytes, asked: Asked) -> Reply:
