@@ -181,13 +181,6 @@ class Gateway:
         if len(asked.body) > _LARGE and not self.scoring.handles: return await asyncio.to_thread(lambda: at_once(_here(service).reply(asked)))
         return await service.reply(asked)
 
-    def soon(self, scope: Scope) -> bool:
-        "Whether a request is answered within this step of the event loop, or but for a canary."
-        route, parts, _ = self.routes.find(scope["method"], scope["path"])
-        if route is None or route.name not in ("predict", "infer", "invoke"): return False
-        if self.scoring.handles and parts.get("model") in {None, *self.scoring.handles}: return False
-        return (length_of(headers_of(scope)) or _LARGE + 1) <= _LARGE
-
 # %% ../nbs/43_serve_on_ray.ipynb #31cd762b
 def _page(service: Service, openapi: bytes, asked: Asked) -> Reply:
     "The description; a browser is let ask for the key."
@@ -205,6 +198,14 @@ def _here(service: Service) -> Service:
     return replace(service, score=in_process)
 
 # %% ../nbs/43_serve_on_ray.ipynb #c249a5dd
+def _soon(gateway: Gateway, scope: Scope) -> bool:
+    "Whether a request is answered within this step of the event loop, or but for a canary."
+    route, parts, _ = gateway.routes.find(scope["method"], scope["path"])
+    if route is None or route.name not in ("predict", "infer", "invoke"): return False
+    if gateway.scoring.handles and parts.get("model") in {None, *gateway.scoring.handles}: return False
+    return (length_of(headers_of(scope)) or _LARGE + 1) <= _LARGE
+
+
 class Front:
     "In front of what Serve puts around a replica."
 
@@ -214,7 +215,7 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway = self.gateway or self.look()
-        if scope["type"] != "http" or gateway is None or not gateway.soon(scope): return await self.serve(scope, receive, send)
+        if scope["type"] != "http" or gateway is None or not _soon(gateway, scope): return await self.serve(scope, receive, send)
         await send_reply(*await gateway.answer(scope, receive), send)
 
     def look(self) -> Gateway | None:

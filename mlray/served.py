@@ -12,7 +12,7 @@ __all__ = ['fits', 'asked', 'Served', 'complaint', 'bounded', 'decoded', 'rows_o
 # %% ../nbs/39a_served.ipynb #19162bf8
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import isfinite
 from operator import attrgetter
 from typing import Annotated, Any
@@ -51,6 +51,18 @@ def asked(contract: Contract) -> Contract:
     columns = {n: contract.columns[n].model_copy(update={"unique": False}) for n in contract.features}
     return Contract(columns, contract.rules)
 
+
+@cache
+def _values(features: int) -> Callable[[Any], tuple[Any, ...]]:
+    "What reads a decoded row."
+    return attrgetter(*(f"f{i}" for i in range(features))) if features > 1 else lambda row: (row.f0,)
+
+
+def _by_column(names: Sequence[str], rows: Sequence[Any]) -> dict[str, list[Any]]:
+    read = _values(len(names))
+    if len(rows) == 1: return {n: [value] for n, value in zip(names, read(rows[0]), strict=True)}
+    return {n: list(values) for n, values in zip(names, zip(*map(read, rows), strict=True), strict=True)}
+
 # %% ../nbs/39a_served.ipynb #4d14783d
 @dataclass(frozen=True)
 class Served:
@@ -77,12 +89,6 @@ class Served:
         return row_type(Contract(with_ids, contract.rules), f"{self.bundle.name} row", (*contract.features, *self.ids))
 
     @cached_property
-    def values(self) -> Callable[[Any], tuple[Any, ...]]:
-        "What one decoded row says of each feature, in order."
-        fields = [f"f{i}" for i in range(len(self.names))]
-        return attrgetter(*fields) if len(fields) > 1 else lambda row: (row.f0,)
-
-    @cached_property
     def decoder(self) -> Any:
         rows: Any = list[self.row]  # type: ignore[name-defined]
         bounded = Annotated[rows, msgspec.Meta(min_length=1, max_length=self.bundle.spec.serve.max_rows)]
@@ -105,9 +111,7 @@ class Served:
         "Decoded rows, by column."
         names, ids = self.names, self.ids
         subject = next((v for i in range(len(ids)) if (v := getattr(rows[0], f"f{len(names) + i}")) is not None), "") if ids else ""
-        if len(rows) == 1: columns = {n: [value] for n, value in zip(names, self.values(rows[0]), strict=True)}
-        else: columns = {n: list(values) for n, values in zip(names, zip(*map(self.values, rows), strict=True), strict=True)}
-        return Rows(columns, len(rows), str(subject), **more)
+        return Rows(_by_column(names, rows), len(rows), str(subject), **more)
 
     def scores(self, rows: Rows) -> np.ndarray | None:
         "What the graph says; None if something of it is no number."
