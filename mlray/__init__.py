@@ -10,6 +10,7 @@ Modules:
 - `mlray.answer`: What one prediction looks like on the wire, for each kind of target
 - `mlray.archive`: Segments become Parquet by day, model and version; read exactly, kept for a time, erased by person
 - `mlray.arrow`: Rows in bulk: an Arrow IPC stream in, an Arrow IPC stream out
+- `mlray.asgi`: A request of HTTP as a server hands it over, read with as few steps as it takes
 - `mlray.attestation`: What is signed here, by whom, and whether it is enough
 - `mlray.audit`: A chain that breaks if it is touched
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
@@ -73,6 +74,7 @@ Modules:
 - `mlray.gate_on_ray`: Gates as tasks of a cluster: each with the CPUs, GPUs and memory that it asks for
 - `mlray.gate_page`: An executed notebook as proof: what it says, where it broke, and what of it may be kept
 - `mlray.gate_report`: What gates found, for those who read it elsewhere: JUnit, GitHub, a summary, pages
+- `mlray.gathering`: Requests that wait at the same moment are scored together
 - `mlray.gradient`: What the network itself says: what each feature adds to the logit
 - `mlray.grpc_on_ray`: gRPC in front of the service, on Ray Serve
 - `mlray.haproxy`: Close what is left open in front of a service

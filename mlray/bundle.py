@@ -18,7 +18,7 @@ import stat
 import timeit
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,7 +76,7 @@ def _json(value: Any) -> bytes: return (json.dumps(value, indent=1, ensure_ascii
 def _sha256(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
 
 
-def _alone(session: onnxruntime.InferenceSession, rows: Matrix, answers: np.ndarray) -> None:
+def _alone(session: "_Graph", rows: Matrix, answers: np.ndarray) -> None:
     "Raise `BundleError` unless rows by themselves get the answers that they get among others."
     for size in (1, 2, 3, 7):
         for at in range(0, min(len(rows), 16 * size), size):
@@ -214,15 +214,21 @@ def load_bundle(
     except (MlrayError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error: raise BundleError(f"{where} holds what no run of this mlray writes: {str(error)[:300]}. Train it again.") from error
 
 # %% ../nbs/30_bundle.ipynb #fc0983da
-def _open(graph: bytes) -> onnxruntime.InferenceSession:
+class _Graph(onnxruntime.InferenceSession):
+    @cached_property
+    def takes(self) -> tuple[str, ...]: # asking the session costs as much as a small network does
+        return tuple(i.name for i in self.get_inputs())
+
+
+def _open(graph: bytes) -> _Graph:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return _Graph(graph, options, providers=["CPUExecutionProvider"])
 
 
-def _run(session: onnxruntime.InferenceSession, rows: Matrix) -> np.ndarray:
-    return session.run(["score"], {i.name: getattr(rows, i.name) for i in session.get_inputs()})[0]
+def _run(session: _Graph, rows: Matrix) -> np.ndarray:
+    return session.run(["score"], {name: getattr(rows, name) for name in session.takes})[0]
 
 
 _CHUNK = 8192 # rows, times outputs, that go through the graph together, so that memory is bounded
@@ -230,12 +236,13 @@ _CELLS = 2**18 # and numbers, codes and runs of text in them
 
 
 @lru_cache(maxsize=16)
-def _session(path: Path, digest: str) -> onnxruntime.InferenceSession:
+def _session(path: Path, digest: str) -> _Graph:
     return _open(_verified(path, digest)[0]["model.onnx"]) # again: the file may be another one than when the bundle was loaded
 
 
-def _together(session: onnxruntime.InferenceSession, rows: Matrix, outputs: int, features: Features) -> np.ndarray:
+def _together(session: _Graph, rows: Matrix, outputs: int, features: Features) -> np.ndarray:
     "What a graph answers to any number of rows."
+    if len(rows) == 1: return _run(session, rows)
     chunk = max(min(_CHUNK // max(outputs, 1), _CELLS // max(sum(features.widths.values()), 1)), 1)
     return np.concatenate([_run(session, rows[at:at + chunk]) for at in range(0, max(len(rows), 1), chunk)])
 

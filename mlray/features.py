@@ -11,6 +11,7 @@ __all__ = ['Number', 'Category', 'Array', 'Features', 'learn', 'Matrix', 'apply'
 # %% ../nbs/12_features.ipynb #987dc7fc
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from statistics import NormalDist
 from typing import Any
 
@@ -41,6 +42,10 @@ class Category:
     "A categorical feature."
     name: str
     values: tuple[str, ...]     # value i has code i + 2
+
+    @cached_property
+    def codes(self) -> Mapping[str | None, int]: # 0 is missing, anything unknown is 1
+        return {None: 0} | {value: i for i, value in enumerate(self.values, 2)}
 
 
 @dataclass(frozen=True)
@@ -236,24 +241,17 @@ def apply(
     "Encode rows. The same row gives the same numbers, alone or among others."
     made = _made(features, columns) if features.derived or features.moments else {}
     column = (lambda name: made[name] if name in made else columns[name]) if made else columns.__getitem__
-    numbers, codes = np.empty((rows, len(features.numbers))), np.empty((rows, len(features.categories)), np.int64)
-    for i, number in enumerate(features.numbers):
-        values: Any = column(number.name)
-        numbers[:, i] = values.cast(pl.Float64).to_numpy() if isinstance(values, pl.Series) else values
-    for i, category in enumerate(features.categories):
-        table_ = _code_table(category)
-        codes[:, i] = [table_.get(value, 1) for value in column(category.name)]
+    if rows == 1 and not made and not isinstance(columns, pl.DataFrame): # one request: a step for each value would cost more than the network
+        numbers = np.array([[columns[n.name][0] for n in features.numbers]], np.float64) # type: ignore[index]
+        codes = np.array([[c.codes.get(columns[c.name][0], 1) for c in features.categories]], np.int64) # type: ignore[index]
+    else:
+        numbers, codes = np.empty((rows, len(features.numbers))), np.empty((rows, len(features.categories)), np.int64)
+        for i, number in enumerate(features.numbers):
+            values: Any = column(number.name)
+            numbers[:, i] = values.cast(pl.Float64).to_numpy() if isinstance(values, pl.Series) else values
+        for i, category in enumerate(features.categories): codes[:, i] = [category.codes.get(value, 1) for value in column(category.name)]
     return Matrix(_float32(numbers), codes, _side_by_side([_numbers_of(a, column(a.name), rows) for a in features.arrays], rows, np.float32),
                   _side_by_side([_ids_of(t, column(t.name), rows) for t in features.texts], rows, np.int64))
-
-
-def _code_table(category: Category) -> dict[str | None, int]:
-    "Code of each value; 0 is missing, anything else is 1."
-    if category not in _TABLES: _TABLES[category] = {None: 0} | {value: i for i, value in enumerate(category.values, 2)}
-    return _TABLES[category]
-
-
-_TABLES: dict[Category, dict[str | None, int]] = {}
 
 # %% ../nbs/12_features.ipynb #255636d6
 def _side_by_side(parts: list[np.ndarray], rows: int, dtype: Any) -> np.ndarray: return np.hstack(parts) if parts else np.empty((rows, 0), dtype)

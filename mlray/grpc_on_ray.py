@@ -20,11 +20,12 @@ import grpc
 import msgspec
 from google.protobuf import json_format
 
+from .asgi import Headers, id_of, presented, text_of
 from .errors import ServingError
 from .inference_messages import form_of, messages, read_message
 from .plan import Plan
 from .routes import PUBLIC, ROUTES
-from .serve_on_ray import Gateway, deploy, id_of, presented
+from .serve_on_ray import Gateway, deploy
 from .settings import Settings
 from .wire import Asked, Refusal, Refused, Reply
 
@@ -59,11 +60,11 @@ _ACTIONS = {r.name: r.action for r in ROUTES}
 def asked_of_call(
     name: str,
     body: bytes,                # the message
-    metadata: Mapping[str, str],
+    metadata: Headers,
     request_id: str,
 ) -> Asked:
     "A call without gRPC. Raises `Refused`."
-    sent, infer, read = read_message(f"{name}Request", body), name == "ModelInfer", metadata.get
+    sent, infer, read = read_message(f"{name}Request", body), name == "ModelInfer", text_of(metadata).get
     model, version = (sent.model_name, sent.model_version) if infer else (getattr(sent, "name", ""), getattr(sent, "version", ""))
     if not model and name.startswith("Model"): raise Refused(422, "which_model", "Say which model.")
     return Asked(CALLS[name], _ACTIONS[CALLS[name]], request_id, b"", presented(metadata), model, version, routing=read("x-routing-key", "")[:256], wanted=read("x-mlray-version", "")[:16], form=form_of(sent) if infer else None)
@@ -82,7 +83,7 @@ class CallGateway(Gateway):
 
     async def called(self, name: str, body: bytes, context: Any) -> Sent:
         "Answer a call."
-        metadata = {k.lower(): v for k, v in context.invocation_metadata() if isinstance(v, str)}
+        metadata = {k.lower().encode(): v.encode("latin-1", "replace") for k, v in context.invocation_metadata() if isinstance(v, str)}
         request_id = id_of(metadata)
         context.set_trailing_metadata([("x-request-id", request_id)])
         try: return await self.answered(name, body, metadata, request_id)
@@ -96,7 +97,7 @@ class CallGateway(Gateway):
             context.set_details(f"The call {request_id} failed.")
         return Sent(b"")
 
-    async def answered(self, name: str, body: bytes, metadata: Mapping[str, str], request_id: str) -> Sent:
+    async def answered(self, name: str, body: bytes, metadata: Headers, request_id: str) -> Sent:
         "The answer to a call. Raises `Refused`."
         made: Any = messages()[f"{name}Response"]
         if _ACTIONS[CALLS[name]] == PUBLIC: return Sent(made(**{CALLS[name]: True}).SerializeToString())

@@ -33,6 +33,7 @@ class Meters:
         made = lambda kind, name, text, labels=(), **more: kind(f"mlray_{name}", text, (*labels, "replica"), registry=self.kept, **more)
         self.requests = made(Counter, "requests", "Requests by route, model and status", ("route", "model", "status"))
         self.seconds = made(Histogram, "request_duration_seconds", "Time from the last byte in to the first byte out", ("route",), buckets=_SECONDS)
+        self.batch = made(Histogram, "batch_size_requests", "Requests that were scored together", (), buckets=(1, 2, 4, 8, 16, 32, 64))
         self.predictions = made(Counter, "predictions", "Rows answered, by version and arm", ("model", "version", "arm"))
         self.failures = made(Counter, "model_failures", "Versions that could not answer a request", ("model", "version", "why"))
         self.fallbacks = made(Counter, "fallbacks", "Requests that another answered", ("model",))

@@ -75,9 +75,9 @@ class Routes:
     def find(self, method: str, path: str) -> tuple[Route | None, Mapping[str, str], tuple[str, ...]]: # the route, its parts, and the methods that this path has
         "Which route is meant."
         if found := self._plain.get((path, method)): return found, {}, (method,)
-        methods = [m for p, m in self._plain if p == path]
+        methods = []
         for route, pattern in self._open:
             if match := pattern.fullmatch(path):
                 if route.method == method: return route, match.groupdict(), (method,)
                 methods.append(route.method)
-        return None, {}, tuple(methods)
+        return None, {}, tuple([*methods, *(m for p, m in self._plain if p == path)])

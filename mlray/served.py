@@ -11,9 +11,11 @@ __all__ = ['MOST_ROWS', 'fits', 'asked', 'Served', 'complaint', 'bounded', 'deco
 
 # %% ../nbs/39a_served.ipynb #19162bf8
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from math import isfinite
+from operator import attrgetter
 from typing import Annotated, Any
 
 import msgspec
@@ -50,6 +52,18 @@ def asked(contract: Contract) -> Contract:
     "What a request must keep of a contract: its features. A value may come twice in a request."
     columns = {n: contract.columns[n].model_copy(update={"unique": False}) for n in contract.features}
     return Contract(columns, contract.rules)
+
+
+@cache
+def _values(features: int) -> Callable[[Any], tuple[Any, ...]]:
+    "What reads a decoded row."
+    return attrgetter(*(f"f{i}" for i in range(features))) if features > 1 else lambda row: (row.f0,)
+
+
+def _by_column(names: Sequence[str], rows: Sequence[Any]) -> dict[str, list[Any]]:
+    read = _values(len(names))
+    if len(rows) == 1: return {n: [value] for n, value in zip(names, read(rows[0]), strict=True)}
+    return {n: list(values) for n, values in zip(names, zip(*map(read, rows), strict=True), strict=True)}
 
 # %% ../nbs/39a_served.ipynb #4d14783d
 @dataclass(frozen=True)
@@ -99,14 +113,14 @@ class Served:
         "Decoded rows, by column."
         names, ids = self.names, self.ids
         subject = next((v for i in range(len(ids)) if (v := getattr(rows[0], f"f{len(names) + i}")) is not None), "") if ids else ""
-        return Rows({n: [getattr(r, f"f{i}") for r in rows] for i, n in enumerate(names)}, len(rows), str(subject), **more)
+        return Rows(_by_column(names, rows), len(rows), str(subject), **more)
 
     def scores(self, rows: Rows) -> np.ndarray | None:
         "What the graph says; None if something of it is no number."
         begin = time.thread_time()
         scores = predict(self.bundle, rows.columns, rows.count)
         rows.spent.seconds = time.thread_time() - begin
-        return scores if np.isfinite(scores).all() else None
+        return scores if (isfinite(scores.item()) if scores.size == 1 else np.isfinite(scores).all()) else None
 
     def named(self, rows: Rows, scores: np.ndarray) -> Sequence[Any]:
         "Answers with names, one a row."

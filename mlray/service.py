@@ -14,6 +14,8 @@ import hashlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import msgspec
@@ -43,7 +45,7 @@ class Form:
     word: Callable[[Asked, "Answered"], Reply]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Answered:
     "What was answered to a request."
     request_id: str
@@ -55,6 +57,9 @@ class Answered:
     scores: np.ndarray
     shadow: Served | None = None # that is to hear of it
     reasons: Sequence[Any] = () # one explanation a row, where they were asked for
+
+    @cached_property
+    def said(self) -> Sequence[Any]: return self.served.named(self.rows, self.scores) # for the client and for the journal
 
 # %% ../nbs/39h_service.ipynb #0d78ed79
 Scorer = Callable[[str, Served, Rows, Arm, float], Awaitable[np.ndarray | None]] # model, version, rows, why, seconds left
@@ -128,6 +133,11 @@ class Service:
     ending: Told = stays    # what is to be said of the end of a version, such as `mlray.sunset.told_by`
     desk: Desk | None = None                        # takes what is answered later; None: nothing is
 
+    @cached_property
+    def by_id(self) -> Mapping[str, Sequence[Key]]:
+        "The keys by their public part, of which there may be thousands."
+        return {id: [k for k in keys] for id, keys in groupby(sorted(self.keys, key=lambda k: k.id), lambda k: k.id)}
+
     def answer(self, model: str, body: bytes, presented: str | None, request_id: str) -> Reply:
         "Answer a request in JSON, or say why not."
         return at_once(self.reply(Asked("predict", "predict", request_id, body, presented, model)))
@@ -155,7 +165,7 @@ class Service:
 # %% ../nbs/39h_service.ipynb #7222821a
 def _bearer(service: Service, presented: str) -> Caller | None:
     "Who bears a key or a token. Raises `Refused` where nobody can say."
-    if presented.startswith("mlr_") or service.tokens is None: return recognise(presented, service.keys)
+    if presented.startswith("mlr_") or service.tokens is None: return recognise(presented, service.by_id.get(_named(presented), ()) if presented.startswith("mlr_") else ())
     try: return service.tokens(presented)
     except Unavailable: raise Refused(503, "no_provider", "The identity provider does not answer, so nobody can say whose token this is.", headers={"Retry-After": "5"}) from None
 
@@ -214,7 +224,7 @@ async def _scored(service: Service, asked: Asked, line: Line, choice: Choice, kn
     for i, served in enumerate(order):
         left = (end - service.now()) / (2 if i + 1 < len(order) else 1) # the next one needs time too
         try:
-            mine = rows if served.bundle.spec.contract == first.bundle.spec.contract else read(served)
+            mine = rows if served is first or served.bundle.spec.contract == first.bundle.spec.contract else read(served)
             scores = await service.score(model, served, mine, choice.arm, left)
             if scores is not None:
                 if i: service.meters.of("fallbacks", model).inc()
@@ -254,7 +264,7 @@ def _record(service: Service, asked: Asked, served: Served, start: float, status
     if service.recorder is None: return
     columns: Any = done.rows.columns if done else None
     if isinstance(columns, pl.DataFrame): columns = columns.to_dict(as_series=False)
-    said = served.named(done.rows, done.scores) if done else ()
+    said = done.said if done else ()
     try: service.recorder.record(served.bundle, served.version, asked.request_id, columns, said, status, service.now() - start, done.arm if done else arm, _named(asked.presented or ""), done.rows.subject if done else "", done.rows.spent.seconds if done else 0.0)
     except JournalFull: raise Refused(503, "not_recorded", "The answer could not be recorded, so it is not given. Try again later.", headers={"Retry-After": "5"}) from None
 
@@ -316,7 +326,7 @@ def worded(asked: Asked, done: Answered) -> Reply:
         if asked.route != "infer": return Reply(200, stream_of_answer(served.bundle.task, parts, about), {"content-type": ARROW})
         told = {"digest": digest, "arm": done.arm, "fallback": done.arm == "fallback"}
         return Reply(200, tensors_of_answer(done.model, done.version, done.rows.echo or done.request_id, told, parts, done.rows.outputs))
-    answer = Answer(list(served.named(done.rows, scores)), done.model, done.version, digest, done.request_id, done.arm, done.arm == "fallback")
+    answer = Answer(list(done.said), done.model, done.version, digest, done.request_id, done.arm, done.arm == "fallback")
     return Reply(200, encode(msgspec.to_builtins(answer) | {"explanations": done.reasons} if asked.route == "explain" else answer))
 
 

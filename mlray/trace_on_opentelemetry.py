@@ -21,8 +21,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from starlette.requests import Request
 
+from .asgi import Headers, Receive, Scope, text_of
 from .grpc_on_ray import CALLS, CallGateway, Sent, deploy_both
 from .meters import carrying, marked
 from .plan import Model, Plan
@@ -88,18 +88,19 @@ class TracedGateway(CallGateway):
         self.tracer = self.provider.get_tracer("mlray")
         super().__init__(plan, references, settings, handles, worker)
 
-    async def reply(self, request: Request, request_id: str) -> Reply:
-        route, _, _ = self.routes.find(request.method, request.url.path)
+    async def reply(self, scope: Scope, headers: Headers, receive: Receive, request_id: str) -> Reply:
+        method, path = scope["method"], scope["path"]
+        route, _, _ = self.routes.find(method, path)
         known = route.path if route else "nothing"
-        with traced(self.tracer, f"{request.method} {known}", request.headers, **{"http.request.method": request.method, "http.route": known, "mlray.request_id": request_id}) as span:
-            try: reply = await super().reply(request, request_id)
-            except Refused as no: reply = no.reply(request_id, plain=request.url.path.startswith("/v2"))
+        with traced(self.tracer, f"{method} {known}", text_of(headers), **{"http.request.method": method, "http.route": known, "mlray.request_id": request_id}) as span:
+            try: reply = await super().reply(scope, headers, receive, request_id)
+            except Refused as no: reply = no.reply(request_id, plain=path.startswith("/v2"))
             span.set_attribute("http.response.status_code", reply.status)
             if reply.status >= 500: span.set_status(Status(StatusCode.ERROR))
             return reply
 
-    async def answered(self, name: str, body: bytes, metadata: Mapping[str, str], request_id: str) -> Sent:
-        with traced(self.tracer, f"inference.GRPCInferenceService/{name}", metadata, **{"rpc.system": "grpc", "rpc.method": name, "http.route": CALLS[name], "mlray.request_id": request_id}):
+    async def answered(self, name: str, body: bytes, metadata: Headers, request_id: str) -> Sent:
+        with traced(self.tracer, f"inference.GRPCInferenceService/{name}", text_of(metadata), **{"rpc.system": "grpc", "rpc.method": name, "http.route": CALLS[name], "mlray.request_id": request_id}):
             return await super().answered(name, body, metadata, request_id)
 
 # %% ../nbs/48b_trace_on_opentelemetry.ipynb #044d7d45

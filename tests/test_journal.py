@@ -1,4 +1,5 @@
 """What was answered is on the disk: through kills, full disks, cut files and many hands; and nothing is there that should not be."""
+import asyncio
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from hypothesis import given, settings as given_settings, strategies as st
 
 from mlray.access import new_key
 from mlray.archive import cloud_events, entry_rows, erase, journaled, purge, put_away
+from mlray.bundle import predict
 from mlray.column import Column
 from mlray.contract import Contract
 from mlray.errors import ServingError, SettingsError
@@ -268,6 +270,49 @@ def test_no_record_no_answer(trained, tmp_path):
     os.dup2(good, recorder.journal._segment.file)
     assert full.status == 503 and b"not_recorded" in full.body and full.headers["Retry-After"] and ask().status == 200
     recorder.journal.close()
+
+
+def test_asked_together_is_answered_as_alone(trained, tmp_path):
+    "Through the gateway, as a server of HTTP asks it: rows that are scored together have their answers to the bit, under their own ids; who goes away takes nobody along; all that was told is journaled."
+    from mlray.plan import plan_of
+    from mlray.registry import add_key
+    from mlray.serve_on_ray import Front, Gateway
+    registry, (key, secret), draw = open_registry(trained[0]), new_key(), random.Random(5)
+    add_key(registry, key)
+    settings = trained[0].model_copy(update={"home": tmp_path, "journal": True})
+    front = Front(lambda *way: pytest.fail("this could have been answered here"))
+    gateway = front.gateway = Gateway(plan_of(registry, ["diabetes/1"]), (), settings)
+    bundle, rows = bundle_of(registry, trained[1].version), trained[1].rows.parts.test.select(trained[1].rows.contract.features).to_dicts()
+    sent = {f"r-{i}": draw.choices(rows, k=draw.choice([1, 1, 1, 3])) for i in range(400)}
+
+    async def ask(name: str, body: bytes) -> tuple[int, dict]:
+        told, pieces = [], [{"type": "http.request", "body": body[:9], "more_body": True}, {"type": "http.request", "body": body[9:]}]
+        async def receive():
+            await asyncio.sleep(0)
+            return pieces.pop(0)
+        async def send(message): told.append(message)
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), (b"x-api-key", secret.encode()), (b"x-request-id", name.encode())]
+        await front({"type": "http", "method": "POST", "path": "/v1/models/diabetes:predict", "query_string": b"", "headers": headers}, receive, send)
+        assert (b"x-request-id", name.encode()) in told[0]["headers"]
+        return told[0]["status"], json.loads(told[1]["body"])
+
+    async def all_of_them() -> dict[str, tuple[int, dict]]:
+        asked = {name: asyncio.create_task(ask(name, json.dumps({"instances": [{**r, "bmi": -1} if i % 10 == 3 else r for r in rows]}).encode())) for i, (name, rows) in enumerate(sent.items())}
+        for _ in range(4): await asyncio.sleep(0)
+        gone = {name for name, task in list(asked.items())[::17] if task.cancel()}
+        await asyncio.wait(asked.values())
+        return {name: task.result() for name, task in asked.items() if name not in gone}
+
+    told = asyncio.run(all_of_them())
+    for name, (status, said) in told.items():
+        assert status == (422 if int(name[2:]) % 10 == 3 else 200) and said["request_id"] == name
+        if status == 200: assert [p["score"] for p in said["predictions"]] == [float(predict(bundle, {n: [r[n]] for n in r}, 1)[0]) for r in sent[name]]
+    gateway.service.recorder.journal.close()
+    found = {e.id: e for e in records(tmp_path / "journal/segments", Entry)}
+    assert set(told) <= set(found) and all(list(found[n].answers.get("score", ())) == [p["score"] for p in said.get("predictions", ())] for n, (_, said) in told.items())
+    batches, of = (next(float(line.rsplit(" ", 1)[1]) for line in gateway.meters.text().decode().splitlines() if line.startswith(f"mlray_batch_size_requests_{word}")) for word in ("count", "sum"))
+    print(f"\n{len(told)} told, {len(sent) - len(told)} went away, {of:.0f} scored in {batches:.0f} batches")
+    assert batches < of / 4
 
 
 # ---- feedback -------------------------------------------------------------------------------------------------------
