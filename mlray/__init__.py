@@ -12,6 +12,9 @@ Modules:
 - `mlray.arrow`: Rows in bulk: an Arrow IPC stream in, an Arrow IPC stream out
 - `mlray.attestation`: What is signed here, by whom, and whether it is enough
 - `mlray.audit`: A chain that breaks if it is touched
+- `mlray.batch`: Cut a source into pieces that anybody can read alone, and answer one of them
+- `mlray.batch_cli`: `mlray predict`: a file in, a file of answers out
+- `mlray.batch_run`: A file in, a file of answers out: larger than memory, and none lost or doubled when it is killed
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
 - `mlray.calibration`: Scores that can be taken at their word: fitted on validation rows, shipped in the graph
@@ -112,6 +115,7 @@ Modules:
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.policy`: What an environment asks of a version that is let out
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
+- `mlray.predict_on_ray`: The pieces of a batch, answered by all nodes of a cluster
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
 - `mlray.project`: A project as it is to be written: its spec, its source, its gates

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .batch_cli import batch_app
 from .cluster_cli import cluster_app
 from mlray.commands import (
     ask_service,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-_NOT_BUILT = frozenset({"console", "export", "lab", "predict", "retrain", "schedule"})
+_NOT_BUILT = frozenset({"console", "export", "lab", "retrain", "schedule"})
 
 
 class _Commands(TyperGroup):
@@ -65,6 +66,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 
 app.add_typer(release_app)
 app.add_typer(serve_app)
+app.add_typer(batch_app)
 app.add_typer(proof_app)
 app.add_typer(papers_app)
 app.add_typer(audit_app, name="audit")
