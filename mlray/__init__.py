@@ -45,6 +45,7 @@ Modules:
 - `mlray.doctor`: What is wrong with this machine or cluster, and how to mend it
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
 - `mlray.edge_folder`: A folder that answers with onnxruntime and numpy alone
+- `mlray.edge_page`: The same bundle as a page: a form made from the contract, answered in the browser
 - `mlray.errors`: One family of errors, each a short letter to a tired person
 - `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
 - `mlray.estimator`: Models of scikit-learn, LightGBM and XGBoost: the same rows, the same graph
@@ -58,6 +59,7 @@ Modules:
 - `mlray.explain_text`: Which words an answer hangs on
 - `mlray.explanation`: A bundle's answers, explained and shaken
 - `mlray.export`: A bundle as plain data: what numpy and a browser can read
+- `mlray.export_cli`: `mlray export`: a folder, or a page, that answers without mlray
 - `mlray.faces`: What commands show: one value for programs, tables for people
 - `mlray.fairness`: How good for whom: every group metric from one table of counts
 - `mlray.feature`: How a column becomes numbers, and columns made from others

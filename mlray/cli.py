@@ -39,6 +39,7 @@ from mlray.commands import (
     versions_to_serve,
 )
 from .errors import MlrayError, ServingError, suggest
+from .export_cli import export_app
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 from .release_cli import release_app
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-_NOT_BUILT = frozenset({"console", "export", "lab", "retrain", "schedule"})
+_NOT_BUILT = frozenset({"console", "lab", "retrain", "schedule"})
 
 
 class _Commands(TyperGroup):
@@ -67,6 +68,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 app.add_typer(release_app)
 app.add_typer(serve_app)
 app.add_typer(batch_app)
+app.add_typer(export_app)
 app.add_typer(proof_app)
 app.add_typer(papers_app)
 app.add_typer(audit_app, name="audit")

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -400,6 +401,22 @@ def script(
     return text.replace("from pathlib import Path\n", f"from pathlib import Path\n{late}", 1)
 
 # %% ../nbs/50d_edge_folder.ipynb #74f1fd52
+def _matching(pattern: str, draw: random.Random) -> str:
+    "A text that a simple regular expression matches; of others, some text."
+    def grow(parts: Any) -> str:
+        said = ""
+        for kind, held in parts:
+            name = str(kind)
+            if name == "LITERAL": said += chr(held)
+            elif name == "IN": said += draw.choice([chr(draw.randint(*v)) if str(k) == "RANGE" else chr(v) if str(k) == "LITERAL" else draw.choice("07") for k, v in held if str(k) != "NEGATE"])
+            elif name in ("MAX_REPEAT", "MIN_REPEAT"): said += "".join(grow(held[2]) for _ in range(draw.randint(held[0], min(int(held[1]), held[0] + 3))))
+            elif name == "SUBPATTERN": said += grow(held[3])
+            elif name == "BRANCH": said += grow(draw.choice(held[1]))
+            elif name == "ANY": said += draw.choice("ab")
+        return said
+    return grow(re._parser.parse(pattern)) # type: ignore[attr-defined]
+
+
 def _value(column: Mapping[str, Any], known: Sequence[str], draw: random.Random) -> Any:
     "A value that a column takes, mostly."
     kind, low, high = column["type"], column["min"], column["max"]
@@ -410,6 +427,7 @@ def _value(column: Mapping[str, Any], known: Sequence[str], draw: random.Random)
         return max(math.ceil(a), min(math.floor(b), round(number))) if kind == "integer" else number
     if kind == "boolean": return draw.random() < 0.5
     if kind == "category": return draw.choice(list(column["values"] or (*known, "never seen", "Ünïcode 漢字")) or ["a"])
+    if kind == "text" and column["pattern"] is not None: return _matching(column["pattern"], draw)
     if kind == "text": return " ".join(draw.choice(["Some", "words", "Ünïcode", "漢字", "don't", "x1_y", "ﬁne", "", "İ", "2²"]) for _ in range(draw.randrange(12)))
     if kind == "array": return [draw.uniform(-1 if low is None else low, 1 if high is None else high) for _ in range(column["length"])]
     if kind == "duration": return f"PT{draw.randrange(int(low or 0), int(high or 10**6) + 1)}S"
