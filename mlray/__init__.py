@@ -156,6 +156,7 @@ Modules:
 - `mlray.search`: What to try next, and what was found
 - `mlray.search_space`: Where to look for better values, as intent
 - `mlray.serve_cli`: The commands of a service that runs: who gets which version
+- `mlray.serve_manifest`: The application as a file: for `serve deploy`, and as a RayService for KubeRay
 - `mlray.serve_on_ray`: HTTP in front of the service, on Ray Serve
 - `mlray.serve_policy`: How a version answers, as intent
 - `mlray.served`: One version that answers: rows of any kind in, scores out

@@ -156,6 +156,14 @@ def gate(version: Reference, gates: Annotated[list[str] | None, typer.Option("--
     if not passed: raise typer.Exit(1)
 
 # %% ../nbs/59_cli.ipynb #5fff6aa1
+def _serve_manifest(kind: str, names: list[str], image: str | None, settings: "Settings", as_json: bool) -> None:
+    from mlray.serve_manifest import manifest_yaml, ray_service, serve_config
+    if kind not in ("rayservice", "serve"): raise ServingError(f"--manifest {kind!r} is not understood. {suggest(kind, ['rayservice', 'serve'])}")
+    references = versions_to_serve(names, settings)[1]
+    made = ray_service(references, settings, image) if kind == "rayservice" else serve_config(references, settings)
+    _show(as_json, made, manifest_yaml(made).rstrip())
+
+
 def row_of(
     text: str, # JSON, or - for stdin
 ) -> Any:
@@ -165,9 +173,12 @@ def row_of(
 
 
 @app.command()
-def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Models; of each the version in production.")], port: Port = None, env: Env = None) -> None:
-    "Serve the versions in production until Ctrl-C."
+def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Models; of each the version in production.")], port: Port = None,
+          manifest: Annotated[str | None, typer.Option("--manifest", metavar="KIND", help="Start nothing, print a file: rayservice for KubeRay, serve for `serve deploy`.")] = None,
+          image: Annotated[str | None, typer.Option("--image", help="Of a RayService, by version or digest.")] = None, env: Env = None, as_json: Json = False) -> None:
+    "Serve the versions in production until Ctrl-C; or print a file with which others do."
     settings = settings_of(env, port=port)
+    if manifest: return _serve_manifest(manifest, names, image, settings, as_json)
     from mlray.cluster_on_ray import cluster
     from mlray.serve_on_ray import check_port, undeploy
     found, references = versions_to_serve(names, settings)
