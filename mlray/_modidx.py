@@ -137,6 +137,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mlray.batch_run.Engine.__call__': ('batch_run.html#engine.__call__', 'mlray/batch_run.py'),
                                  'mlray.batch_run.Given': ('batch_run.html#given', 'mlray/batch_run.py'),
                                  'mlray.batch_run._about': ('batch_run.html#_about', 'mlray/batch_run.py'),
+                                 'mlray.batch_run._alone': ('batch_run.html#_alone', 'mlray/batch_run.py'),
                                  'mlray.batch_run._answered': ('batch_run.html#_answered', 'mlray/batch_run.py'),
                                  'mlray.batch_run._called': ('batch_run.html#_called', 'mlray/batch_run.py'),
                                  'mlray.batch_run._checked_out': ('batch_run.html#_checked_out', 'mlray/batch_run.py'),

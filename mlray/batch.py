@@ -151,7 +151,7 @@ def _csv_by_line(head: str, data: bytes, csv: Csv) -> pl.DataFrame:
     for record in text_records.reader(StringIO(data.decode("utf-8", "surrogateescape"), newline=""), delimiter=csv.separator):
         if csv.comment and record and record[0].startswith(csv.comment): continue
         said = csv.separator.join(record)
-        broken = len(record) > len(names) or not said.isascii() and any("\ud800" <= c <= "\udfff" for c in said)
+        broken = len(record) > len(names) or (not said.isascii() and any("\ud800" <= c <= "\udfff" for c in said))
         records.append([None] * len(names) + [said.encode("ascii", "backslashreplace").decode()] if broken else [v or None for v in record] + [None] * (len(names) + 1 - len(record)))
     return pl.DataFrame(records, schema=dict.fromkeys([*names, UNREAD], pl.String), orient="row")
 

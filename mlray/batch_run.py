@@ -9,6 +9,7 @@ on behind the last such line, if version and source are still the ones it began 
 __all__ = ['Given', 'found', 'Engine', 'in_process', 'Batch', 'predict_file']
 
 # %% ../nbs/38ja_batch_run.ipynb #81ad1bf8
+import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from glob import glob
 from pathlib import Path
@@ -26,8 +28,7 @@ import httpx
 import msgspec
 import polars as pl
 
-from .batch import LINES, TABLES, Finished, Piece, Work, cut, finish, part_files
-from .checkpoints import claimed
+from .batch import TABLES, Finished, Piece, Work, cut, finish, part_files
 from .data import Source
 from .display import Displayed, Table, table
 from .errors import DataError, Unavailable
@@ -134,6 +135,19 @@ def _finished(folder: Path, pieces: int) -> dict[int, Finished]:
     return kept
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    "One process writes a batch at a time. Raises `Unavailable`."
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error: raise Unavailable(f"The batch in {folder} is under way in another process. Wait for it, or name another folder.") from error
+        if not folder.exists() or not os.path.samestat(os.fstat(handle), folder.stat()): raise Unavailable(f"The batch in {folder} has just been finished by another process.")
+        yield
+    finally: os.close(handle)
+
+
 def _note(folder: Path, one: Finished, torn: bool) -> None:
     "Write down that a part is whole, so that it is on the disk."
     with open(folder / _LOG, "ab") as file:
@@ -190,7 +204,7 @@ _SINGLE = (".csv", ".parquet", ".jsonl")
 
 def _joined(parts: Sequence[Path], target: Path) -> None:
     "One file of several, in their order."
-    rows, part = pl.scan_parquet(parts, glob=False), target.with_name(f".{target.name}.part")
+    rows, part = pl.scan_parquet(list(parts), glob=False), target.with_name(f".{target.name}.part")
     if target.suffix == ".parquet": rows.sink_parquet(part, compression="zstd", metadata={k: v for k, v in pl.read_parquet_metadata(parts[0]).items() if k.startswith("mlray.")})
     elif target.suffix == ".jsonl": rows.sink_ndjson(part)
     else: rows.with_columns(pl.col(n).list.join("; ") for n, t in rows.collect_schema().items() if isinstance(t, pl.List)).sink_csv(part)
@@ -234,7 +248,7 @@ def predict_file(
     folder = _checked_out(target)
     if folder.is_file(): raise DataError(f"{folder} is a file. Answers go to a folder, or to a file that ends in {', '.join(_SINGLE)}.")
     _about(folder)
-    with claimed(folder.resolve()):
+    with _alone(folder):
         before = _about(folder)
         given, seen = found(str(source), settings, (before or {}).get("seen"))
         about = {"version": str(chosen), "digest": chosen.digest, "threshold": bundle.threshold, "source": list(given.paths), "names": list(given.names), "seen": seen}

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version as installed
 from pathlib import Path
 from tempfile import mkdtemp
@@ -75,7 +75,7 @@ def broken(column, value):
     if value is None: return None if column["nullable"] else "missing"
 @TIMES_BROKEN@    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind == "integer" and not (number and isinstance(value, int) and -2**63 <= value < 2**63): return "type"
-    if kind == "number" and not (number and abs(value) < math.inf): return "type"
+    if kind == "number" and not (number and abs(value) <= sys.float_info.max): return "type"
     if column["longest"] and not (isinstance(value, str) and len(value) <= column["longest"]): return "type"
     if kind == "boolean" and not isinstance(value, bool): return "type"
 @ARRAYS_BROKEN@    if low is not None and value < low: return "min"
@@ -447,7 +447,7 @@ def rows_of_every_kind(
     "Rows to compare answers by."
     draw, known, rows = random.Random(seed), {c["name"]: c["values"] for c in model["features"]["categories"]}, list[Any]()
     for _ in range(count):
-        row = {c["name"]: _value(c, known.get(c["name"], ()), draw) for c in model["columns"]}
+        row: Any = {c["name"]: _value(c, known.get(c["name"], ()), draw) for c in model["columns"]}
         how = draw.random()
         if how < 0.3: row[draw.choice(list(row))] = draw.choice(_ODD)
         elif how < 0.33: row.pop(draw.choice(list(row)))
@@ -548,7 +548,7 @@ def _readme(model: Mapping[str, Any], row: Mapping[str, Any], said: Any) -> str:
 def _example(bundle: Bundle, model: Mapping[str, Any]) -> dict[str, Any]:
     "A row that the model takes."
     usual = msgspec.to_builtins(example_row(bundle.contract))
-    return next(r for r in ([usual] + rows_of_every_kind(model, 500)) if isinstance(r, dict) and not broken_rules(bundle.contract, r))
+    return next(r for r in (usual, *rows_of_every_kind(model, 500)) if isinstance(r, dict) and not broken_rules(bundle.contract, r))
 
 
 def export_folder(

@@ -38,7 +38,8 @@ def _literal(value: Any) -> Any:
 
 
 def _tree(node: Any) -> list[Any]:
-    kind, held = next(iter(node.items())) if isinstance(node, dict) and len(node) == 1 else (str(node)[:40], None)
+    kind: str = next(iter(node)) if isinstance(node, dict) and len(node) == 1 else str(node)[:40]
+    held: Any = node[kind] if isinstance(node, dict) and len(node) == 1 else None
     if kind == "Column": return ["column", held]
     if kind == "Literal": return ["value", _literal(held)]
     if kind == "BinaryExpr" and held["op"] in _OPERATIONS: return [_OPERATIONS[held["op"]], _tree(held["left"]), _tree(held["right"])]

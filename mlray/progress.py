@@ -141,7 +141,8 @@ class CountProgress:
     def __init__(self, console: "Console | None" = None): # None: stderr; in a notebook, the cell
         from rich.console import Console
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self.card, self.began, self.shown, self.told = Count("", 0), 0.0, None, 0
+        self.card, self.began, self.told = Count("", 0), 0.0, 0
+        self.shown: Any = None # the cell's display, or the terminal's bar
         self.task: Any = None
 
     def start(self, title: str, of: int, unit: str = "rows", done: int = 0) -> None:

@@ -193,6 +193,7 @@ def test_twenty_kills_leave_no_trace(trained, tmp_path):
 @pytest.mark.xdist_group("ray")
 def test_on_ray_the_same_bytes_through_killed_workers(ray_cluster, trained, tmp_path, monkeypatch):
     import psutil
+
     from mlray.predict_on_ray import on_ray
     monkeypatch.setattr(pieces_of, "_MOST", 2000)
     rows, killed = written(pl.concat([spoilt(diabetes())] * 300), tmp_path / "rows.csv"), list[int]()

@@ -1,5 +1,4 @@
 """`mlray export`: a folder without mlray, and a page in a browser, say what mlray says."""
-import hashlib
 import json
 import os
 import shutil
@@ -98,7 +97,7 @@ def test_ten_thousand_rows_without_any_library_of_ours(edge, tmp_path, monkeypat
 def test_a_folder_that_would_differ_is_not_written(edge, tmp_path, monkeypatch):
     real = __import__("mlray.edge_folder").edge_folder.script
     monkeypatch.setattr("mlray.edge_folder.script", lambda model: real(model).replace("said >= thresholds(rows)", "said > thresholds(rows) + 0.2"))
-    with pytest.raises(BundleError, match="would say .* where mlray says"): export_folder(edge[0], "1", tmp_path / "edge")
+    with pytest.raises(BundleError, match=r"would say .* where mlray says"): export_folder(edge[0], "1", tmp_path / "edge")
     assert not list(tmp_path.iterdir())
     with pytest.raises(BundleError, match="is there already"): export_folder(edge[0], "1", edge[1])
 
