@@ -8,6 +8,8 @@ Modules:
 - `mlray.adversarial`: How little it takes when somebody tries: FGSM and PGD on the numbers of a row
 - `mlray.alert`: Tell who must know, once: what moved, for whom, since when, which rows, and what may be done
 - `mlray.answer`: What one prediction looks like on the wire, for each kind of target
+- `mlray.answer_pieces`: What the script of an exported folder is made of: checks and encoders, in plain Python
+- `mlray.answer_script`: The script of an exported folder, made of the pieces that its model needs
 - `mlray.archive`: Segments become Parquet by day, model and version; read exactly, kept for a time, erased by person
 - `mlray.arrow`: Rows in bulk: an Arrow IPC stream in, an Arrow IPC stream out
 - `mlray.attestation`: What is signed here, by whom, and whether it is enough
@@ -112,6 +114,7 @@ Modules:
 - `mlray.opened`: A registry that is open, who acts in it, and the keys by which they are known
 - `mlray.outbox`: What others are to be told, kept until they have heard it
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
+- `mlray.page_script`: What an exported page runs: checks, encoders and answers in JavaScript, and a form made from the contract
 - `mlray.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
 - `mlray.papers_cli`: The commands of papers, data sets and the registry's own upkeep
 - `mlray.pieces`: Rows that pass by in pieces, and a bounded sample that stands for all of them
