@@ -38,7 +38,7 @@ from .source import REMOTE, reading, scan_delta
 from .threshold import group_names
 
 # %% ../nbs/38j_batch.ipynb #d52e03c9
-_MOST, _BYTES = 50_000, 2**26 # rows of a piece; and bytes that they may well need
+_MOST, _BYTES, _TEXT = 50_000, 2**26, 2**24 # rows of a piece; bytes that they may well need; and bytes of text
 _WIDTHS = {"category": 64, "text": 1024}
 TABLES, LINES = (".parquet", ".pq", ".arrow", ".feather", ".ipc"), (".jsonl", ".ndjson") # anything else is delimited text
 
@@ -71,7 +71,7 @@ def _text_cuts(path: str, rows: int, start: int, quoted: bool, comment: bytes | 
             if quoted: within ^= bool(line.count(b'"') & 1)
             if within or (comment and line.startswith(comment)) or (not quoted and not line.strip()): continue
             count += 1
-            if count == rows or at - begin >= _BYTES:
+            if count == rows or at - begin >= _TEXT:
                 yield begin, at, count
                 begin, count = at, 0
         if count or within: yield begin, at, count + within
