@@ -303,7 +303,8 @@ def test_serve_deploy_takes_our_file_and_it_answers(trained, tmp_path, monkeypat
     from mlray.commands import create_key
     from tests.conftest import free_port
     settings, dashboard = trained[0].model_copy(update={"port": free_port()}), free_port()
-    for name, value in {"MLRAY_HOME": settings.home, "MLRAY_PORT": settings.port}.items(): monkeypatch.setenv(name, str(value))
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex()} # whoever deploys has to have the cluster's
+    for name, value in {"MLRAY_HOME": settings.home, "MLRAY_PORT": settings.port, **token}.items(): monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(sys, "argv", ["mlray", "serve", "diabetes/1", "--manifest", "serve"])
     with pytest.raises(SystemExit) as ended: main()
     assert not ended.value.code
