@@ -8,11 +8,16 @@ Modules:
 - `mlray.adversarial`: How little it takes when somebody tries: FGSM and PGD on the numbers of a row
 - `mlray.alert`: Tell who must know, once: what moved, for whom, since when, which rows, and what may be done
 - `mlray.answer`: What one prediction looks like on the wire, for each kind of target
+- `mlray.answer_pieces`: What the script of an exported folder is made of: checks and encoders, in plain Python
+- `mlray.answer_script`: The script of an exported folder, made of the pieces that its model needs
 - `mlray.archive`: Segments become Parquet by day, model and version; read exactly, kept for a time, erased by person
 - `mlray.arrow`: Rows in bulk: an Arrow IPC stream in, an Arrow IPC stream out
 - `mlray.asgi`: A request of HTTP as a server hands it over, read with as few steps as it takes
 - `mlray.attestation`: What is signed here, by whom, and whether it is enough
 - `mlray.audit`: A chain that breaks if it is touched
+- `mlray.batch`: Cut a source into pieces that anybody can read alone, and answer one of them
+- `mlray.batch_cli`: `mlray predict`: a file in, a file of answers out
+- `mlray.batch_run`: A file in, a file of answers out: larger than memory, and none lost or doubled when it is killed
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
 - `mlray.beside`: What a shadow answered, beside what was answered
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
@@ -45,6 +50,8 @@ Modules:
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.doctor`: What is wrong with this machine or cluster, and how to mend it
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
+- `mlray.edge_folder`: A folder that answers with onnxruntime and numpy alone
+- `mlray.edge_page`: The same bundle as a page: a form made from the contract, answered in the browser
 - `mlray.errors`: One family of errors, each a short letter to a tired person
 - `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
 - `mlray.estimator`: Models of scikit-learn, LightGBM and XGBoost: the same rows, the same graph
@@ -57,6 +64,8 @@ Modules:
 - `mlray.explain_row`: Why a row is answered as it is, when some of its columns are texts, pictures or signals
 - `mlray.explain_text`: Which words an answer hangs on
 - `mlray.explanation`: A bundle's answers, explained and shaken
+- `mlray.export`: A bundle as plain data: what numpy and a browser can read
+- `mlray.export_cli`: `mlray export`: a folder, or a page, that answers without mlray
 - `mlray.faces`: What commands show: one value for programs, tables for people
 - `mlray.fairness`: How good for whom: every group metric from one table of counts
 - `mlray.feature`: How a column becomes numbers, and columns made from others
@@ -115,6 +124,7 @@ Modules:
 - `mlray.opened`: A registry that is open, who acts in it, and the keys by which they are known
 - `mlray.outbox`: What others are to be told, kept until they have heard it
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
+- `mlray.page_script`: What an exported page runs: checks, encoders and answers in JavaScript, and a form made from the contract
 - `mlray.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
 - `mlray.papers_cli`: The commands of papers, data sets and the registry's own upkeep
 - `mlray.pieces`: Rows that pass by in pieces, and a bounded sample that stands for all of them
@@ -122,6 +132,7 @@ Modules:
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.policy`: What an environment asks of a version that is let out
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
+- `mlray.predict_on_ray`: The pieces of a batch, answered by all nodes of a cluster
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
 - `mlray.project`: A project as it is to be written: its spec, its source, its gates
@@ -160,6 +171,7 @@ Modules:
 - `mlray.search`: What to try next, and what was found
 - `mlray.search_space`: Where to look for better values, as intent
 - `mlray.serve_cli`: The commands of a service that runs: who gets which version
+- `mlray.serve_manifest`: The application as a file: for `serve deploy`, and as a RayService for KubeRay
 - `mlray.serve_on_ray`: HTTP in front of the service, on Ray Serve
 - `mlray.serve_policy`: How a version answers, as intent
 - `mlray.served`: One version that answers: rows of any kind in, scores out

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .batch_cli import batch_app
 from .cluster_cli import cluster_app
 from mlray.commands import (
     ask_service,
@@ -39,6 +40,7 @@ from mlray.commands import (
 )
 from .delivery_cli import delivery_app
 from .errors import MlrayError, ServingError, suggest
+from .export_cli import export_app
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 from .release_cli import release_app
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-_NOT_BUILT = frozenset({"console", "export", "lab", "predict", "retrain", "schedule"})
+_NOT_BUILT = frozenset({"console", "lab", "retrain", "schedule"})
 
 
 class _Commands(TyperGroup):
@@ -68,6 +70,8 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 app.add_typer(release_app)
 app.add_typer(serve_app)
 app.add_typer(delivery_app)
+app.add_typer(batch_app)
+app.add_typer(export_app)
 app.add_typer(proof_app)
 app.add_typer(papers_app)
 app.add_typer(audit_app, name="audit")
@@ -156,6 +160,14 @@ def gate(version: Reference, gates: Annotated[list[str] | None, typer.Option("--
     if not passed: raise typer.Exit(1)
 
 # %% ../nbs/59_cli.ipynb #5fff6aa1
+def _serve_manifest(kind: str, names: list[str], image: str | None, settings: "Settings", as_json: bool) -> None:
+    from mlray.serve_manifest import manifest_yaml, ray_service, serve_config
+    if kind not in ("rayservice", "serve"): raise ServingError(f"--manifest {kind!r} is not understood. {suggest(kind, ['rayservice', 'serve'])}")
+    references = versions_to_serve(names, settings)[1]
+    made = ray_service(references, settings, image) if kind == "rayservice" else serve_config(references, settings)
+    _show(as_json, made, manifest_yaml(made).rstrip())
+
+
 def row_of(
     text: str, # JSON, or - for stdin
 ) -> Any:
@@ -166,9 +178,12 @@ def row_of(
 
 @app.command()
 def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Models; of each the version in production.")], port: Port = None,
-          grpc_port: Annotated[int | None, typer.Option("--grpc-port", min=1, max=65535, help="The Open Inference Protocol over gRPC too, at this port.")] = None, env: Env = None) -> None:
-    "Serve the versions in production until Ctrl-C."
+          grpc_port: Annotated[int | None, typer.Option("--grpc-port", min=1, max=65535, help="The Open Inference Protocol over gRPC too, at this port.")] = None,
+          manifest: Annotated[str | None, typer.Option("--manifest", metavar="KIND", help="Start nothing, print a file: rayservice for KubeRay, serve for `serve deploy`.")] = None,
+          image: Annotated[str | None, typer.Option("--image", help="Of a RayService, by version or digest.")] = None, env: Env = None, as_json: Json = False) -> None:
+    "Serve the versions in production until Ctrl-C; or print a file with which others do."
     settings = settings_of(env, port=port, grpc_port=grpc_port)
+    if manifest: return _serve_manifest(manifest, names, image, settings, as_json)
     from mlray.cluster_on_ray import cluster
     from mlray.serve_on_ray import check_port, undeploy
     found, references = versions_to_serve(names, settings)

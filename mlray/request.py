@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime, timedelta
 from math import ceil, floor
+from sys import float_info
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import msgspec
@@ -110,7 +111,7 @@ def _breaks(column: Column, value: Any) -> str | None:
         except msgspec.ValidationError: return "type"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if column.type == "integer" and not (number and isinstance(value, int) and -2**63 <= value < 2**63): return "type"
-    if column.type == "number" and not (number and abs(value) < float("inf")): return "type"
+    if column.type == "number" and not (number and abs(value) <= float_info.max): return "type"
     if column.type in LONGEST and not (isinstance(value, str) and len(value) <= LONGEST[column.type]): return "type"
     if column.type == "boolean" and not isinstance(value, bool): return "type"
     if column.type == "array":

@@ -250,3 +250,78 @@ def test_alerts_and_dashboard_ask_for_metrics_that_exist():
 def test_the_schema_and_the_clusters_are_what_we_say():
     assert {k for k, _ in clusters(manifests())} == {"RayCluster mlray", "RayJob mlray-train", "RayService mlray-serve"}
     assert {t["kind"] for t in manifests()} >= {"NetworkPolicy", "PodDisruptionBudget", "PersistentVolumeClaim"}
+
+
+def test_a_rayservice_of_ones_own_is_what_ships_with_other_names():
+    from ray.serve.schema import ServeDeploySchema
+
+    from mlray.serve_manifest import manifest_yaml, ray_service, serve_config
+    made = ray_service(["adult", "wine@canary"], Settings(env="production", port=9000, replicas=6), "registry.example.org/mlray:7")
+    again = yaml.safe_load(manifest_yaml(made))
+    assert again == made and again["metadata"]["name"] == "mlray-adult-wine-canary"
+    beside = [t for t in manifests() if t["kind"] == "NetworkPolicy"]
+    assert faults_of_manifests([made, *beside], CRDS if CRDS.is_dir() else None) == ()
+    serve = ServeDeploySchema.model_validate(yaml.safe_load(made["spec"]["serveConfigV2"]))
+    assert serve.applications[0].args == {"env": "production", "versions": "adult wine@canary"} and serve.http_options.port == 9000
+    assert {c["image"] for _, spec in clusters([made]) for g in (spec["headGroupSpec"], *spec["workerGroupSpecs"]) for c in g["template"]["spec"]["containers"]} == {"registry.example.org/mlray:7"}
+    assert ServeDeploySchema.model_validate(serve_config(["adult"], Settings(registry="postgresql://u:secret@h/d"))) and "secret" not in json.dumps(serve_config(["adult"], Settings(registry="postgresql://u:secret@h/d")))
+
+
+def test_what_is_scheduled_is_there():
+    from typer.main import get_command
+
+    from mlray.cli import app
+    commands, jobs = get_command(app).commands, [t for t in manifests() if t["kind"] == "CronJob"]
+    assert {j["metadata"]["name"] for j in jobs} == {"mlray-monitor", "mlray-batch"}
+    for job in jobs:
+        pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+        words, container = pod["containers"][0]["command"], pod["containers"][0]
+        assert words[0] == "mlray" and {w for w in words if w.startswith("--")} <= {o for p in commands[words[1]].params for o in p.opts}
+        assert pod["securityContext"]["runAsNonRoot"] and pinned(container["image"]) and {"cpu", "memory"} <= set(container["resources"]["limits"]) and job["spec"]["concurrencyPolicy"] == "Forbid"
+
+
+HOLD = """
+import os, sys
+from mlray.cluster_on_ray import serve_environment
+os.environ.update(serve_environment() | {"RAY_USAGE_STATS_ENABLED": "0"})
+import ray
+ray.init(address="local", num_cpus=4, object_store_memory=100 * 2**20, include_dashboard=True, dashboard_port=int(sys.argv[1]), log_to_driver=False)
+print("up", flush=True)
+sys.stdin.read()
+ray.shutdown()
+"""
+
+
+@pytest.mark.chaos
+def test_serve_deploy_takes_our_file_and_it_answers(trained, tmp_path, monkeypatch, capsys):
+    import subprocess
+    import sys
+    import time
+
+    from mlray.cli import main
+    from mlray.client import Client
+    from mlray.commands import create_key
+    from tests.conftest import free_port
+    settings, dashboard = trained[0].model_copy(update={"port": free_port()}), free_port()
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex()} # whoever deploys has to have the cluster's
+    for name, value in {"MLRAY_HOME": settings.home, "MLRAY_PORT": settings.port, **token}.items(): monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(sys, "argv", ["mlray", "serve", "diabetes/1", "--manifest", "serve"])
+    with pytest.raises(SystemExit) as ended: main()
+    assert not ended.value.code
+    (tmp_path / "serve.yaml").write_text(capsys.readouterr().out)
+    key, row = create_key("predictor", settings), trained[1].rows.parts.test.head(1).select(trained[1].rows.contract.features).to_dicts()[0]
+    held = subprocess.Popen([sys.executable, "-c", HOLD, str(dashboard)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert held.stdout.readline() == "up\n"
+        done = subprocess.run([str(Path(sys.executable).with_name("serve")), "deploy", str(tmp_path / "serve.yaml"), "-a", f"http://127.0.0.1:{dashboard}"], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        end, said = time.monotonic() + 240, None
+        with Client(f"http://127.0.0.1:{settings.port}", key) as client:
+            while said is None and time.monotonic() < end:
+                try: said = client.predict("diabetes", [row]).as_dict()
+                except Exception as error: last = error; time.sleep(1)
+        assert said and said["version"] == "1" and said["digest"] == trained[1].version.digest, last
+        print(f"\nserve deploy took the file of `mlray serve --manifest serve`; the answer: {said['predictions'][0]}")
+    finally:
+        held.stdin.close()
+        held.wait(120)
