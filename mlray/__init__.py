@@ -80,6 +80,7 @@ Modules:
 - `mlray.journal`: One durable record for each answer, written before the answer is sent
 - `mlray.keeping`: What of a row may be kept: all of a value, a pseudonym, a bucket, or nothing
 - `mlray.lab`: `%load_ext mlray`: commands where the models are looked at
+- `mlray.labelled`: Answers with their labels, as rows to learn from; and those that should get one
 - `mlray.launcher`: What is wrong with a file for `ray up`
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
 - `mlray.ledger`: Whether what is known is what was done
@@ -130,9 +131,11 @@ Modules:
 - `mlray.replayed`: What was asked in production, asked again of another version
 - `mlray.reproduce`: The same run again, compared to the bit
 - `mlray.request`: One row as it comes in a request, held to the same rules
+- `mlray.retrain`: Is it time for the next version: due, not yet, or stopped, with the reasons
+- `mlray.retraining`: The story of a next version: looked, claimed, trained, gated, proposed
 - `mlray.robust`: How fragile: which answers flip when rows are slightly wrong, for whom, and what the contract catches first
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
-- `mlray.rollout_policy`: How a new version takes over, as intent
+- `mlray.rollout_policy`: How a new version takes over, and when one is wanted, as intent
 - `mlray.rollout_run`: From windows to a decision about a canary
 - `mlray.routes`: One table of everything that can be asked
 - `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
@@ -140,6 +143,7 @@ Modules:
 - `mlray.runbook`: What to type when this model is let out, looked after, in trouble, or at its end
 - `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
 - `mlray.samples`: Real rows that are there without a download
+- `mlray.schedule`: A command at its times, as cron, Kubernetes, GitHub or Airflow write it
 - `mlray.schema`: The JSON Schema of a spec, so that an editor completes and corrects while one writes
 - `mlray.score`: How good: every measure with its interval, over all rows and by group
 - `mlray.score_of_classes`: How good, where one of several classes is right, or any of several labels
@@ -177,6 +181,7 @@ Modules:
 - `mlray.traffic`: Which version answers whom
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
 - `mlray.trial`: Fit to serve: how large a bundle is, how soon and how fast it answers, and what it says to requests that nobody should send
+- `mlray.triggers`: One run for each trigger, whoever looks, and whoever dies
 - `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
 - `mlray.vouching`: What the commands `sign`, `verify` and `signer` do
@@ -185,7 +190,8 @@ Modules:
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
 - `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances
 - `mlray.windows`: What was answered, counted once by version and hour, kept, and added up
-- `mlray.wire`: What goes over the wire, in words that every route shares"""
+- `mlray.wire`: What goes over the wire, in words that every route shares
+- `mlray.work_list`: Which answers should somebody label next"""
 
 __version__ = "0.1.0"
 
