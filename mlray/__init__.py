@@ -41,6 +41,8 @@ Modules:
 - `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
 - `mlray.doctor`: What is wrong with this machine or cluster, and how to mend it
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
+- `mlray.error_analysis`: Where a version is wrong, for whom, in which way, and what may be the cause
+- `mlray.error_page`: A notebook about the mistakes of a version, executed
 - `mlray.errors`: One family of errors, each a short letter to a tired person
 - `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
 - `mlray.estimator`: Models of scikit-learn, LightGBM and XGBoost: the same rows, the same graph
@@ -144,6 +146,7 @@ Modules:
 - `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
 - `mlray.samples`: Real rows that are there without a download
 - `mlray.schedule`: A command at its times, as cron, Kubernetes, GitHub or Airflow write it
+- `mlray.schedule_cli`: The command that hands a job to the scheduler a team has
 - `mlray.schema`: The JSON Schema of a spec, so that an editor completes and corrects while one writes
 - `mlray.score`: How good: every measure with its interval, over all rows and by group
 - `mlray.score_of_classes`: How good, where one of several classes is right, or any of several labels
@@ -186,6 +189,7 @@ Modules:
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
 - `mlray.vouching`: What the commands `sign`, `verify` and `signer` do
 - `mlray.warm_kernels`: Kernels that have their imports behind them: one process loads the libraries once, and each gate's kernel is a copy of it
+- `mlray.watch_cli`: The commands that follow a model in production: retrain, worklist, errors
 - `mlray.watching`: What `mlray monitor` and `mlray journal` do
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
 - `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances

@@ -41,14 +41,16 @@ from .errors import MlrayError, ServingError, suggest
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 from .release_cli import release_app
+from .schedule_cli import schedule_app
 from .serve_cli import serve_app
+from .watch_cli import watch_app
 
 if TYPE_CHECKING:
     from mlray.settings import Settings
     from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-_NOT_BUILT = frozenset({"console", "export", "lab", "predict", "retrain", "schedule"})
+_NOT_BUILT = frozenset({"console", "export", "lab", "predict"})
 
 
 class _Commands(TyperGroup):
@@ -65,6 +67,8 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 
 app.add_typer(release_app)
 app.add_typer(serve_app)
+app.add_typer(watch_app)
+app.add_typer(schedule_app)
 app.add_typer(proof_app)
 app.add_typer(papers_app)
 app.add_typer(audit_app, name="audit")

@@ -29,7 +29,7 @@ from .run import Run
 from .settings import Settings
 from .spec import RunSpec
 from .tracking import NullTracker
-from .triggers import Claim, attempts, claim, finish, held_on
+from .triggers import Claim, attempts, claim, finish, held_on, renew
 
 # %% ../nbs/38o_retraining.ipynb #2a480aca
 def _standing(registry: Registry, name: str) -> Version:
@@ -153,7 +153,7 @@ def retrain(
             run = trainer(next_spec(bundle.spec, settings, str(standing), learned), may_go_on)
             may_go_on()
             proved = gater(run.version)
-            may_go_on()
+            renew(registry, held, clock()) # what an overtaken holder has made goes nowhere
         except Conflict: raise
         except MlrayError as error:
             finish(registry, held, "failed", {"why": str(error)[:1000]}, clock())
