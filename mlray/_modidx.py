@@ -1772,6 +1772,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mlray.retrain.Stopped': ('retrain.html#stopped', 'mlray/retrain.py'),
                                'mlray.retrain._budget': ('retrain.html#_budget', 'mlray/retrain.py'),
                                'mlray.retrain._kind': ('retrain.html#_kind', 'mlray/retrain.py'),
+                               'mlray.retrain._together': ('retrain.html#_together', 'mlray/retrain.py'),
                                'mlray.retrain.causes': ('retrain.html#causes', 'mlray/retrain.py'),
                                'mlray.retrain.due': ('retrain.html#due', 'mlray/retrain.py'),
                                'mlray.retrain.failures_in_a_row': ('retrain.html#failures_in_a_row', 'mlray/retrain.py')},

@@ -147,6 +147,12 @@ def _budget(policy: Retrain, history: Sequence[Attempt], now: datetime, orphan: 
     return left, ""
 
 
+def _together(fresh: Sequence[Cause]) -> tuple[Cause, ...]:
+    "What one run answers: everything that was noticed, and the first of those who ask; the others get runs of their own."
+    asked, noticed = ([c for c in fresh if (c.kind == "request") == wanted] for wanted in (True, False))
+    return (*asked[:1], *noticed)
+
+
 def due(
     evidence: Evidence,
     policy: Retrain,
@@ -155,7 +161,7 @@ def due(
     "Whether a next version is trained now."
     now, known = evidence.now, {a.id for a in history}
     running = [a for a in history if a.state == "running"]
-    fresh = tuple(c for c in causes(evidence, policy) if c.id not in known)
+    fresh = _together([c for c in causes(evidence, policy) if c.id not in known])
     if alive := [a for a in running if a.until > now]: return NotYet((f"{alive[0].holder} trains it, for {alive[0].kind} ({alive[0].why})",), fresh)
     orphan = min(running, key=lambda a: (a.began, a.id), default=None)
     if not fresh and orphan is None: return NotYet(("nothing speaks for it",) if not causes(evidence, policy) else ("what speaks for it was answered already: " + "; ".join(c.why for c in causes(evidence, policy)),))

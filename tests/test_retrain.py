@@ -194,7 +194,7 @@ def raw(trained):
     bundle = bundle_of(open_registry(trained[0]), trained[1].version)
     contract = {n: c.model_copy(update={"journal": "raw"} if c.role == "feature" else {}) for n, c in bundle.spec.contract.items()}
     spec = bundle.spec.model_copy(update={"contract": contract, "retrain": Retrain(learn_from="journal")})
-    return replace(bundle, spec=spec), trained[1].rows.parts.train
+    return replace(bundle, spec=spec), pl.concat(vars(trained[1].rows.parts).values()).sample(fraction=1.0, shuffle=True, seed=1)
 
 
 def _journal(home: Path, bundle, people: pl.DataFrame, labelled: int, keys: Keys | None = None, subject=lambda i: "", wrong=()) -> None:
@@ -233,7 +233,7 @@ def test_what_the_journal_does_not_keep_is_not_learned(raw, trained, tmp_path):
     assert labelled_rows(open_, settings, bundle.task).rows["bmi"].null_count() == 10
 
 
-@pytest.mark.parametrize(("attack", "said"), [("contradiction", "a trusted key labelled too say otherwise"), ("burst", "a usual day has"), ("share", "one giver may bring 50%")])
+@pytest.mark.parametrize(("attack", "said"), [("contradiction", "a trusted key labelled too say otherwise"), ("burst", "a usual day has"), ("share", "one giver may bring 40%")])
 def test_poisoned_labels_are_left_out(raw, trained, tmp_path, attack, said):
     bundle, people = raw
     settings = trained[0].model_copy(update={"home": tmp_path})
@@ -246,7 +246,7 @@ def test_poisoned_labels_are_left_out(raw, trained, tmp_path, attack, said):
     lies = range(40) if attack == "contradiction" else range(80, 200)
     for i in lies: say(i, {"burst": 5}.get(attack, i % 10), "mallory", 400 - people[target][i])
     told.close()
-    guard = {"contradiction": Guard(trusted=("audit",)), "burst": Guard(burst=5), "share": Guard(share=0.5, burst=1000)}[attack]
+    guard = {"contradiction": Guard(trusted=("audit",)), "burst": Guard(burst=5), "share": Guard(share=0.4, burst=1000)}[attack]
     spec = bundle.spec.model_copy(update={"retrain": Retrain(guard=guard)})
     found = labelled_rows(spec, settings, bundle.task)
     bad = found.rows.filter(pl.col("journal id").is_in([f"r{i:04}" for i in lies])).height if attack != "contradiction" else int((found.rows.head(40)[target] != people.head(40)[target]).sum())
