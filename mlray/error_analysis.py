@@ -120,7 +120,7 @@ def candidate_causes(
         still = "although no column has moved: what is true of the same rows has changed (concept drift)" if not moved else "more than what has moved explains, perhaps: what is true of the same rows may have changed too"
         found.append(f"Answers are as sure as ever and less often right: {real.value:.1%} are, and their scores promise {expected.value:.1%}; {still}. Train again on labels from now.")
     found += [f"The promise {f.measure} is not kept: {f.why}. Look at that group's rows first." for f in report.verdict.findings if not f.passed]
-    for s in slices.found[:3]: found.append(f"Where {s}, {s.loss:.1%} are wrong, and elsewhere {s.elsewhere:.1%}: {s.rows * s.loss / max(slices.rows * slices.loss, 1e-9):.0%} of all mistakes.")
+    for worst in slices.found[:3]: found.append(f"Where {worst}, {worst.loss:.1%} are wrong, and elsewhere {worst.elsewhere:.1%}: {worst.rows * worst.loss / max(slices.rows * slices.loss, 1e-9):.0%} of all mistakes.")
     quiet = [n for n in moved if n not in unlike]
     if quiet: found.append(f"{', '.join(quiet)} {'has' if len(quiet) == 1 else 'have'} moved too, and mistakes are no commoner there.")
     return tuple(found) or ("Nothing that was counted explains them: mistakes are spread evenly, no column has moved, and scores are as good as they say.",)
@@ -139,7 +139,8 @@ def analyse_errors(
     if task.kind not in ("binary", "multiclass"): raise DataError(f"Mistakes are those of decisions between classes; {bundle.name} answers with {task.kind}. `mlray monitor {bundle.name}` has its errors.")
     rows, said = answers_of(folder, bundle.name, since, until, version), journaled(folder / "feedback", until=until).collect()
     if not rows.height: raise DataError(f"{bundle.name}/{version} has answered nothing in this time that the journal in {folder} knows of.")
-    about = Window(bundle.name, version, "production", int(rows["time"].min() // 10**9), int(rows["time"].max() // 10**9) + 1)  # type: ignore[operator]
+    times = rows["time"].to_numpy() // 10**9
+    about = Window(bundle.name, version, "production", int(times.min()), int(times.max()) + 1)
     window = count_window(bundle, rows, said, about)
     report = watched(bundle, version, [window])
     known = rows.join(truth(said), on=["id", "row"], how="inner", maintain_order="left", suffix=" of the label")

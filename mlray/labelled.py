@@ -301,7 +301,7 @@ def next_to_label(
     matrix = apply(bundle.features, asked, asked.height)
     at = places(np.concatenate([matrix.numbers, matrix.arrays], axis=1), matrix.codes)
     open_, labelled = np.flatnonzero(~has), np.flatnonzero(has)[-1000:]
-    best = open_[chosen((unsure + apart)[open_], at[open_], n, at[labelled] if len(labelled) else None)] if len(open_) else []
+    best: Any = open_[chosen((unsure + apart)[open_], at[open_], n, at[labelled] if len(labelled) else None)] if len(open_) else []
     answer = rows["answer:label"].to_list()
     shown = [{"id": rows["id"][i], "row": rows["row"][i], "answer": answer[i], "uncertainty": round(float(unsure[i]), 4), "disagreement": round(float(apart[i]), 4), **{c: live[c][i] for c in live.columns}} for i in map(int, best)]
     return WorkList(f"{bundle.name}/{version}", tuple(shown), len(open_), int(has.sum()))

@@ -96,7 +96,7 @@ def claim(
         else:
             first, *others = decision.causes
             for cause in decision.causes:
-                state = {"state": "running", "until": until, "ended": None, "result": {}} if cause == first else {"state": "answered", "until": now.isoformat(), "ended": now.isoformat(), "result": {"by": first.id}}
+                state: dict[str, Any] = {"state": "running", "until": until, "ended": None, "result": {}} if cause == first else {"state": "answered", "until": now.isoformat(), "ended": now.isoformat(), "result": {"by": first.id}}
                 c.execute(TRIGGERS.insert().values(id=cause.id, name=evidence.model, kind=cause.kind, window=cause.window, why=cause.why, began=now.isoformat(), holder=holder, fence=1, seconds=0.0, **state))
             made = Claim(evidence.model, first.id, first.kind, "; ".join(decision.why), 1, holder, decision.minutes, lease_s)
         deed.log("retrain", evidence.model, trigger=made.trigger, cause=made.kind, why=made.why, fence=made.fence, holder=holder, **({"after": old.holder} if old else {"answers": [o.id for o in others]} if others else {}))
