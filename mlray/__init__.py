@@ -13,6 +13,7 @@ Modules:
 - `mlray.attestation`: What is signed here, by whom, and whether it is enough
 - `mlray.audit`: A chain that breaks if it is touched
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
+- `mlray.believed`: Which labels from production a next version may learn from
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
 - `mlray.calibration`: Scores that can be taken at their word: fitted on validation rows, shipped in the graph
 - `mlray.card`: A version's papers, made from what is known of it: the model card, as Markdown, as a page, as JSON

@@ -24,7 +24,7 @@ from .gate import Verdict
 from .labelled import Learnable, labelled_rows, next_spec
 from .monitor import Watched, monitor
 from .registry import Registry, Version, bundle_of, generation, promote, versions
-from .retrain import Decision, Due, Evidence, NotYet, Stopped, due
+from .retrain import Decision, Due, Evidence, due
 from .run import Run
 from .settings import Settings
 from .spec import RunSpec
@@ -119,12 +119,12 @@ def _learned(settings: Settings, bundle: Bundle, now: datetime) -> Learnable | N
     return None if policy.learn_from == "source" else labelled_rows(bundle.spec, settings, bundle.task, now - age_of(policy.over), now)
 
 
-def _let_out(registry: Registry, spec: RunSpec, made: Version, gates: tuple[str, ...]) -> tuple[str, str]: # alias, or why not
+def _let_out(registry: Registry, spec: RunSpec, made: Version, gates: tuple[str, ...], trigger: str) -> tuple[str, str]: # alias, or why not
     "Make it the canary where the spec says so; the registry asks for its gates once more."
     if spec.retrain.then != "canary": return "", ""
-    if running := next((v for v in versions(registry, spec.name) if "canary" in v.aliases and "production" not in v.aliases), None):
-        if str(running) != str(made) and generation(registry, spec.name, "canary") and not running.retired: return "", f"{running} is the canary, and is not over"
-    try: promote(registry, made, "canary", gates, generation(registry, spec.name, "canary"), once=f"retrain-{made.digest[:32]}")
+    running = next((v for v in versions(registry, spec.name) if "canary" in v.aliases and "production" not in v.aliases and v.number != made.number and not v.retired), None)
+    if running: return "", f"{running} is the canary, and is not over"
+    try: promote(registry, made, "canary", gates, generation(registry, spec.name, "canary"), once=f"retrain-{trigger}")
     except (Refused, Conflict) as error: return "", str(error)
     return "canary", ""
 
@@ -163,6 +163,6 @@ def retrain(
             raise
     passed = {gate: v.passed for gate, v in proved.items()} | {"the run's own rules": run.verdict.passed}
     state, said = ("passed" if all(passed.values()) else "refused"), learned.sentences if learned else ()
-    alias, why = _let_out(registry, bundle.spec, run.version, tuple(proved)) if state == "passed" else ("", "")
+    alias, why = _let_out(registry, bundle.spec, run.version, tuple(proved), held.trigger) if state == "passed" else ("", "")
     finish(registry, held, state, {"version": str(run.version), "gates": passed, "learned": list(said), **({"alias": alias} if alias else {}), **({"why": why} if why else {})}, clock()) # type: ignore[arg-type]
     return Retrained(name, decision, state, str(run.version), alias, said, passed, why, held.trigger)

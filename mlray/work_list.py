@@ -9,7 +9,6 @@ Everything is an array here; where answers come from is for `mlray.labelled`."""
 __all__ = ['uncertainty', 'disagreement', 'Places', 'places', 'chosen']
 
 # %% ../nbs/28_work_list.ipynb #a70f1a7c
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
