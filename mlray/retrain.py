@@ -48,6 +48,7 @@ class Evidence:
     labels: int = 0                     # of its answers
     broken: Mapping[str, str] = field(default_factory=dict) # measure of an alert that stands → since when
     asked: Mapping[str, str] = field(default_factory=dict)  # key of a request → why somebody wants it
+    canary: str = ""                    # a newer version that is being tried on people
 
 # %% ../nbs/26a_retrain.ipynb #fb07f6b9
 _DRIFT = ("moved_share", "population_stability", "jensen_shannon", "cramers_v", "kolmogorov", "wasserstein", "outside_difference", "missing_difference", "drift_")
@@ -169,6 +170,7 @@ def due(
     left, short = _budget(policy, history, now, orphan)
     if short: return NotYet((short,), fresh)
     if orphan: return Due((f"{orphan.holder} began this, for {orphan.kind}, and has not been heard of since {orphan.until.isoformat()[:19]}",), (), left / 60, orphan)
+    if evidence.canary and not any(c.kind == "request" for c in fresh): return NotYet((f"{evidence.canary} is the canary, and whether it cures this is not known yet. Promote it, or retire it",), fresh)
     last = max((a.ended for a in history if a.ended and a.kind != "resume" and a.state != "answered"), default=None)
     if last and now < last + age_of(policy.pause) and not any(c.kind == "request" for c in fresh): return NotYet((f"the last run ended {last.isoformat()[:16]}, and {policy.pause} lie between runs that nobody asked for",), fresh)
     return Due(tuple(c.why for c in fresh), fresh, left / 60)

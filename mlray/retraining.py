@@ -66,7 +66,8 @@ def known_of(
     learned = (bundle.provenance.get("sources", {}).get("train") or {}).get("rows", 0)
     rows = max(0, read_mark(name, settings).rows - int(learned)) if spec.data.train.growing else 0
     broken = _broken(settings, spec, report, now.timestamp(), look_only)
-    return Evidence(name, str(standing.number), datetime.fromisoformat(standing.created), now, rows, labels, broken, asked or {}), standing, bundle, report
+    canary = next((str(v) for v in versions(registry, name) if "canary" in v.aliases and v.number > standing.number and not v.retired), "")
+    return Evidence(name, str(standing.number), datetime.fromisoformat(standing.created), now, rows, labels, broken, asked or {}, canary), standing, bundle, report
 
 # %% ../nbs/38o_retraining.ipynb #0ee057d4
 @dataclass(frozen=True)
