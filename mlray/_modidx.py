@@ -749,6 +749,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mlray.explain.explanation': ('explain.html#explanation', 'mlray/explain.py'),
                                'mlray.explain.keeping': ('explain.html#keeping', 'mlray/explain.py'),
                                'mlray.explain.lime_table': ('explain.html#lime_table', 'mlray/explain.py'),
+                               'mlray.explain.nearness': ('explain.html#nearness', 'mlray/explain.py'),
+                               'mlray.explain.neighbours': ('explain.html#neighbours', 'mlray/explain.py'),
                                'mlray.explain.picked': ('explain.html#picked', 'mlray/explain.py'),
                                'mlray.explain.reliability': ('explain.html#reliability', 'mlray/explain.py'),
                                'mlray.explain.scored': ('explain.html#scored', 'mlray/explain.py')},
