@@ -11,8 +11,8 @@ __all__ = ['Kind', 'Cause', 'Evidence', 'causes', 'Attempt', 'failures_in_a_row'
 # %% ../nbs/26a_retrain.ipynb #1d83a249
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timedelta
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any, ClassVar, Literal, NoReturn
 
 from .column import age_of

@@ -312,6 +312,20 @@ def test_the_report_is_a_notebook(raw, trained, tmp_path, monkeypatch):
     assert done.exit_code == 0 and said["causes"] and "What may be the cause" in page and "<svg" in page and str(tmp_path) not in page and all(c.get("execution_count") for c in notebook["cells"] if c["cell_type"] == "code")
 
 
+def test_who_looks_twice_has_looked_once(raw):
+    "Otherwise `mlray monitor` and `mlray retrain` in one hour would be two windows in a row."
+    from mlray.alert import advance
+    from mlray.monitor import watched
+    from mlray.spec import Alert
+    from mlray.windows import Window
+    alerts, window = (Alert(metric="error_rate", at_most=0.1, minimum=10, looks=2),), Window("diabetes", "1", "production", NOON, NOON + 3600, requests=100, errors=50)
+    report, later = (watched(raw[0], "1", [w]) for w in (window, replace(window, start=NOON + 3600, end=NOON + 7200)))
+    once, nothing = advance({}, alerts, report)
+    twice, still_nothing = advance(once, alerts, report)
+    _, told = advance(twice, alerts, later)
+    assert not nothing and not still_nothing and [t.measure for t in told] == ["error_rate"]
+
+
 # ---- who keeps time -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("text", "times"), [("daily at 3", ["05-02 03:00", "05-03 03:00"]), ("every 6 hours", ["05-01 18:00", "05-02 00:00"]), ("every 15 minutes", ["05-01 12:15", "05-01 12:30"]), ("mondays at 7:30", ["05-04 07:30", "05-11 07:30"]),
