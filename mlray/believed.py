@@ -77,7 +77,7 @@ def _share(said: pl.DataFrame, guard: Guard) -> list[tuple[LeftOut, pl.DataFrame
         found.append((LeftOut(giver, part.height - most, f"one giver may bring {guard.share:.0%} of all labels, and this one brought {part.height} of {said.height}"), order[most:].select(_MARK)))
     return found
 
-
+# %% ../nbs/38la_believed.ipynb #6808169c
 def believed(
     contract: Contract,
     task: Task,

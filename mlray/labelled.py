@@ -77,7 +77,7 @@ def _shown(contract: Contract, live: pl.DataFrame, rows: int) -> list[pl.Series]
     types = schema(contract)
     return [live[n] if kept_as(contract.columns[n]) == "raw" and n in live.columns else pl.Series(n, [None] * rows, dtype=types[n]) for n in contract.features]
 
-
+# %% ../nbs/38m_labelled.ipynb #0ccf7b4c
 def answers_of(folder: Path, name: str, since: datetime | None, until: datetime | None, version: str | None = None) -> pl.DataFrame:
     "What was answered to people, each answer once."
     rows = journaled(folder, name, version, since, until).filter(pl.col("row").is_not_null() & (pl.col("arm") != "shadow")).collect()
