@@ -19,6 +19,7 @@ Modules:
 - `mlray.batch_cli`: `mlray predict`: a file in, a file of answers out
 - `mlray.batch_run`: A file in, a file of answers out: larger than memory, and none lost or doubled when it is killed
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
+- `mlray.believed`: Which labels from production a next version may learn from
 - `mlray.beside`: What a shadow answered, beside what was answered
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
 - `mlray.calibration`: Scores that can be taken at their word: fitted on validation rows, shipped in the graph
@@ -52,6 +53,8 @@ Modules:
 - `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
 - `mlray.edge_folder`: A folder that answers with onnxruntime and numpy alone
 - `mlray.edge_page`: The same bundle as a page: a form made from the contract, answered in the browser
+- `mlray.error_analysis`: Where a version is wrong, for whom, in which way, and what may be the cause
+- `mlray.error_page`: A notebook about the mistakes of a version, executed
 - `mlray.errors`: One family of errors, each a short letter to a tired person
 - `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
 - `mlray.estimator`: Models of scikit-learn, LightGBM and XGBoost: the same rows, the same graph
@@ -98,6 +101,7 @@ Modules:
 - `mlray.journal`: One durable record for each answer, written before the answer is sent
 - `mlray.keeping`: What of a row may be kept: all of a value, a pseudonym, a bucket, or nothing
 - `mlray.lab`: `%load_ext mlray`: commands where the models are looked at
+- `mlray.labelled`: Answers with their labels, as rows to learn from; and those that should get one
 - `mlray.launcher`: What is wrong with a file for `ray up`
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
 - `mlray.lease`: Of several controllers one acts, and one that was overtaken is refused
@@ -151,10 +155,12 @@ Modules:
 - `mlray.replayed`: What was asked in production, asked again of another version
 - `mlray.reproduce`: The same run again, compared to the bit
 - `mlray.request`: One row as it comes in a request, held to the same rules
+- `mlray.retrain`: Is it time for the next version: due, not yet, or stopped, with the reasons
+- `mlray.retraining`: The story of a next version: looked, claimed, trained, gated, proposed
 - `mlray.robust`: How fragile: which answers flip when rows are slightly wrong, for whom, and what the contract catches first
 - `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
 - `mlray.rollout_cli`: The commands of a rollout: look after it, look at it, end it
-- `mlray.rollout_policy`: How a new version takes over, as intent
+- `mlray.rollout_policy`: How a new version takes over, and when one is wanted, as intent
 - `mlray.rollout_run`: From windows to a decision about a canary
 - `mlray.rollout_step`: A rollout goes on by itself: look, decide, act, and say why
 - `mlray.routes`: One table of everything that can be asked
@@ -163,6 +169,8 @@ Modules:
 - `mlray.runbook`: What to type when this model is let out, looked after, in trouble, or at its end
 - `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
 - `mlray.samples`: Real rows that are there without a download
+- `mlray.schedule`: A command at its times, as cron, Kubernetes, GitHub or Airflow write it
+- `mlray.schedule_cli`: The command that hands a job to the scheduler a team has
 - `mlray.schema`: The JSON Schema of a spec, so that an editor completes and corrects while one writes
 - `mlray.score`: How good: every measure with its interval, over all rows and by group
 - `mlray.score_of_classes`: How good, where one of several classes is right, or any of several labels
@@ -203,16 +211,19 @@ Modules:
 - `mlray.traffic`: Which version answers whom
 - `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
 - `mlray.trial`: Fit to serve: how large a bundle is, how soon and how fast it answers, and what it says to requests that nobody should send
+- `mlray.triggers`: One run for each trigger, whoever looks, and whoever dies
 - `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
 - `mlray.vouching`: What the commands `sign`, `verify` and `signer` do
 - `mlray.warm_kernels`: Kernels that have their imports behind them: one process loads the libraries once, and each gate's kernel is a copy of it
+- `mlray.watch_cli`: The commands that follow a model in production: retrain, worklist, errors
 - `mlray.watch_on_ray`: A rollout's controller beside the service, which Ray starts again when it dies
 - `mlray.watching`: What `mlray monitor` and `mlray journal` do
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
 - `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances
 - `mlray.windows`: What was answered, counted once by version and hour, kept, and added up
-- `mlray.wire`: What goes over the wire, in words that every route shares"""
+- `mlray.wire`: What goes over the wire, in words that every route shares
+- `mlray.work_list`: Which answers should somebody label next"""
 
 __version__ = "0.1.0"
 

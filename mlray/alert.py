@@ -7,7 +7,7 @@ Holds the measures of `mlray.monitor` against the alerts of a spec. An alert beg
 
 # %% auto #0
 __all__ = ['Judged', 'Look', 'look', 'State', 'Told', 'advance', 'examples', 'signature', 'for_alertmanager', 'deliver',
-           'tell_one', 'tell']
+           'tell_one', 'states', 'tell']
 
 # %% ../nbs/38h_alert.ipynb #474b1340
 import base64
@@ -84,6 +84,7 @@ class State:
     looks: int = 0          # in a row, that broke it
     kept: str = ""          # when it was last kept (ISO 8601); empty: never seen to be
     began: str = ""         # when it began to be broken
+    seen: str = ""          # until when it was looked at: who looks twice at the same windows has looked once
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,12 @@ def advance(
     for alert in alerts:
         state, found = before.get(alert.measure, State()), look(alert, report.measures.get(alert.measure))
         if found.judged == "broken":
-            state = replace(state, looks=state.looks + 1, began=state.began or state.kept or report.since.isoformat())
+            state = replace(state, looks=state.looks + (state.seen != until), began=state.began or state.kept or report.since.isoformat())
         elif found.judged == "back": state = replace(state, looks=0, kept=until)
         elif found.judged == "between" and not state.firing: state = replace(state, looks=0, began="")
         begins, ends = not state.firing and state.looks >= alert.looks, state.firing and found.judged == "back"
         if begins or ends: told.append(_told(alert, found, report, state, begins))
-        after[alert.measure] = replace(state, firing=begins or (state.firing and not ends), began="" if found.judged == "back" else state.began)
+        after[alert.measure] = replace(state, firing=begins or (state.firing and not ends), began="" if found.judged == "back" else state.began, seen=until)
     return after, told
 
 
@@ -266,6 +267,11 @@ def tell_one(
     return ""
 
 # %% ../nbs/38h_alert.ipynb #1397b56b
+def states(settings: Settings, version: str) -> dict[str, State]: # by measure
+    "What is remembered of the alerts of a version, such as `adult/3`."
+    return _remembered(settings.home / "alerts" / version / "state.json")[0]
+
+
 def tell(
     settings: Settings,
     alerts: Sequence[Alert],

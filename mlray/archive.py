@@ -35,7 +35,7 @@ from .journal import Entry, Feedback, ended, segments, whole
 # %% ../nbs/36ab_archive.ipynb #cc8db313
 _ENTRY = {"id": pl.String, "time": pl.Int64, "model": pl.String, "version": pl.String, "digest": pl.String, "status": pl.Int64, "seconds": pl.Float64, "scoring": pl.Float64, "rows": pl.Int64,
           "arm": pl.String, "caller": pl.String, "subject": pl.String, "lost": pl.Int64}
-_FEEDBACK = {"id": pl.String, "row": pl.Int64, "time": pl.Int64, "kind": pl.String, "text": pl.String, "number": pl.Float64, "source": pl.String, "key": pl.String}
+_FEEDBACK = {"id": pl.String, "row": pl.Int64, "time": pl.Int64, "kind": pl.String, "text": pl.String, "number": pl.Float64, "source": pl.String, "key": pl.String, "caller": pl.String}
 
 
 @contextmanager

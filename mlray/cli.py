@@ -45,14 +45,16 @@ from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 from .release_cli import release_app
 from .rollout_cli import rollout_app
+from .schedule_cli import schedule_app
 from .serve_cli import answer_file, serve_app
+from .watch_cli import watch_app
 
 if TYPE_CHECKING:
     from mlray.settings import Settings
     from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-_NOT_BUILT = frozenset({"console", "lab", "retrain", "schedule"})
+_NOT_BUILT = frozenset({"console", "lab"})
 
 
 class _Commands(TyperGroup):
@@ -72,6 +74,8 @@ app.add_typer(serve_app)
 app.add_typer(delivery_app)
 app.add_typer(batch_app)
 app.add_typer(export_app)
+app.add_typer(watch_app)
+app.add_typer(schedule_app)
 app.add_typer(proof_app)
 app.add_typer(papers_app)
 app.add_typer(audit_app, name="audit")

@@ -55,6 +55,7 @@ _decode = msgspec.json.Decoder(SentMany, strict=True).decode
 def feedback_of(
     body: bytes,                # JSON: {"feedback": [{"request_id": …, "value": …}]}
     now: float | None = None,   # seconds since 1970
+    caller: str = "",           # public part of the API key that sent it
 ) -> list[Feedback]:
     "Feedback as it was sent. Raises `ServingError`, which names the place and never the value."
     try: sent = _decode(body).feedback
@@ -62,16 +63,17 @@ def feedback_of(
     moment = time.time() if now is None else now
     if any(isinstance(s.value, float) and not math.isfinite(s.value) for s in sent): raise ServingError("A value is not a finite number.")
     said = lambda s: {"text": s.value} if isinstance(s.value, str) else {"number": float(s.value)}
-    return [Feedback(s.request_id, int(min(s.time if s.time is not None else moment, moment) * 1e6) * 1000, s.row, s.kind, source=s.source, key=s.key, **said(s)) for s in sent]
+    return [Feedback(s.request_id, int(min(s.time if s.time is not None else moment, moment) * 1e6) * 1000, s.row, s.kind, source=s.source, key=s.key, caller=caller, **said(s)) for s in sent]
 
 
 def take(
     body: bytes,
     writer: Writer[Feedback],
     now: float | None = None,
+    caller: str = "",
 ) -> int: # how many
     "Keep what was sent, all of it before this returns. Raises `ServingError` and `JournalFull`."
-    every = feedback_of(body, now)
+    every = feedback_of(body, now, caller)
     for one in every: writer.write(one)
     return len(every)
 

@@ -57,6 +57,7 @@ class Feedback(msgspec.Struct, omit_defaults=True, gc=False, frozen=True):
     number: float | None = None # … or a number; 1 and 0 for yes and no
     source: str = ""        # who says so: another system, a person's role
     key: str = ""           # idempotency key; the same one twice is one saying
+    caller: str = ""        # public part of the API key that sent it
 
 
 One = TypeVar("One", bound=msgspec.Struct)

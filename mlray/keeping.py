@@ -216,6 +216,7 @@ class Recorder:
     journal: Writer[Entry]
     keys: Keys
     plans: dict[str, Mapping[str, Callable[[Any], Any] | None]] = field(default_factory=dict) # by digest, each made once
+    now: Callable[[], int] = time.time_ns # nanoseconds since 1970
 
     def record(
         self,
@@ -233,7 +234,7 @@ class Recorder:
     ) -> None:
         "Write one entry. Raises `JournalFull`."
         if bundle.digest not in self.plans: self.plans[bundle.digest] = plan(bundle.contract, bundle.profile, self.keys)
-        self.journal.write(Entry(request_id, time.time_ns(), bundle.name, version, bundle.digest, status, seconds, len(said), kept(self.plans[bundle.digest], columns) if columns else {}, answer_columns(said), arm, caller,
+        self.journal.write(Entry(request_id, self.now(), bundle.name, version, bundle.digest, status, seconds, len(said), kept(self.plans[bundle.digest], columns) if columns else {}, answer_columns(said), arm, caller,
                                  pseudonym(self.keys, "subject", subject) if subject else "", scoring=scoring))
 
 

@@ -291,7 +291,7 @@ async def answered(service: Service, asked: Asked, caller: Caller, start: float)
 def _taken(service: Service, asked: Asked) -> Reply:
     "Keep what is said of answers; 202 once it is kept."
     if service.feedback is None: raise Refused(404, "no_feedback", "No journal is kept here, so no feedback is taken.")
-    try: return Reply(202, encode({"accepted": take(asked.body, service.feedback), "request_id": asked.request_id}))
+    try: return Reply(202, encode({"accepted": take(asked.body, service.feedback, caller=_named(asked.presented or "")), "request_id": asked.request_id}))
     except JournalFull: raise Refused(503, "not_recorded", "The feedback could not be kept. Try again later.", headers={"Retry-After": "5"}) from None
     except ServingError as error: raise Refused(422, "wrong_shape", str(error)) from None
 

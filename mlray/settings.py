@@ -163,9 +163,9 @@ def read_settings(
 
 # %% ../nbs/02_settings.ipynb #9a1f7331
 def shipped(
-    what: Literal["gates", "configs", "cluster"],
+    what: Literal["gates", "reports", "configs", "cluster"],
 ) -> Path: # a folder
-    "The folder of mlray's own gate notebooks, of its example specs, or of its launchers."
+    "The folder of mlray's own gate notebooks, of its reports, of its example specs, or of its launchers."
     package = Path(str(files("mlray")))
     inside = package / what
-    return inside if inside.is_dir() else package.parent / {"gates": "nbs/gates"}.get(what, what)
+    return inside if inside.is_dir() else package.parent / {"gates": "nbs/gates", "reports": "nbs/reports"}.get(what, what)

@@ -27,7 +27,7 @@ from .decision import Mitigation, Threshold
 from .errors import SpecError, suggest
 from .feature import Feature, check_features
 from .recipe import Model, Train
-from .rollout_policy import Rollout
+from .rollout_policy import Retrain, Rollout
 from .search_space import Search, check_searchable
 from .serve_policy import Serve
 from .task import Task, task_of
@@ -107,7 +107,9 @@ def _check_promises(spec: "RunSpec") -> None:
         if rule.within is not None and rule.metric.partition("[")[0] in _OF_ROWS: raise ValueError(f"rule {rule.measure}: it is measured of rows and not of models, so there is none of production's to be within. Promise at_most or at_least")
     for check, column in ((b, c) for b in spec.behaviour for c in b.columns):
         if column not in features: raise ValueError(f"behaviour {check.name!r}: {column!r} is no feature. {suggest(column, features)}")
-    promised = {r.measure for r in rules}
+    promised, watched = {r.measure for r in rules}, {a.measure for a in spec.monitor.alerts}
+    for name in spec.retrain.alerts:
+        if name not in watched: raise ValueError(f"retrain.alerts: no alert in monitor.alerts watches {name!r}. {suggest(name, watched)}")
     for waiver in spec.waivers:
         if waiver.measure not in promised: raise ValueError(f"waivers: no rule promises {waiver.measure!r}. {suggest(waiver.measure, promised)}")
 
@@ -188,6 +190,7 @@ class RunSpec(Part):
     serve: Serve = Serve()
     rollout: Rollout = Rollout()
     monitor: Monitor = Monitor()
+    retrain: Retrain = Retrain()
     search: Search | None = None        # for `mlray tune`
     about: About = About()              # for the papers
 
@@ -204,7 +207,7 @@ class RunSpec(Part):
     @property
     def id(self) -> str:
         "Twelve hex digits that name this intent."
-        values = self.model_dump(mode="json", exclude={"about", "monitor"} | ({"search"} if not self.search else set())) # how it is watched changes nothing of what it is
+        values = self.model_dump(mode="json", exclude={"about", "monitor", "retrain"} | ({"search"} if not self.search else set())) # how it is watched changes nothing of what it is
         values["rollout"] = {k: v for k, v in values["rollout"].items() if k != "every" and (k != "shadow" or v)}
         values["contract"] = [(n, {k: v for k, v in c.items() if k != "journal"}) for n, c in values["contract"].items()] # the order of columns means something
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))

@@ -25,6 +25,7 @@ from .column import age_of
 from .display import Displayed, table
 from .errors import DataError, MlrayError, suggest
 from .keeping import new_epoch, pseudonyms, read_keys
+from .labelled import forget_rows
 from .monitor import gauges, monitor, page
 from .registry import Version, bundle_of, open_registry, version
 from .settings import Settings
@@ -75,7 +76,8 @@ def _erase(what: str, settings: Settings) -> tuple[dict[str, Any], Any]:
     folder, feedback = settings.home / "journal", settings.home / "journal" / "feedback"
     named = journaled(folder).filter(pl.any_horizontal(pl.selectors.by_name("subject", *([f"column:{column}"] if is_column else []), require_all=False).is_in(list(marks)))).select("id").unique().collect()["id"]
     gone, said = erase(folder, marks), erase(feedback, frozenset(named.to_list())) if len(named) else 0
-    return {"rows": gone, "requests": len(named), "feedback": said}, f"{gone} rows of {len(named)} requests are erased, and {said} rows of feedback. Windows hold counts only, and stay."
+    learned = forget_rows(settings, marks | frozenset(named.to_list()))
+    return {"rows": gone, "requests": len(named), "feedback": said, "learned": learned}, f"{gone} rows of {len(named)} requests are erased, {said} rows of feedback, and {learned} rows that were kept to learn from. Windows hold counts only, and stay."
 
 
 def _purge(older: str, settings: Settings) -> tuple[dict[str, Any], Any]:

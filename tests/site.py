@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = {"0": "Values", "1": "Learning", "2": "Judgement", "3": "One process", "4": "Vendors", "5": "The door"}
-FOLDERS = {"tutorials": "Tutorials", "gates": "Gates", "benchmarks": "Benchmarks", "explanations": "Explanations"}
+FOLDERS = {"tutorials": "Tutorials", "gates": "Gates", "reports": "Reports", "benchmarks": "Benchmarks", "explanations": "Explanations"}
 
 
 def pages() -> dict[Path, str]: # notebook → page
@@ -86,7 +86,7 @@ def build(site: Path) -> None:
         parts: dict[str, list[str]] = {}
         for notebook, page in found.items():
             if page != "index.md": parts.setdefault(FOLDERS.get(notebook.parent.name) or CHAPTERS[notebook.name[0]], []).append(page)
-        order = [FOLDERS["tutorials"], FOLDERS["explanations"], *CHAPTERS.values(), FOLDERS["gates"], FOLDERS["benchmarks"]]
+        order = [FOLDERS["tutorials"], FOLDERS["explanations"], *CHAPTERS.values(), FOLDERS["gates"], FOLDERS["reports"], FOLDERS["benchmarks"]]
         palette = [{"scheme": scheme, "primary": "indigo", "media": f"(prefers-color-scheme: {light})"} for scheme, light in (("default", "light"), ("slate", "dark"))]
         settings = {"site_name": "mlray", "docs_dir": "pages", "site_dir": "site", "use_directory_urls": False, "nav": [{"mlray": "index.md"}, *({title: parts[title]} for title in order if title in parts)],
                     "theme": {"name": "material", "font": False, "features": ["navigation.indexes", "content.code.copy", "toc.follow", "search.highlight"], "palette": palette}, "plugins": ["search"],

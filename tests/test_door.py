@@ -134,7 +134,7 @@ def test_an_environment_that_does_not_exist(mlray):
 
 
 def test_a_command_that_is_not_built(mlray):
-    letter(*mlray("retrain")[::2], "`mlray retrain` is not built yet")
+    letter(*mlray("console")[::2], "`mlray console` is not built yet")
     letter(*mlray("trian")[::2], "Did you mean 'train'?")
 
 

@@ -55,7 +55,7 @@ def a_window(bundle, rows, start=NOON, said=NOTHING, **more): return count_windo
 def labels_of(bundle, rows, start=NOON, share=1.0, seed=0):
     heard = np.random.default_rng(seed).random(rows.height) < share
     some = [i for i in range(rows.height) if heard[i]]
-    return pl.DataFrame({"id": [f"r-{start}-{i}" for i in some], "row": [0] * len(some), "time": [0] * len(some), "kind": ["label"] * len(some), "text": [None] * len(some), "number": [float(rows[bundle.contract.target][i]) for i in some], "source": [""] * len(some), "key": [""] * len(some)}, schema=_FEEDBACK)
+    return pl.DataFrame({"id": [f"r-{start}-{i}" for i in some], "row": [0] * len(some), "time": [0] * len(some), "kind": ["label"] * len(some), "text": [None] * len(some), "number": [float(rows[bundle.contract.target][i]) for i in some], "source": [""] * len(some), "key": [""] * len(some), "caller": [""] * len(some)}, schema=_FEEDBACK)
 
 
 # ---- windows --------------------------------------------------------------------------------------------------------
