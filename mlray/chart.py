@@ -126,14 +126,19 @@ def line_chart(
     up: str = "",
     diagonal: bool = False,                             # whether a line of equal values stands behind
     size: tuple[int, int] = (480, 320),                 # pixels
+    spans: Sequence[tuple[float, float, float]] = (),   # across, and from where to where a value may truly lie
+    mark: float | None = None,                          # a place across to look at
 ) -> Chart:
     "Lines through points, each with its name."
     shown = {name: _finite(points) for name, points in lines.items()}
     xs, ys = ([p[i] for points in shown.values() for p in points] for i in (0, 1))
+    xs, ys = xs + ([] if mark is None else [mark]), ys + [v for _, *ends in spans for v in ends]
     if diagonal: xs = ys = xs + ys
     px, py = _axis(xs, 60, size[0] - 20), _axis(ys, size[1] - 46, 26)
     parts = _plane(px, py, title, across, up)
     if diagonal: parts.append(_line(px.start, py.start, px.end, py.end, _MARK))
+    if mark is not None: parts.append(_line(px(mark), py.start, px(mark), py.end, _MARK))
+    parts += [_line(px(x), py(low), px(x), py(high), f'stroke="{_COLOURS[0]}" stroke-width="3" stroke-opacity="0.4"') for x, low, high in spans if math.isfinite(x + low + high)]
     for i, (name, points) in enumerate(shown.items()):
         colour, y = _COLOURS[i % len(_COLOURS)], py.end + 12 + 16 * i
         style = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{_DASHES[i % len(_DASHES)]}"'
