@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from mlray.access import ACTIONS, ROLES, Caller, allowed, new_key
+from mlray.anchoring import anchor
 from mlray.bundle import pack
 from mlray.database import HEAD, OUTBOX, REQUESTS, Database
 from mlray.errors import Conflict, Refused, RegistryError, Unavailable
@@ -27,6 +28,7 @@ from mlray.outbox import deliver, send_again, waiting
 from mlray.plan import set_share
 from mlray.policy import Policy, windows
 from mlray.proof import change_signer, sign
+from mlray.reading import Reading, note, readings
 from mlray.registry import (
     Registry,
     add_evidence,
@@ -154,8 +156,9 @@ DEEDS = {
     "model:deprecate": lambda r, v, tmp: deprecate(r, v[0], "old", "2099-01-01"), "model:retire": lambda r, v, tmp: retire(r, v[2], "old"), "key:create": lambda r, v, tmp: add_key(r, new_key("viewer")[0]),
     "model:sign": lambda r, v, tmp: sign(r, v[0]), "signer:change": lambda r, v, tmp: change_signer(r, "create", f"s{uuid4().hex[:6]}"),
     "key:revoke": lambda r, v, tmp: revoke_key(r, keys(r)[0].id, "lost"), "traffic:set": lambda r, v, tmp: set_share(r, "tiny", 0.0), "mirror:deliver": lambda r, v, tmp: (deliver(r, {}), send_again(r, "mlflow")),
+    "data:note": lambda r, v, tmp: note(r, [Reading("people.csv", "tiny", "train", "5f" * 16, 3, 0, None, {})]), "audit:read": lambda r, v, tmp: anchor(r, "tiny", []),
 }
-OF_A_MODEL = {a for a in DEEDS if a.startswith(("model:", "traffic:"))}
+OF_A_MODEL = {a for a in DEEDS if a.startswith(("model:", "traffic:", "data:"))}
 
 
 def test_every_change_goes_through_the_matrix(tmp_path):
@@ -204,7 +207,7 @@ def test_commands_act_as_the_bearer_of_the_key(tmp_path, monkeypatch):
     with pytest.raises(Refused, match="for others than nobody"): promote(as_("grace"), found)
     monkeypatch.setenv("MLRAY_API_KEY", made["root"][1])
     assert promote(open_registry(settings), found) == 1 and not audit(open_registry(settings)).faults
-    assert made["root"][1].split("_")[2] not in Path(tmp_path / "home/registry.db").read_bytes().decode("latin1"), "a secret was kept"
+    assert made["root"][1].split("_", 2)[2] not in Path(tmp_path / "home/registry.db").read_bytes().decode("latin1"), "a secret was kept"
 
 
 # Asked once
@@ -367,17 +370,37 @@ def test_a_registry_of_schema_0002_is_brought_along(url, tmp_path, monkeypatch):
     assert [v.parent for v in versions(registry)] == [None] * 3 and not approvals(registry, versions(registry)[0])
 
 
-def as_of_0002(url: str) -> None:
-    "A PostgreSQL database at schema 0002, with the golden rows."
+def test_a_registry_of_schema_0004_is_brought_along(url, tmp_path, monkeypatch):
+    "With approvals, signatures, lineage, a sunset, an outbox and a request that was answered once."
+    monkeypatch.setenv("MLRAY_AUDIT_KEY", "golden-" * 5 + "golden")
+    (tmp_path / "home").mkdir(exist_ok=True)
+    if url.startswith("sqlite"):
+        with sqlite3.connect(tmp_path / "home/registry.db") as db: db.executescript((GOLDEN / "registry_0004.sql").read_text())
+        db.close()
+    else: as_of("0004", url)
+    registry = Registry(url, tmp_path / "home/store", "alan", policy=Policy(gates=("quality",)))
+    with registry.database.change() as c: assert c.exec_driver_sql("select version_num from alembic_version").scalar() == HEAD >= "0005"
+    three, two, one = versions(registry)
+    assert not audit(registry).faults and len(audit(registry).entries) == 20 and one.aliases == ("production",) and (three.sunset, three.successor, bool(three.retired)) == ("2026-01-31", "tiny/2", True)
+    assert [(a.actor, a.note, a.spent) for a in approvals(registry, two)] == [("grace", "seen", 2)] and environment_of(registry, one) == "polars==2.1.0\n" and [k.revoked is None for k in keys(registry)] == [True, False]
+    assert len(waiting(registry, "mlflow")) == 8 and not readings(registry) and note(registry, [Reading("people.csv", "tiny", "train", "5f" * 16, 3, 0, None, {})]) == 1
+    assert promote(registry, two, expect=3) == 4 and not audit(registry).faults
+
+
+def as_of_0002(url: str) -> None: as_of("0002", url)
+
+
+def as_of(schema: str, url: str) -> None:
+    "A PostgreSQL database of an old schema, with the golden rows."
     import sqlalchemy as sa
     from alembic import command
     from alembic.config import Config
     engine, golden = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://")), sqlite3.connect(":memory:")
-    golden.executescript((GOLDEN / "registry_0002.sql").read_text())
+    golden.executescript((GOLDEN / f"registry_{schema}.sql").read_text())
     with engine.begin() as connection:
         config = Config(attributes={"connection": connection, "adopt": lambda c: None})
         config.set_main_option("script_location", str(Path(__file__).parents[1] / "mlray/migrations"))
-        command.upgrade(config, "0002")
+        command.upgrade(config, schema)
         meta = sa.MetaData()
         meta.reflect(connection)
         for table in [t for t in meta.sorted_tables if t.name != "alembic_version"]:
