@@ -63,7 +63,7 @@ def calibration_chart(
     bands: int = 10,     # with about as many rows each
 ) -> Chart:
     "What was said beside what was."
-    size, bar = (560, 340), "what was: share of rows, and where it may truly lie" if task.classes else "what was"
+    size, bar = (560, 340), "what was: share of rows" if task.classes else "what was"
     if task.kind == "quantile":
         below = [wilson(int((truth <= answers[:, i]).sum()), len(truth)) for i in range(len(task.quantiles))]
         return line_chart({"quantiles": [(q, m.value) for q, m in zip(task.quantiles, below, strict=True)]}, "Rows below each quantile", "what was said", bar, True, size, [(q, m.low, m.high) for q, m in zip(task.quantiles, below, strict=True)])
