@@ -42,7 +42,7 @@ def _reference(name: str, version: str, digest: str, **more: Any) -> wandb.Artif
     with redirect_stderr(StringIO()): made.add_reference(f"mlray://{version}?sha256={digest}", name="bundle", checksum=False) # it would warn that it cannot read this
     return made
 
-
+# %% ../nbs/46_track_on_wandb.ipynb #0a1d20f8
 @dataclass
 class WandbTracker:
     "A run on Weights & Biases."

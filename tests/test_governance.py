@@ -1,13 +1,16 @@
 """Who may let what out: roles, approvals, freezes, requests that are answered once, tokens of an identity provider; on SQLite and on PostgreSQL, and every refusal in the audit."""
 import json
+import os
 import random
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -353,6 +356,42 @@ def test_an_mlflow_folder_follows_the_aliases_and_an_old_letter_changes_nothing(
     with pytest.raises(BundleError, match="not the file that was packed"): _load_pyfunc(str(model.parent))
 
 
+MLFLOW = os.environ.get("MLRAY_MLFLOW", "") # a Python that has mlflow and what mlray needs
+
+
+@pytest.mark.chaos
+@pytest.mark.skipif(not MLFLOW, reason="MLRAY_MLFLOW names no Python with mlflow: python -m venv --system-site-packages mf && mf/bin/pip install mlflow")
+def test_mlflow_itself_serves_the_folder(house, proved, tmp_path):
+    "`mlflow models serve` and `mlflow.pyfunc.load_model` take what the mirror has written, and answer as mlray does, to the bit."
+    import httpx
+
+    from mlray.bundle import predict
+    from mlray.mirror_on_mlflow import export_model
+    from mlray.registry import bundle_of
+    from tests.conftest import free_port
+    bundle, port, rows = bundle_of(house("root", "admin"), proved[0]), free_port(), [{"age": 50.0}, {"age": 1.5}, {"age": 99.25}]
+    folder, mine = export_model(bundle, proved[0], tmp_path / "model"), predict(bundle, {"age": [r["age"] for r in rows]}, len(rows)).tolist()
+    environment = os.environ | {"PATH": f"{Path(MLFLOW).parent}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parents[1]), "MLFLOW_TRACKING_URI": f"file:{tmp_path}/runs"}
+    loaded = f"import json, mlflow, pandas; print(json.dumps(mlflow.pyfunc.load_model({str(folder)!r}).predict(pandas.DataFrame({rows!r}))))"
+    answers = json.loads(subprocess.run([MLFLOW, "-c", loaded], capture_output=True, text=True, check=True, env=environment).stdout.splitlines()[-1])
+    log = tmp_path / "serve.log"
+    with open(log, "wb") as said: server = subprocess.Popen([MLFLOW, "-m", "mlflow", "models", "serve", "-m", str(folder), "-h", "127.0.0.1", "-p", str(port), "--env-manager", "local"], env=environment, stdout=said, stderr=said, start_new_session=True)
+    try:
+        end = time.monotonic() + 240
+        while True:
+            assert server.poll() is None and time.monotonic() < end, log.read_text()[-2000:]
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/ping", timeout=5).status_code == 200: break
+            except httpx.HTTPError: time.sleep(0.5)
+        served = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"dataframe_records": rows}, timeout=60).json()["predictions"]
+        refused = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"dataframe_records": [{"age": "old"}]}, timeout=60)
+    finally:
+        with suppress(ProcessLookupError): os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+    print({"served": served, "refused": refused.status_code})
+    assert served == answers and [a["score"] for a in served] == mine and 400 <= refused.status_code < 500
+
+
 # Schemas of the past
 
 def test_a_registry_of_schema_0002_is_brought_along(url, tmp_path, monkeypatch):
@@ -611,6 +650,57 @@ def test_from_a_cluster_what_is_asked_happens_once_though_the_actor_is_killed(ra
     with pytest.raises(Refused, match="may not be promoted to production: it has no verdict of the gate quality"): RegistryOnRay(amended(settings, registry=f"sqlite:///{settings.home}/./registry.db", gates=("quality",))).ask("promote", found[0])
     with pytest.raises(RegistryError, match="not asked for"): afar.ask("alone")
     for name in [a["Name"] for a in ray._private.state.actors().values() if a["State"] == "ALIVE" and a["Name"].startswith("mlray.registry.")]: ray.kill(ray.get_actor(name, namespace="mlray"))
+
+
+TWO_NODES = """
+import json, sys
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+from mlray.ledger import audit
+from mlray.opened import open_registry
+from mlray.registry_on_ray import RegistryOnRay
+from mlray.settings import Settings
+from tests.test_registry import tiny
+folder = Path(sys.argv[1])
+settings = Settings(home=folder / "home", gates=())
+cluster = Cluster()
+head = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+second = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+ray.init(address=cluster.address, log_to_driver=False)
+
+@ray.remote(num_cpus=0.5, max_retries=0)
+def there(number):
+    afar, at = RegistryOnRay(settings), ray.get_runtime_context().get_node_id()
+    found = afar.register(tiny(folder / f"made{number}", number), {"values": {}}, {"run": f"tiny-{number}"})
+    return at, str(found), afar.ask("promote", found), afar.bundle_of(found, folder / f"cache{number}").digest == found.digest
+
+on = lambda node: On(node.node_id, soft=False)
+said = [ray.get(there.options(scheduling_strategy=on(node)).remote(n)) for n, node in enumerate((second, head, second), 1)]
+desk = next(a for a in ray._private.state.actors().values() if a["State"] == "ALIVE" and a["Name"].startswith("mlray.registry."))
+at = {second.node_id: "second", head.node_id: "head"}
+cluster.remove_node(second, allow_graceful=False)
+third = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+at[third.node_id] = "third"
+said.append(ray.get(there.options(scheduling_strategy=on(third)).remote(4)))
+found = audit(open_registry(settings))
+print(json.dumps({"said": [(at[n], *rest) for n, *rest in said], "desk": at[desk["Address"]["NodeID"]], "rows": [(e.action, e.object) for e in found.entries], "faults": len(found.faults)}))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.chaos
+def test_a_registry_in_a_file_is_asked_from_other_nodes_and_outlives_them(tmp_path):
+    "Two raylets and a third after one was killed: the file stays with the head's actor, whoever asks. In a process of its own, for it has a cluster of its own."
+    done = subprocess.run([sys.executable, "-c", TWO_NODES, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parents[1], env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    print(told)
+    assert told["said"] == [["second", "tiny/1", 1, True], ["head", "tiny/2", 2, True], ["second", "tiny/3", 3, True], ["third", "tiny/4", 4, True]]
+    assert told["desk"] == "head" and told["rows"] == [[a, f"tiny/{n}"] for n in (1, 2, 3, 4) for a in ("register", "promote")] and told["faults"] == 0
 
 
 def test_with_postgresql_every_node_asks_for_itself(house, proved, url, tmp_path):
