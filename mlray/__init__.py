@@ -7,6 +7,7 @@ Modules:
 - `mlray.access`: Who may do what: keys, roles, actions
 - `mlray.adversarial`: How little it takes when somebody tries: FGSM and PGD on the numbers of a row
 - `mlray.alert`: Tell who must know, once: what moved, for whom, since when, which rows, and what may be done
+- `mlray.anchoring`: Heads of the audit, signed, and noted where who keeps the database does not
 - `mlray.answer`: What one prediction looks like on the wire, for each kind of target
 - `mlray.answer_pieces`: What the script of an exported folder is made of: checks and encoders, in plain Python
 - `mlray.answer_script`: The script of an exported folder, made of the pieces that its model needs
@@ -24,7 +25,7 @@ Modules:
 - `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
 - `mlray.calibration`: Scores that can be taken at their word: fitted on validation rows, shipped in the graph
 - `mlray.card`: A version's papers, made from what is known of it: the model card, as Markdown, as a page, as JSON
-- `mlray.catalogue`: Every data set that a version was made of, and what came of it
+- `mlray.catalogue`: Every data set that was ever read, and what came of it
 - `mlray.chart`: Plots as plain SVG: values with their intervals, lines, points, bars
 - `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line
@@ -122,6 +123,7 @@ Modules:
 - `mlray.monitor`: How a version fares: what it is asked, what it answers, how good that is, for whom, and how fast
 - `mlray.network`: Numbers to scores: TabM and its simpler relatives, and the graph they become
 - `mlray.network_inputs`: What was learned about the rows, as the first layers of a network
+- `mlray.noting`: What commands leave in the catalogue of what they have read
 - `mlray.oidc`: Who bears a token of the house's own identity provider
 - `mlray.open_inference`: The Open Inference Protocol v2: a tensor a column
 - `mlray.openapi`: The routes, described for people and programs
@@ -136,6 +138,7 @@ Modules:
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.policy`: What an environment asks of a version that is let out
 - `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
+- `mlray.portrait`: What the page of a gate shows of answers: pictures beside its tables
 - `mlray.predict_on_ray`: The pieces of a batch, answered by all nodes of a cluster
 - `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
 - `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
@@ -146,6 +149,7 @@ Modules:
 - `mlray.proof_cli`: The commands of proof: sign, verify, who signs, and the audit
 - `mlray.ranking`: Ranking and calibration from score bins, each with the bound of what the bins hide
 - `mlray.rates`: What a confusion matrix says: every rate, for one matrix or a million
+- `mlray.reading`: What was read of which source, by whom and when
 - `mlray.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.registry_on_ray`: The registry, from any node of a cluster
@@ -214,7 +218,7 @@ Modules:
 - `mlray.triggers`: One run for each trigger, whoever looks, and whoever dies
 - `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
-- `mlray.vouching`: What the commands `sign`, `verify` and `signer` do
+- `mlray.vouching`: What the commands `sign`, `verify`, `signer` and `audit` do
 - `mlray.warm_kernels`: Kernels that have their imports behind them: one process loads the libraries once, and each gate's kernel is a copy of it
 - `mlray.watch_cli`: The commands that follow a model in production: retrain, worklist, errors
 - `mlray.watch_on_ray`: A rollout's controller beside the service, which Ray starts again when it dies

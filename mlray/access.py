@@ -21,7 +21,7 @@ from .errors import RegistryError, suggest
 
 # %% ../nbs/31_access.ipynb #c5891349
 _ASK, _TELL, _TRY, _SEE = frozenset({"predict", "predict:explain"}), frozenset({"feedback:write"}), frozenset({"predict:override", "model:read", "docs:read"}), frozenset({"docs:read", "model:read", "drift:read", "metrics:read"})
-_MAKE = frozenset({"run:train", "model:register", "model:gate", "model:sign"})
+_MAKE = frozenset({"run:train", "data:note", "model:register", "model:gate", "model:sign"})
 _RELEASE = frozenset({"model:gate", "model:sign", "model:approve", "model:promote", "model:rollback", "model:deprecate", "model:retire", "traffic:set", "rollout:step", "mirror:deliver", "audit:read"})
 _OWN = frozenset({"log:read_raw", "key:create", "key:revoke", "signer:change", "db:change"})
 ROLES: dict[str, frozenset[str]] = {

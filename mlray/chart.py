@@ -119,6 +119,14 @@ def interval_chart(
     return _drawing(width, bottom + 24, parts, title, "; ".join(f"{n} {v:.4g}" + (f" ({a:.4g} to {b:.4g})" if a == a else "") for n, v, a, b in rows))
 
 # %% ../nbs/03a_chart.ipynb #3cbdebfc
+def _corner(lines: Mapping[str, Sequence[tuple[float, float]]], across: _Axis, up: _Axis) -> tuple[float, float]: # of the first line of the legend
+    "Where names stand in the way of the fewest points."
+    wide, high = 40 + 7 * max((len(n) for n in lines), default=0), 16 * len(lines) + 8
+    every = [(across(x), up(y)) for points in lines.values() for x, y in points]
+    corners = [(left, top) for top in (up.end + 12, up.start - high) for left in (across.start + 10, across.end - wide)]
+    return min(corners, key=lambda c: sum(c[0] - 6 <= x <= c[0] + wide and c[1] - 12 <= y <= c[1] + high for x, y in every))
+
+
 def line_chart(
     lines: Mapping[str, Sequence[tuple[float, float]]], # name → points
     title: str = "",
@@ -126,20 +134,26 @@ def line_chart(
     up: str = "",
     diagonal: bool = False,                             # whether a line of equal values stands behind
     size: tuple[int, int] = (480, 320),                 # pixels
+    spans: Sequence[tuple[float, float, float]] = (),   # across, and from where to where a value may truly lie
+    mark: float | None = None,                          # a place across to look at
 ) -> Chart:
     "Lines through points, each with its name."
     shown = {name: _finite(points) for name, points in lines.items()}
     xs, ys = ([p[i] for points in shown.values() for p in points] for i in (0, 1))
+    xs, ys = xs + ([] if mark is None else [mark]), ys + [v for _, *ends in spans for v in ends]
     if diagonal: xs = ys = xs + ys
     px, py = _axis(xs, 60, size[0] - 20), _axis(ys, size[1] - 46, 26)
     parts = _plane(px, py, title, across, up)
     if diagonal: parts.append(_line(px.start, py.start, px.end, py.end, _MARK))
+    if mark is not None: parts.append(_line(px(mark), py.start, px(mark), py.end, _MARK))
+    parts += [_line(px(x), py(low), px(x), py(high), f'stroke="{_COLOURS[0]}" stroke-width="3" stroke-opacity="0.4"') for x, low, high in spans if math.isfinite(x + low + high)]
+    left, top = _corner(shown, px, py)
     for i, (name, points) in enumerate(shown.items()):
-        colour, y = _COLOURS[i % len(_COLOURS)], py.end + 12 + 16 * i
+        colour, y = _COLOURS[i % len(_COLOURS)], top + 16 * i
         style = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{_DASHES[i % len(_DASHES)]}"'
         parts.append(f'<polyline fill="none" {style} points="{" ".join(f"{px(x):.1f},{py(v):.1f}" for x, v in points)}"/>')
         if len(points) <= 30: parts += [_dot(px(x), py(v), colour, 3) for x, v in points]
-        parts += [_line(px.start + 10, y, px.start + 34, y, style), _text(px.start + 40, y + 4, name)]
+        parts += [_line(left, y, left + 24, y, style), _text(left + 30, y + 4, name)]
     return _drawing(*size, parts, title, "; ".join(f"{n}, {len(p)} points" for n, p in lines.items()))
 
 # %% ../nbs/03a_chart.ipynb #567f63f5

@@ -98,11 +98,13 @@ def check(spec: Spec, overrides: Overrides = None, infer: Annotated[bool, typer.
         said = f"Written to {spec}. Correct it, and give one column `role: target` with `positive` or `positive_above`." if written else f"{spec} has a contract already; nothing was written."
         stderr().print(said, markup=False)
         return _show(as_json, {"contract": contract, "written": written}, text.rstrip())
+    from mlray.noting import note_surveys
     from mlray.spec import read_spec
     from mlray.survey import survey
     read, settings = read_spec(spec, overrides or ()), settings_of(env)
     if new or accept: return _check_new(read, settings, accept, as_json)
     found = {part: survey(read, part, settings) for part in read.data.sources}
+    note_surveys(read, found, settings)
     kept = [str(s.quarantine) for s in found.values() if s.quarantine]
     _show(as_json, {**{part: s.as_dict() for part, s in found.items()}, "quarantine": kept}, *(f for part, s in found.items() for f in (part, s.table() if s.problems else s.table().title)), *(f"bad rows: {p}" for p in kept))
     if any(s.problems for s in found.values()): raise typer.Exit(1)
@@ -111,7 +113,9 @@ def check(spec: Spec, overrides: Overrides = None, infer: Annotated[bool, typer.
 def _check_new(spec: "RunSpec", settings: "Settings", anyway: bool, as_json: bool) -> None:
     found, kept = take_batch(spec, settings, anyway)
     from mlray.faces import faces_of_batch
+    from mlray.noting import note_batch
     if found is None: return _show(as_json, {"good": 0, "bad": 0, "accepted": False, "reasons": []}, "nothing new")
+    note_batch(spec, found, settings)
     _show(as_json, found.as_dict() | {"accepted": kept is not None, "quarantine": [str(p) for p in kept or ()]}, *faces_of_batch(found, kept))
     if kept is None: raise typer.Exit(1)
 

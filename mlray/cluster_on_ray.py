@@ -49,6 +49,17 @@ def serve_environment() -> dict[str, str]:
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "WARNING", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 
 # %% ../nbs/40_cluster_on_ray.ipynb #26d344b8
+_NOT_FOR_TASKS = ("MLRAY_SIGNING_KEY", "MLRAY_API_KEY", "MLRAY_WEBHOOK_KEY", "WANDB_API_KEY") # what only whoever gave the command needs
+
+
+@contextmanager
+def _without(names: Sequence[str]) -> Iterator[None]:
+    "Variables that processes which are started meanwhile do not have."
+    taken = {n: os.environ.pop(n) for n in names if n in os.environ}
+    try: yield
+    finally: os.environ.update(taken)
+
+
 def _start(settings: Settings) -> None:
     import ray
     if settings.ray != "local":
@@ -56,8 +67,9 @@ def _start(settings: Settings) -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise Unavailable(f"The Ray cluster at {settings.ray} did not answer: {str(error).splitlines()[0]}") from error
         return
-    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, settings.workers), object_store_memory=settings.object_store_mb * 2**20,
-             include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    with _without(_NOT_FOR_TASKS):
+        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, settings.workers), object_store_memory=settings.object_store_mb * 2**20,
+                 include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
 
 
 def _in_front(settings: Settings) -> dict[str, str]:

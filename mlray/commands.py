@@ -146,7 +146,7 @@ def supply_of(spec: "RunSpec", settings: "Settings", on: str) -> Iterator["Suppl
         from mlray.run import InMemory
         yield InMemory()
 
-
+# %% ../nbs/58_commands.ipynb #d97dc9a7
 def tune_run(spec: "RunSpec", settings: "Settings", on: str, quiet: bool = False) -> "Tuned":
     "A search on Ray, and the version that comes of it."
     if spec.search is None: raise SpecError(f"{spec.name} has no `search`. Say where to look, such as `search: {{trials: 20, space: {{train.learning_rate: {{low: 1.0e-4, high: 0.1, log: true}}}}}}`.")
@@ -195,7 +195,7 @@ def explain_version(reference: str, row: Any, method: str, settings: "Settings",
     if (answer, at_least, at_most) != (None, None, None): raise ExplanationError("--answer, --at-least and --at-most say what a counterfactual is to reach. Add --method counterfactual, or leave them out.")
     return explain(bundle, row, method)
 
-
+# %% ../nbs/58_commands.ipynb #45552c70
 @contextmanager
 def gates_on(on: str, settings: "Settings") -> "Iterator[Runner]":
     "Where gates run: `local` or `ray`."

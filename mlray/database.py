@@ -7,8 +7,8 @@ is: one transaction, together with its entry in the audit. It knows nothing of b
 
 # %% auto #0
 __all__ = ['HEAD', 'Connection', 'VERSIONS', 'ALIASES', 'MOVES', 'EVIDENCE', 'SIGNATURES', 'KEYS', 'APPROVALS', 'REQUESTS',
-           'OUTBOX', 'LEASES', 'TRIGGERS', 'ENVIRONMENTS', 'EVENTS', 'audit_key', 'digests_named', 'Database',
-           'neighbours', 'head']
+           'OUTBOX', 'LEASES', 'TRIGGERS', 'READINGS', 'ENVIRONMENTS', 'EVENTS', 'audit_key', 'digests_named',
+           'Database', 'neighbours', 'head']
 
 # %% ../nbs/32a_database.ipynb #e4c887a1
 import json
@@ -27,7 +27,7 @@ from .audit import Anchor, Entry, seal, sealed_by
 from .errors import RegistryError, Unavailable
 
 # %% ../nbs/32a_database.ipynb #06f1b3be
-HEAD = "0006" # the schema this code reads and writes
+HEAD = "0007" # the schema this code reads and writes
 
 Connection = sa.Connection
 _meta = sa.MetaData()
@@ -50,6 +50,9 @@ LEASES = sa.Table("leases", _meta, *(sa.Column(n, t) for n, t in [("what", sa.St
 TRIGGERS = sa.Table("triggers", _meta, *(sa.Column(n, t) for n, t in [
     ("id", sa.String), ("name", sa.String), ("kind", sa.String), ("window", sa.String), ("why", sa.String), ("state", sa.String), ("began", sa.String), ("until", sa.String), ("holder", sa.String), ("fence", sa.Integer),
     ("ended", sa.String), ("seconds", sa.Float), ("result", sa.JSON)]))
+READINGS = sa.Table("readings", _meta, *(sa.Column(n, t) for n, t in [
+    ("seq", sa.Integer), ("source", sa.String), ("model", sa.String), ("part", sa.String), ("digest", sa.String), ("rows", sa.BigInteger), ("bad", sa.BigInteger), ("source_version", sa.String), ("about", sa.JSON),
+    ("created", sa.String), ("actor", sa.String)]))
 ENVIRONMENTS = sa.Table("environments", _meta, sa.Column("digest", sa.String), sa.Column("packages", sa.String))
 EVENTS = sa.Table("events", _meta, sa.Column("seq", sa.Integer, primary_key=True, autoincrement=False), *(sa.Column(n, t) for n, t in [
     ("created", sa.String), ("actor", sa.String), ("action", sa.String), ("object", sa.String), ("details", sa.JSON), ("prev", sa.String), ("mac", sa.String)]))

@@ -267,7 +267,7 @@ def keeping(
     if frame.height: kept[check(Contract(alone, across), frame).bad["row"].to_numpy().astype(int) - 1] = False
     return kept
 
-# %% ../nbs/22a_explain.ipynb #14930ea5
+# %% ../nbs/22a_explain.ipynb #5ccd1f13
 def neighbours(
     known: Background,
     row: Mapping[str, Any],     # checked

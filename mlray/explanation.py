@@ -7,8 +7,8 @@ profile. Nothing but the bundle is needed to explain an answer, years later as o
 
 # %% auto #0
 __all__ = ['FAR', 'METHODS', 'EXPLAINED', 'SHAKEN', 'ATTACKED', 'EXPOSED', 'scoring', 'deciding', 'tolerance_of', 'output_of',
-           'known_rows', 'explain', 'Wish', 'what_if', 'explain_rows', 'certainty', 'some_rows', 'shaken', 'behaved',
-           'exposed', 'asked_for']
+           'known_rows', 'explain', 'Wish', 'what_if', 'explain_rows', 'certainty', 'some_rows', 'needed',
+           'nonsense_share', 'shaken', 'behaved', 'exposed', 'asked_for']
 
 # %% ../nbs/35c_explanation.ipynb #ac08a615
 import math
@@ -29,7 +29,7 @@ from .counterfactual import Counterfactual, counterfactual
 from .errors import ExplanationError, suggest
 from .explain import Background, Explanation, Score, background, checked_row
 from .explain_row import leaving_out, lime_row
-from .importance import Summary, summary
+from .importance import Importances, Summary, permutation_importance, summary
 from .membership import Membership, membership, row_losses
 from .robust import BehaviourReport, RobustnessReport, behave, robustness
 from .score import Measure
@@ -196,7 +196,7 @@ def explain_rows(
     return reduce(add, (summary(explain(bundle, row, method, known, output, perturbations)) for row in rows), Summary())
 
 # %% ../nbs/35c_explanation.ipynb #ebcda957
-EXPLAINED = ("fidelity", "fidelity_lowest", "stability", "explained_rows", "importance")
+EXPLAINED = ("fidelity", "fidelity_lowest", "stability", "explained_rows", "importance", "nonsense_share")
 SHAKEN = ("flip_rate", "refused_rate", "flip_rate_difference")
 ATTACKED = ("flip_rate[fgsm]", "flip_rate[pgd]")
 EXPOSED = ("membership_advantage", "membership_roc_auc", "membership_recall")
@@ -216,7 +216,30 @@ def some_rows(frame: pl.DataFrame, most: int) -> pl.DataFrame:
     "At most so many rows, evenly from the whole frame."
     return frame.gather_every(max(1, -(-frame.height // most)))
 
+# %% ../nbs/35c_explanation.ipynb #d5e0df6c
+def needed(
+    bundle: Bundle,
+    frame: pl.DataFrame,    # checked rows, labels included
+    repeats: int = 5,       # shuffles of each column
+) -> Importances: # most important first; of classes and labels lost accuracy, of yes and no lost log likelihood
+    "What answers lose when a feature says nothing."
+    task, truth = bundle.task, labels(bundle.contract, frame).to_numpy()
+    if task.kind == "binary": score, worth = scoring(bundle), lambda y, said: -float(row_losses(task, y, said).mean())
+    elif task.classes: score, worth = deciding(bundle), lambda y, said: float((y == said).mean())
+    else: score, worth = deciding(bundle), lambda y, said: -float(np.abs(y - said).mean())
+    return permutation_importance(score, frame.select(bundle.contract.features), truth @ (2.0 ** np.arange(truth.shape[1])) if truth.ndim == 2 else truth, worth, bundle.digest, repeats=repeats)
 
+
+def nonsense_share(
+    told: Summary,          # by explanations
+    lost: Importances,      # by shuffling
+) -> float: # in [0, 1]; NaN where nothing has weight
+    "The share of explanations' weight that stands on features which answers do not need."
+    sizes, useful = told.importances.as_dict(), {i.feature for i in lost.features if i.value - 1.96 * i.error > 0}
+    whole = math.fsum(sizes.values())
+    return math.fsum(size for n, size in sizes.items() if n not in useful) / whole if whole else math.nan
+
+# %% ../nbs/35c_explanation.ipynb #9fb20ab4
 def shaken(bundle: Bundle, frame: pl.DataFrame, min_group: int | None = None) -> RobustnessReport:
     "Test rows of a bundle, disturbed."
     by = groups(bundle.contract, frame) if bundle.contract.sensitive else None
@@ -252,7 +275,10 @@ def asked_for(
     "What rules ask of explanations, robustness, privacy and behaviour, and no more."
     names, spec = {rule.metric.partition("[")[0] for rule in rules}, asks or bundle.spec
     found: dict[str, float | Measure] = {}
-    if names & set(EXPLAINED): found |= explain_rows(bundle, some_rows(frame, most), perturbations=2000).values
+    if names & set(EXPLAINED):
+        told = explain_rows(bundle, some_rows(frame, most), perturbations=2000)
+        found |= told.values
+        if "nonsense_share" in names: found["nonsense_share"] = nonsense_share(told, needed(bundle, some_rows(frame, 500)))
     if names & set(SHAKEN) and any(rule.measure not in ATTACKED for rule in rules if rule.metric.partition("[")[0] in SHAKEN): found |= shaken(bundle, frame, spec.min_group).measures
     if names & set(EXPOSED) and members is not None: found |= exposed(bundle, members, frame).measures
     if "behaviour" in names: found |= behaved(bundle, frame, checks=spec.behaviour).measures

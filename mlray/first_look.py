@@ -46,7 +46,7 @@ class FileFormat:
         frame = frame.rename({n: n.strip() for n in frame.collect_schema().names()})
         return frame.select(pl.all().str.strip_chars()).select(pl.when(~pl.all().is_in(self.missing)).then(pl.all())).filter(~pl.all_horizontal(pl.all().is_null()))
 
-
+# %% ../nbs/50_first_look.ipynb #bfb8b96a
 def _is_header(fields: Sequence[str]) -> bool:
     def number(text: str) -> bool:
         try: float(text)
@@ -133,7 +133,7 @@ def _fairness(target: Mapping[str, Any], truth: pl.Series, groups: Mapping[str, 
         rules += [{"metric": "demographic_parity_difference", "by": [name], "at_most": round(gap + 0.05, 2)}, {"metric": "equal_opportunity_difference", "by": [name], "at_most": 0.2}]
     return rules
 
-
+# %% ../nbs/50_first_look.ipynb #debfe567
 @dataclass(frozen=True)
 class FirstSpec:
     "A spec to begin with."

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch.func import functional_call, grad, vmap
 
 from .errors import SpecError, TrainingError
 from .fitting import Average, learning_rate, memory_letter, seed_of
+from .imported import optional
 from .loss import Loss
 from .recipe import Privacy, Train
 
@@ -49,11 +49,9 @@ class Budget:
 
 
 def _opacus(module: str) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return import_module(f"opacus.{module}")
-    except ModuleNotFoundError as error: raise SpecError("train.privacy needs the package opacus: pip install 'mlray[privacy]'.") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return optional(f"opacus.{module}", "privacy", "train.privacy", SpecError)
 
 
 def _spent(noise: float, rate: float, steps: int, delta: float) -> float:

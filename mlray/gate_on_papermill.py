@@ -43,11 +43,13 @@ from mlray.gate_page import (
     Needs,
     gate_path,
     kept,
+    known_to,
     needs_of,
     notebook_digest,
     nowhere,
     page_bytes,
     places,
+    reached_by,
     secrets_in,
     unfinished,
     unsaid,
@@ -97,13 +99,13 @@ Note = Callable[[str, str], None] # is told a gate and how far it is
 
 
 def kernels_with(
-    environment: Mapping[str, str], # variables of its kernels, beside those of this process
+    environment: Mapping[str, str], # all variables of its kernels
     kind: type[AsyncKernelManager] = AsyncKernelManager,
 ) -> type[AsyncKernelManager]:
-    "A kernel manager whose kernels have these variables."
+    "A kernel manager whose kernels have these variables and no others."
     class Manager(kind):  # type: ignore[misc,valid-type]
         async def _async_pre_start_kernel(self, **kw: Any) -> tuple[list[str], dict[str, Any]]:
-            return await super()._async_pre_start_kernel(**{**kw, "env": {**os.environ, **environment}})
+            return await super()._async_pre_start_kernel(**{**kw, "env": dict(environment)})
     return Manager
 
 
@@ -132,9 +134,10 @@ def run_gate(
     parameters: Mapping[str, Any],
     timeout: int | None = None,     # seconds a cell may take; None: as the notebook says
     inputs: Mapping[str, Any] | None = None, # what the verdict stands on; kept in the page
-    environment: Mapping[str, str] | None = None, # variables of its kernel, beside those of this process
+    environment: Mapping[str, str] | None = None, # variables of its kernel, beside what `mlray.gate_page.known_to` leaves of this process's
     kind: type[AsyncKernelManager] = AsyncKernelManager, # who starts it
     note: Note = lambda gate, where: None,
+    named: Sequence[str] = (),                  # variables of this process that its kernel gets besides
 ) -> GateRun:
     "Execute one gate. Raises `GateError` for wrong parameters, before a kernel starts."
     check_parameters(path, parameters)
@@ -144,7 +147,7 @@ def run_gate(
     variables = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", **needs.threads, **(environment or {})}
     with TemporaryDirectory() as scratch:
         out = Path(scratch) / path.name
-        broken = execute(path, out, parameters, needs.timeout_s if timeout is None else timeout, kernels_with(variables, kind), note)
+        broken = execute(path, out, parameters, needs.timeout_s if timeout is None else timeout, kernels_with({**known_to((*named, *needs.variables)), **variables}, kind), note)
         raw = nbformat.read(out, as_version=4) if out.exists() and out.stat().st_size <= _LARGEST else nbformat.v4.new_notebook()
         if out.exists() and not raw["cells"]: broken = broken or f"its page is larger than {_LARGEST // 2**20} MiB"
     secrets, local = secrets_in({**os.environ, **variables}), places(variables)
@@ -196,13 +199,14 @@ class GateJob:
     inputs: Mapping[str, Any]       # what its verdict will stand on
     needs: Needs
     environment: Mapping[str, str] = field(default_factory=dict) # of its kernel
+    named: tuple[str, ...] = ()     # variables of the process that runs it, which its kernel gets; their values do not travel
 
     def run(self, kind: type[AsyncKernelManager] = AsyncKernelManager, note: Note = lambda gate, where: None, **more: str) -> GateRun:
         "Execute it in this process's kernels, with more variables."
         with TemporaryDirectory() as scratch:
             copy = Path(scratch) / self.path.name
             copy.write_bytes(self.notebook)
-            return replace(run_gate(copy, self.parameters, self.needs.timeout_s, self.inputs, {**self.environment, **more}, kind, note), notebook=self.path)
+            return replace(run_gate(copy, self.parameters, self.needs.timeout_s, self.inputs, {**self.environment, **more}, kind, note, self.named), notebook=self.path)
 
 
 Runner = Callable[[Sequence[GateJob], Note], Iterator[GateRun]] # yields runs as they end
@@ -285,15 +289,16 @@ def run_gates(
         yield run
     before = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     conditions = _conditions(registry, settings, parameters, shared)
-    jobs = [_job(path, parameters, inputs[path], settings, timeout) for path in paths if path not in proved]
+    named = reached_by(bundle_of(registry, found).spec, settings)
+    jobs = [_job(path, parameters, inputs[path], settings, timeout, named) for path in paths if path not in proved]
     for run in runner(jobs, note) if jobs else ():
         (pages / f"{run.gate}.ipynb").write_bytes(run.page)
         add_evidence(registry, found, run.gate, run.verdict, run.page, replace(conditions, notebook=before[run.gate], started=run.started, finished=(datetime.fromisoformat(run.started) + timedelta(seconds=run.seconds)).isoformat()))
         yield run
 
 
-def _job(path: Path, parameters: Mapping[str, Any], inputs: Mapping[str, Any], settings: Settings, timeout: int | None) -> GateJob:
+def _job(path: Path, parameters: Mapping[str, Any], inputs: Mapping[str, Any], settings: Settings, timeout: int | None, named: tuple[str, ...]) -> GateJob:
     "Everything is checked before the first kernel starts."
     check_parameters(path, parameters)
     needs = needs_of(path)
-    return GateJob(path, path.read_bytes(), parameters, inputs, needs if timeout is None else replace(needs, timeout_s=timeout), environment_of(settings))
+    return GateJob(path, path.read_bytes(), parameters, inputs, needs if timeout is None else replace(needs, timeout_s=timeout), environment_of(settings), named)

@@ -7,7 +7,7 @@ This module reads the verdict of an executed notebook, finds why it has none, an
 
 # %% auto #0
 __all__ = ['code_cells', 'verdicts', 'unfinished', 'secrets_in', 'places', 'unsaid', 'nowhere', 'kept', 'page_bytes',
-           'notebook_digest', 'line_of', 'gate_path', 'Needs', 'needs_of']
+           'notebook_digest', 'line_of', 'gate_path', 'known_to', 'reached_by', 'Needs', 'needs_of']
 
 # %% ../nbs/40a_gate_page.ipynb #84857874
 import hashlib
@@ -16,7 +16,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import gettempdir
@@ -27,6 +27,7 @@ import nbformat
 from .errors import GateError, suggest
 from .gate import MIME, Verdict
 from .settings import Settings, shipped
+from .spec import RunSpec
 
 # %% ../nbs/40a_gate_page.ipynb #962d1ed2
 def code_cells(page: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -59,7 +60,7 @@ def unfinished(
     return "" if all(v.findings for v in shown) else "it shows a verdict without a finding"
 
 # %% ../nbs/40a_gate_page.ipynb #17022ae2
-_NAMED = re.compile(r"(?:^|_)(?:api_?key|key|token|secret|password|passwd|credentials?)(?:_|$)", re.I)
+_NAMED = re.compile(r"(?:^|_)(?:api_?keys?|keys?|tokens?|secret|password|passwd|credentials?)(?:_|$)", re.I)
 _FORMS = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_\w{22,}|\bglpat-[\w-]{20,}|"
                     r"\bsk-[A-Za-z0-9_-]{20,}|\bhf_[A-Za-z0-9]{30,}|\bxox[abprs]-[\w-]{10,}|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}|(?<=://)[^\s/:@'\"]*:[^\s/@'\"]+(?=@)", re.S)
 
@@ -162,6 +163,30 @@ def gate_path(
         if (path := folder / f"{gate}.ipynb").is_file(): return path
     raise GateError(f"There is no gate {gate!r}. {suggest(gate, {p.stem for f in folders for p in f.glob('*.ipynb')})}")
 
+# %% ../nbs/40a_gate_page.ipynb #3e9aeb88
+_PLAIN = re.compile(r"PATH|HOME|USER|LOGNAME|SHELL|PWD|HOSTNAME|LANG|LANGUAGE|TZ|TMPDIR|TEMP|TMP|TERM|LC_\w+|XDG_\w+|PYTHON\w*|VIRTUAL_ENV|CONDA_\w+|LD_LIBRARY_PATH|JUPYTER_\w+|IPYTHONDIR|MPL\w+|SSL_CERT_(?:FILE|DIR)|(?:REQUESTS|CURL)_CA_BUNDLE|"
+                    r"(?:https?|no|all)_proxy|\w+_(?:NUM|MAX)_THREADS|(?:CUDA|NVIDIA|HIP|ROCR|KMP|OMP|MKL|POLARS|ARROW|ORT|RAY|MLRAY|PYDEVD|COV|COVERAGE)_\w+", re.I)
+_KEPT_FROM = re.compile(r"MLRAY_\w*(?:KEY|KEYS|TOKEN|SECRET|PASSWORD)")
+_STORES = {"s3": ("AWS_",), "gs": ("GOOGLE_",), "gcs": ("GOOGLE_",), "az": ("AZURE_",), "abfs": ("AZURE_",), "abfss": ("AZURE_",), "postgresql": ("PG",), "postgresql+psycopg": ("PG",)} # scheme → what its clients read
+
+
+def known_to(
+    named: Sequence[str],                       # variables, or their beginnings where they end in _ or are PG
+    environment: Mapping[str, str] = os.environ,
+) -> dict[str, str]:
+    "What of an environment a kernel gets."
+    plain = lambda n: bool(_PLAIN.fullmatch(n)) and (n.startswith("RAY_AUTH_") or not _NAMED.search(n))
+    asked = lambda n: any(n == one or (n.startswith(one) and (one == "PG" or one.endswith("_"))) for one in named)
+    return {n: v for n, v in environment.items() if (plain(n) or asked(n)) and not _KEPT_FROM.fullmatch(n)}
+
+
+def reached_by(spec: RunSpec, settings: Settings) -> tuple[str, ...]: # for `known_to`
+    "The variables by which the rows of a spec, the registry and its bytes are reached."
+    sources = spec.data.sources.values()
+    named = [name for s in sources for name in (s.sql and s.sql.uri_env, s.kafka and s.kafka.brokers_env) if name]
+    schemes = {url.partition("://")[0] for url in (settings.store, settings.registry_url, *(s.file or s.delta or "" for s in sources)) if "://" in url}
+    return tuple(dict.fromkeys([*named, *(one for scheme in sorted(schemes) for one in _STORES.get(scheme, ())), *settings.gate_variables]))
+
 # %% ../nbs/40a_gate_page.ipynb #b405a4e4
 @dataclass(frozen=True)
 class Needs:
@@ -170,6 +195,7 @@ class Needs:
     num_gpus: float = 0     # on a cluster; here a gate finds the GPUs that there are
     memory_gb: float = 0    # that a cluster sets aside; 0: it does not
     timeout_s: int = 600    # that a cell may take
+    variables: tuple[str, ...] = () # of the environment, that its cells read
 
     @property
     def threads(self) -> dict[str, str]:
@@ -181,11 +207,14 @@ def needs_of(
     path: Path, # of the notebook
 ) -> Needs:
     "What a notebook says that it needs. Raises `GateError`."
-    known = {f.name: type(f.default) for f in fields(Needs)}
+    known = {f.name for f in fields(Needs)}
     tags = next((c["metadata"].get("tags", ()) for c in nbformat.read(path, as_version=4)["cells"] if "parameters" in c["metadata"].get("tags", ())), ())
     said = dict(t.split("=", 1) for t in tags if "=" in t)
     for name, value in said.items():
         if name not in known: raise GateError(f"Gate {path.stem!r} is tagged {name}={value}. {suggest(name, known)}")
-        if not re.fullmatch(r"\d+" if known[name] is int and name == "timeout_s" else r"\d+(\.\d+)?", value): raise GateError(f"Gate {path.stem!r} is tagged {name}={value}; a number from 0 is expected, such as {name}=2.")
-    number = {n: float(v) for n, v in said.items()}
-    return Needs(number.get("num_cpus", 1), number.get("num_gpus", 0), number.get("memory_gb", 0), int(number.get("timeout_s", 600)))
+        if name == "variables": continue
+        if not re.fullmatch(r"\d+" if name == "timeout_s" else r"\d+(\.\d+)?", value): raise GateError(f"Gate {path.stem!r} is tagged {name}={value}; a number from 0 is expected, such as {name}=2.")
+    number, named = {n: float(v) for n, v in said.items() if n != "variables"}, tuple(said.get("variables", "").split(",")) if "variables" in said else ()
+    for name in named:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name) or _KEPT_FROM.fullmatch(name): raise GateError(f"Gate {path.stem!r} asks for the variable {name!r}. A gate may be given any variable but the keys of mlray itself, named such as variables=HF_TOKEN,HF_HOME.")
+    return Needs(number.get("num_cpus", 1), number.get("num_gpus", 0), number.get("memory_gb", 0), int(number.get("timeout_s", 600)), named)

@@ -10,16 +10,17 @@ __all__ = ['Audit', 'audit']
 
 # %% ../nbs/33a_ledger.ipynb #ed33bb65
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from .audit import Entry, Fault, verify
+from .audit import Anchor, Entry, Fault, verify
 from mlray.database import (
     ALIASES,
     APPROVALS,
     EVIDENCE,
     KEYS,
     MOVES,
+    READINGS,
     REQUESTS,
     SIGNATURES,
     VERSIONS,
@@ -27,6 +28,7 @@ from mlray.database import (
     audit_key,
 )
 from .display import Table, table
+from .reading import digest_of as said_of
 from .registry import Registry, digest_of
 
 # %% ../nbs/33a_ledger.ipynb #271f96b5
@@ -36,12 +38,13 @@ class Audit:
     entries: tuple[Entry, ...]
     anchored: int               # the last row that was noted outside the database; rows behind it could be cut off unseen
     faults: tuple[Fault, ...]
+    outside: Mapping[str, int] = field(default_factory=dict) # place → the last row whose head was noted there; 0: none was
 
-    def as_dict(self) -> dict[str, Any]: return {"rows": len(self.entries), "anchored": self.anchored, "whole": not self.faults, "faults": [vars(f) for f in self.faults]}
+    def as_dict(self) -> dict[str, Any]: return {"rows": len(self.entries), "anchored": self.anchored, "outside": dict(self.outside), "whole": not self.faults, "faults": [vars(f) for f in self.faults]}
 
     def table(self) -> Table:
         "One line a fault."
-        told = f"{len(self.entries)} rows, anchored up to row {self.anchored}"
+        told = f"{len(self.entries)} rows, anchored up to row {self.anchored}" + "".join(f", in {place} up to row {row}" if row else f", in {place} not at all" for place, row in self.outside.items())
         return table(["row", "what is wrong"], [(f.seq or "–", f.why) for f in self.faults], f"The audit is broken: {told}" if self.faults else f"The audit is whole: {told}")
 
 # %% ../nbs/33a_ledger.ipynb #725d05bc
@@ -83,7 +86,11 @@ def _told_of_governance(e: Entry) -> list[tuple[Any, ...]]:
     if e.action == "withdraw": told += [("withdrawn", seq, e.seq) for seq in d["approvals"]]
     if e.action == "promote": told += [("spent", seq, d["generation"]) for seq in d.get("approvals", ())]
     if e.action == "deprecate": told.append(("sunset", e.object, d["sunset"]))
+    if e.action == "read": told.append(("reading", e.seq, e.object, *(d[n] for n in _READ), d["said"]))
     return told
+
+
+_READ = ("model", "part", "digest", "rows", "bad", "source_version")
 
 # %% ../nbs/33a_ledger.ipynb #11031f19
 def _held(c: Connection, said: Mapping[tuple[Any, ...], int]) -> set[tuple[Any, ...]]:
@@ -102,17 +109,21 @@ def _held(c: Connection, said: Mapping[tuple[Any, ...], int]) -> set[tuple[Any, 
 def _held_of_governance(c: Connection) -> set[tuple[Any, ...]]:
     keys, approvals = c.execute(KEYS.select()).all(), c.execute(APPROVALS.select()).all()
     return ({("bearer", r.id, r.owner, r.models, r.expires) for r in keys if r.models is not None} | {("revoked", r.id) for r in keys if r.revoked} | {("request", r.key) for r in c.execute(REQUESTS.select())}
-            | {("approval", r.seq, f"{r.name}/{r.number}", r.alias, r.actor, r.role, r.note) for r in approvals} | {("withdrawn", r.seq, r.withdrawn) for r in approvals if r.withdrawn} | {("spent", r.seq, r.spent) for r in approvals if r.spent})
+            | {("approval", r.seq, f"{r.name}/{r.number}", r.alias, r.actor, r.role, r.note) for r in approvals} | {("withdrawn", r.seq, r.withdrawn) for r in approvals if r.withdrawn} | {("spent", r.seq, r.spent) for r in approvals if r.spent}
+            | {("reading", r.seq, r.source[:160], *(r._mapping[n] for n in _READ), said_of(r.about)) for r in c.execute(READINGS.select())})
 
 # %% ../nbs/33a_ledger.ipynb #79a8d37e
-def audit(registry: Registry) -> Audit:
+def audit(
+    registry: Registry,
+    outside: Mapping[str, Sequence[Anchor]] | None = None, # heads that were noted elsewhere, by place; read before this is called
+) -> Audit:
     "Check the chain, its anchors, and that the tables say what it says."
-    database = registry.database
+    database, elsewhere = registry.database, outside or {}
     with database.change() as c:
-        entries, anchors = tuple(database.entries(c)), database.anchors() # inside the lock, so that no change falls between the two
+        entries, anchors = tuple(database.entries(c)), (*database.anchors(), *(a for noted in elsewhere.values() for a in noted)) # inside the lock, so that no change falls between the two
         faults = verify(audit_key(database.folder, make=False), entries, anchors) if entries or anchors else ()
         said = {} if faults else _told(entries)
         held = set(said) if faults else _held(c, said)
     apart = [Fault(said[k], f"it tells of {k[0]} {' '.join(map(str, k[1:]))}, which is not there") for k in sorted(set(said) - held, key=str)]
     apart += [Fault(0, f"no row tells of {k[0]} {' '.join(map(str, k[1:]))}") for k in sorted(held - set(said), key=str)]
-    return Audit(entries, max((a.seq for a in anchors), default=0), (*faults, *apart))
+    return Audit(entries, max((a.seq for a in anchors), default=0), (*faults, *apart), {place: max((a.seq for a in noted), default=0) for place, noted in elsewhere.items()})

@@ -16,14 +16,11 @@ from urllib.parse import urlsplit
 
 from .access import ROLES, Caller
 from .errors import RegistryError, SettingsError, Unavailable
+from .imported import optional
 from .settings import Settings
 
 # %% ../nbs/31d_oidc.ipynb #4ef7f743
-def _jwt() -> Any:
-    try:
-        import jwt
-    except ImportError as error: raise RegistryError("Tokens of an identity provider need PyJWT: pip install 'mlray[oidc]'.") from error
-    return jwt
+def _jwt() -> Any: return optional("jwt", "oidc", "A token of an identity provider", RegistryError)
 
 
 @dataclass

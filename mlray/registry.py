@@ -8,8 +8,8 @@ how either came about."""
 
 # %% auto #0
 __all__ = ['Version', 'Evidence', 'versions', 'version', 'bundle_of', 'register', 'digest_of', 'add_evidence', 'evidence',
-           'generation', 'promote', 'rollback', 'retire', 'history', 'events', 'Policy', 'Registry', 'open_registry',
-           'add_key', 'keys', 'revoke_key']
+           'generation', 'promote', 'rollback', 'doubts', 'retire', 'history', 'events', 'Policy', 'Registry',
+           'open_registry', 'add_key', 'keys', 'revoke_key']
 
 # %% ../nbs/33_registry.ipynb #b329d774
 import hashlib
@@ -240,12 +240,23 @@ def rollback(
         while to is not None and (to.number == here.number or rows[to.number].retired): to = past.get(to.under)
         if to is None: raise RegistryError(f"{name}@{alias} is {name}/{here.number}, and there is nothing before it to go back to. Promote another version.")
         load_bundle(registry.store.path(rows[to.number].digest), rows[to.number].digest)
+        doubts = unsigned(c, registry.attestor, name, rows[to.number].digest, gates_for(registry.policy, alias, None)) if registry.policy.signature else [] # it was let out once, and goes back all the same
         new, under = move(c, name, to.number, alias, expect, to.under, back=True)
-        deed.log("rollback", f"{name}/{to.number}", alias=alias, generation=new, under=under, before=here.number, digest=rows[to.number].digest)
+        deed.log("rollback", f"{name}/{to.number}", alias=alias, generation=new, under=under, before=here.number, digest=rows[to.number].digest, **({"unsigned": doubts} if doubts else {}))
         return {"number": to.number, "generation": new}
 
     said = registry.act(Ask("model:rollback", f"{name}@{alias}", name, once=once), do)
     return version(registry, f"{name}/{said['number']}"), said["generation"]
+
+# %% ../nbs/33_registry.ipynb #906fc26f
+def doubts(
+    registry: Registry,
+    found: Version,
+    alias: str = "production",
+) -> list[str]: # none: all is signed, or the policy does not ask
+    "Why the signatures of a version would not be enough for an alias."
+    if not registry.policy.signature: return []
+    with registry.database.change() as c: return unsigned(c, registry.attestor, found.name, found.digest, gates_for(registry.policy, alias, None))
 
 # %% ../nbs/33_registry.ipynb #3ec1508a
 def retire(

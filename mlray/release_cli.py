@@ -83,10 +83,11 @@ def begin_rollout(registry: "Registry", found: "Version", once: str | None = Non
 @release_app.command()
 def rollback(name: Annotated[str, typer.Argument(help="A model.")], alias: Annotated[str, typer.Argument(help="What to take back.")] = "production", once: Once = None, env: Env = None, as_json: Json = False) -> None:
     "Point an alias at what it pointed at before; again, and it goes one further."
-    from mlray.registry import generation, open_registry, rollback as back
+    from mlray.registry import doubts, generation, open_registry, rollback as back
     registry = open_registry(settings_of(env))
     found, new = back(registry, name, alias, generation(registry, name, alias), once)
-    shown(as_json, {"version": str(found), "alias": alias, "generation": new}, f"{name}@{alias} is {found} again (generation {new})")
+    unsure = doubts(registry, found, alias)
+    shown(as_json, {"version": str(found), "alias": alias, "generation": new, "unsigned": unsure}, f"{name}@{alias} is {found} again (generation {new})", *(f"without a signature that counts: {why}" for why in unsure))
 
 
 @release_app.command()

@@ -41,9 +41,11 @@ class Releases(BaseModel):
     oidc_algorithms: tuple[str, ...] = ("RS256", "ES256")
     oidc_roles: str = "roles"               # the claim with roles
     oidc_name: str = "sub"                  # the claim with the person
+    gate_variables: tuple[str, ...] = ()    # variables of the environment that the kernels of gates get besides what they need to run; keys of mlray are never given
     mirrors: tuple[str, ...] = ()           # who is told of changes: mlflow, wandb
     wandb_registry: str = ""                # the registry of W&B that versions are linked to, such as model; empty: none
     signature: Literal["optional", "required"] = "optional" # whether a promotion asks for signatures of the bundle and its evidence
+    anchors: tuple[str, ...] = ()           # where heads of the audit are noted besides, signed: file:PATH, git, wandb
     signers: Path | None = None             # folder of those who are trusted to sign; empty: `signers` in `home`
 
 # %% ../nbs/02_settings.ipynb #83beee30

@@ -22,8 +22,8 @@ import yaml
 from .contract import UNREAD
 from .data import Csv, Source, Sql
 from .errors import DataError, MlrayError, SpecError, Unavailable
-from .fetch import locate, optional
-from .imported import imported
+from .fetch import locate
+from .imported import imported, optional
 from .settings import Settings
 from .topic import open_topic, scan_topic
 

@@ -9,7 +9,8 @@ read by `mlray.rows`, and that must fit into memory; what is looked at need not.
 __all__ = ['Survey', 'survey']
 
 # %% ../nbs/35b_survey.ipynb #c47fab2a
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Survey(Displayed):
     problems: tuple[Problem, ...]
     fingerprint: Fingerprint | None # of the good rows; None when there are none
     quarantine: Path | None = None  # where the bad rows lie
+    newest: Mapping[str, str] = field(default_factory=dict) # of the columns that must be fresh, ISO 8601
 
     def table(self) -> Table:
         "One line a broken rule."
@@ -70,4 +72,5 @@ def survey(
             good, bad, problems, total = good + checked.good.height, bad + checked.bad.height, merged(problems, checked.problems), named if total is None else total + named
     if not good + bad: raise DataError(f"{source.label} has no rows.")
     old = stale(contract, newest[0], now or datetime.now(UTC)) if timed else ()
-    return Survey(good, bad, (*problems.values(), *old), total if good else None, aside.close())
+    latest = {n: v.isoformat() for n, v in newest[0].row(0, named=True).items() if v is not None} if timed else {}
+    return Survey(good, bad, (*problems.values(), *old), total if good else None, aside.close(), latest)

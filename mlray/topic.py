@@ -22,7 +22,7 @@ from polars.io.plugins import register_io_source
 from .contract import UNREAD
 from .data import Kafka
 from .errors import DataError, Unavailable
-from .fetch import optional
+from .imported import optional
 
 # %% ../nbs/34a_topic.ipynb #a2b19c6b
 class _Number(str):

@@ -18,13 +18,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .gate import Finding, Verdict
 from .gate_on_papermill import GateRun
 from .registry import Version
-from .run import Run
 from .spec import RunSpec
+
+if TYPE_CHECKING: # a gate that is told of loads no torch
+    from mlray.run import Run
 
 # %% ../nbs/48a_trace_on_openlineage.ipynb #1dba1760
 PRODUCER = "https://pypi.org/project/mlray"
@@ -116,9 +118,9 @@ def _tests(verdict: Verdict) -> dict[str, Any]:
 
 # %% ../nbs/48a_trace_on_openlineage.ipynb #c1ca9335
 @contextmanager
-def traced_training(lineage: Lineage, spec: RunSpec) -> Iterator[Callable[[Run], None]]: # call it with what came of the run
+def traced_training(lineage: Lineage, spec: RunSpec) -> "Iterator[Callable[[Run], None]]": # call it with what came of the run
     "Tell of a training: that it began, and how it ended."
-    run, job, came = str(uuid.uuid4()), f"{spec.name}.train", list[Run]()
+    run, job, came = str(uuid.uuid4()), f"{spec.name}.train", list["Run"]()
     lineage.emit(lambda: _event(lineage, "START", run, job, {}, _sources(lineage, spec)))
     try: yield came.append
     except BaseException as error:
@@ -130,7 +132,7 @@ def traced_training(lineage: Lineage, spec: RunSpec) -> Iterator[Callable[[Run],
     finally: lineage.close()
 
 
-def _sources(lineage: Lineage, spec: RunSpec, done: Run | None = None) -> list[Any]:
+def _sources(lineage: Lineage, spec: RunSpec, done: "Run | None" = None) -> list[Any]:
     "The rows that are read, with their columns; when they were read, with version and number."
     from openlineage.client.event_v2 import InputDataset
     from openlineage.client.facet_v2 import dataset_version_dataset, input_statistics_input_dataset, schema_dataset
@@ -143,7 +145,7 @@ def _sources(lineage: Lineage, spec: RunSpec, done: Run | None = None) -> list[A
     return made
 
 
-def _output(lineage: Lineage, done: Run) -> Any:
+def _output(lineage: Lineage, done: "Run") -> Any:
     from openlineage.client.event_v2 import OutputDataset
     told = _model(lineage, done.version)
     return OutputDataset(told["namespace"], told["name"], facets=told["facets"])

@@ -26,12 +26,13 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import LocalProvisioner
 
 from .errors import Unavailable
+from .gate_page import known_to
 
 if TYPE_CHECKING: # the stem does without papermill
     from mlray.gate_on_papermill import GateJob, GateRun, Note
 
 # %% ../nbs/47a_warm_kernels.ipynb #99923590
-IMPORTED = ("ipykernel.ipkernel", "ipykernel.kernelapp", "ipykernel.inprocess", "IPython.core.completer", "scipy.stats", "mlray.evaluation", "mlray.explanation", "mlray.service")
+IMPORTED = ("ipykernel.ipkernel", "ipykernel.kernelapp", "ipykernel.inprocess", "IPython.core.completer", "scipy.stats", "mlray.evaluation", "mlray.explanation", "mlray.service", "mlray.portrait")
 
 
 def _tell(**said: Any) -> None: os.write(1, json.dumps(said).encode() + b"\n")
@@ -104,7 +105,7 @@ class _Stem:
     "The stem, as this process sees it."
     def __init__(self) -> None:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1") # threads do not survive a fork
-        self.process = subprocess.Popen([sys.executable, "-c", "from mlray.warm_kernels import serve; serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **threads}, start_new_session=True)
+        self.process = subprocess.Popen([sys.executable, "-c", "from mlray.warm_kernels import serve; serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**known_to(()), **threads}, start_new_session=True)
         self.codes, self.changed, self.one, self.started = dict[int, int](), Condition(), Lock(), SimpleQueue[int | None]()
         Thread(target=self._listen, daemon=True).start()
 

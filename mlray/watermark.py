@@ -20,7 +20,8 @@ from .accepted import Mark, accepted_rows, keep_batch, read_mark
 from .contract import Checked, Contract, check
 from .drift import DriftReport, drift_report
 from .errors import ContractError, DataError
-from .fetch import locate, optional, sha256_of
+from .fetch import locate, sha256_of
+from .imported import optional
 from .profile import Profile, profile
 from .rows import quarantine
 from .settings import Settings

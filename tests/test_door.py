@@ -278,3 +278,39 @@ def test_a_killed_run_leaves_a_registry_that_opens(project, delay):
     run.wait()
     registry = open_registry(read_settings(start=project, environ={}))
     for version in versions(registry): assert bundle_of(registry, version).digest == version.digest
+
+
+def test_what_was_only_looked_at_is_in_the_catalogue(mlray, project):
+    "With its fingerprint, contract, owner and bad rows; once a day; and a version made of it later joins it."
+    rows_file(project / "rows.csv")
+    spec = write(project / "s.yaml", data={"train": {"file": "rows.csv"}, "split": SPEC["data"]["split"]}, about={"data_owner": "the clinic"}, gates={}, contract=SPEC["contract"] | {"bmi": {"type": "number", "min": 10, "max": 35}}, train={"epochs": 1})
+    looked = [json.loads(mlray("check", spec, "--json")[1]) for _ in range(2)]
+    found, = json.loads(mlray("data", "rows.csv", "--json")[1])
+    state, = found["states"]
+    assert looked[0] == looked[1] and (state["digest"], state["rows"], state["bad"], state["versions"]) == (looked[0]["train"]["fingerprint"], looked[0]["train"]["good"], looked[0]["train"]["bad"], []) and state["bad"] > 0
+    assert (found["owners"], found["personal"], found["columns"]["bmi"]["max"], found["models"], found["features"]) == (["the clinic"], ["age", "sex"], 35, ["diabetes"], [])
+    assert [r["action"] for r in json.loads(mlray("audit", "--json")[1])] == ["read"] and mlray("audit", "verify")[0] == 0
+    mlray("train", spec, "--json")
+    found, = json.loads(mlray("data", state["digest"][:8], "--json")[1])
+    assert [(s["digest"], s["versions"], s["bad"]) for s in found["states"]] == [(state["digest"], ["diabetes/1"], state["bad"])] and found["features"]
+
+
+def test_a_check_does_not_hang_on_the_registry(mlray, project, monkeypatch):
+    rows_file(project / "rows.csv")
+    spec = write(project / "s.yaml", data={"train": {"file": "rows.csv"}})
+    monkeypatch.setenv("MLRAY_ACCESS", "keys")
+    status, said, err = mlray("check", spec, "--json")
+    assert status == 0 and json.loads(said)["train"]["good"] == 60 and "not noted in the catalogue" in err and "data:note is for others than nobody" in err
+
+
+@pytest.mark.parametrize(("statement", "words"), [("UPDATE readings SET rows=1", "it tells of reading"), ("DELETE FROM readings", "it tells of reading"), ("INSERT INTO readings SELECT 9, source, model, part, digest, rows, bad, source_version, about, created, actor FROM readings", "no row tells of reading"),
+                                                  ("UPDATE readings SET about='{}'", "it tells of reading")])
+def test_the_audit_vouches_for_what_was_read(tmp_path, statement, words):
+    from mlray.ledger import audit
+    from mlray.opened import Registry
+    from mlray.reading import Reading, note
+    registry = Registry(f"sqlite:///{tmp_path}/registry.db", tmp_path / "store", "ada")
+    one = Reading("s3://lake/" + "x" * 300, "tiny", "train", "5f" * 16, 3, 0, None, {"age": {"type": "number"}}, newest={"at": "2026-01-01"})
+    assert note(registry, [one]) == 1 and note(registry, [one]) == 0 and not audit(registry).faults
+    with registry.database.change() as c: c.exec_driver_sql(statement)
+    assert words in " ".join(f.why for f in audit(registry).faults)

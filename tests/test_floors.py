@@ -75,7 +75,7 @@ def loaded_after(statement: str) -> set[str]:
 @pytest.mark.parametrize(("statement", "absent"), [
     ("import mlray", {"torch", "ray", "pandas", "sklearn", "polars"}), ("import mlray.cli", {"torch", "ray", "polars", "rich.table"}),
     ("import mlray.service", {"torch", "ray", "pandas", "sklearn", "fastapi"}), ("import mlray.evaluation", {"torch", "ray", "pandas", "sklearn"}),
-    ("import mlray.haproxy", {"ray", "polars"})])
+    ("import mlray.haproxy", {"ray", "polars"}), ("import mlray.gate_on_papermill, mlray.warm_kernels, mlray.trace_on_openlineage, mlray.gate_report, mlray.portrait", {"torch", "ray", "pandas", "sklearn"})])
 def test_importing_brings_nothing_heavy(statement, absent):
     assert not absent & loaded_after(statement)
 

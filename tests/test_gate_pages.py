@@ -102,10 +102,11 @@ def test_the_pages_say_the_same(world):
         right = pages("right", "behaviour", "serving", "privacy")
         failed = {wrong: pages(wrong, gate)[gate] for wrong, gate in (("unfair", "fairness"), ("leaked", "data"), ("shuffled", "quality"))}
         again = pages("right", "serving")["serving"]
+    failed_pages = {r.gate: r for r in failed.values()}
     assert not any(r.broken for r in (*right.values(), *failed.values())), [r.broken for r in (*right.values(), *failed.values())]
     assert all(r.verdict.passed for r in right.values()) and not any(r.verdict.passed for r in failed.values()), [r.verdict.table() for r in right.values()]
-    for gate, words in {"behaviour": "skill counts", "serving": "beyond its limits", "privacy": "declared personal"}.items():
-        text = right[gate].page.decode()
+    for gate, words in {"behaviour": "skill counts", "serving": "beyond its limits", "privacy": "declared personal", "fairness": "by which definition", "data": "single_feature_roc_auc", "quality": "Where it does worst"}.items():
+        text = {**failed_pages, **right}[gate].page.decode()
         assert words in text and "<svg" in text, f"{gate} has its table and its plot"
     assert results_digest(again.verdict) == results_digest(right["serving"].verdict), "the same results, whatever the clock says"
 

@@ -153,15 +153,48 @@ def test_a_page_keeps_no_secret_and_no_place(tmp_path, monkeypatch):
     monkeypatch.setenv("WAREHOUSE_PASSWORD", "correct horse battery")
     monkeypatch.setenv("MLRAY_HOME", str(tmp_path / "home"))
     leak = "import os, socket, sys\nprint(os.environ['WAREHOUSE_PASSWORD'])\nprint('postgresql://ada:lovelace1815@db/rows')\nprint(os.environ['MLRAY_HOME'], socket.gethostname(), sys.prefix)\n'ghp_' + 'a1B2' * 9"
-    run = run_gate(page(tmp_path / "g.ipynb", GOOD, leak), {})
+    run = run_gate(page(tmp_path / "g.ipynb", GOOD, leak), {}, named=["WAREHOUSE_PASSWORD"])
     assert not run.verdict.passed and "WAREHOUSE_PASSWORD" in run.broken and "form of a key" in run.broken
     import socket
     import sys
     text = run.page.decode()
     for told in ("correct horse battery", "lovelace1815", "a1B2a1B2", str(tmp_path), f"<home> {socket.gethostname()}", sys.prefix): assert told not in text
     assert "<home>" in text and "<host>" in text
-    raised = run_gate(page(tmp_path / "h.ipynb", GOOD, "raise ValueError(os.environ['WAREHOUSE_PASSWORD'] + os.environ['MLRAY_HOME'])", parameters="import os\nversion: str = ''"), {})
+    raised = run_gate(page(tmp_path / "h.ipynb", GOOD, "raise ValueError(os.environ['WAREHOUSE_PASSWORD'] + os.environ['MLRAY_HOME'])", parameters="import os\nversion: str = ''"), {}, named=["WAREHOUSE_PASSWORD"])
     assert "battery" not in raised.page.decode() + raised.broken + str(raised.verdict) and str(tmp_path) not in raised.page.decode() + raised.broken
+
+
+SEEN = "import os, pathlib\nseen = os.environ.keys() | {v.partition('=')[0] for v in pathlib.Path('/proc/self/environ').read_text().split(chr(0))}\n"
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_kernel_gets_no_secret_that_nobody_named(tmp_path, monkeypatch, warm):
+    "Nor can it read one in the environment that its process began with."
+    from contextlib import nullcontext
+
+    from jupyter_client import AsyncKernelManager
+
+    from mlray.warm_kernels import warm_kernels
+    kept = ("MLRAY_SIGNING_KEY", "MLRAY_AUDIT_KEY", "MLRAY_API_KEY", "MLRAY_JOURNAL_KEYS", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "WAREHOUSE_URI", "GITHUB_TOKEN")
+    for name in (*kept, "HF_TOKEN", "LAKE_URI"): monkeypatch.setenv(name, "a value of its own")
+    monkeypatch.setenv("MLRAY_ENV", "staging")
+    path = page(tmp_path / "g.ipynb", SEEN + f"assert not seen & set({kept!r}), seen\nassert os.environ['MLRAY_ENV'] == 'staging' and {{'HF_TOKEN', 'LAKE_URI', 'PATH', 'HOME'}} <= os.environ.keys()", GOOD)
+    path.write_text(path.read_text().replace('"parameters"\n', '"parameters", "variables=HF_TOKEN"\n'))
+    with warm_kernels() if warm else nullcontext(AsyncKernelManager) as kind: run = run_gate(path, {}, kind=kind, named=["LAKE_URI", "MLRAY_SIGNING_KEY"])
+    assert run.verdict.passed, run.broken
+
+
+def test_what_a_spec_names_is_given_and_keys_never(settings, diabetes, tmp_path):
+    from mlray.data import Source
+    from mlray.gate_page import known_to, needs_of, reached_by
+    at = lambda **source: diabetes.model_copy(update={"data": diabetes.data.model_copy(update={"train": Source(**source)})})
+    assert reached_by(diabetes, settings) == () and reached_by(at(sql={"uri_env": "LAKE_URI", "query": "select 1"}), settings) == ("LAKE_URI",)
+    remote = settings.model_copy(update={"store": "gs://bucket/x", "registry": "postgresql://ada@db/r", "gate_variables": ("HF_TOKEN",)})
+    assert reached_by(at(file="s3://bucket/rows.parquet"), remote) == ("GOOGLE_", "PG", "AWS_", "HF_TOKEN")
+    assert set(known_to(("PG", "AWS_"), dict.fromkeys(("PGPASSWORD", "AWS_SESSION_TOKEN", "AWSX", "MLRAY_AUDIT_KEY", "https_proxy"), "x"))) == {"PGPASSWORD", "AWS_SESSION_TOKEN", "https_proxy"}
+    path = page(tmp_path / "g.ipynb", GOOD)
+    path.write_text(path.read_text().replace('"parameters"\n', '"parameters", "variables=MLRAY_SIGNING_KEY"\n'))
+    with pytest.raises(GateError, match="any variable but the keys of mlray"): needs_of(path)
 
 
 def test_the_same_gate_twice_is_the_same_page(tmp_path):

@@ -1,13 +1,16 @@
 """Who may let what out: roles, approvals, freezes, requests that are answered once, tokens of an identity provider; on SQLite and on PostgreSQL, and every refusal in the audit."""
 import json
+import os
 import random
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +21,7 @@ import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from mlray.access import ACTIONS, ROLES, Caller, allowed, new_key
+from mlray.anchoring import anchor
 from mlray.bundle import pack
 from mlray.database import HEAD, OUTBOX, REQUESTS, Database
 from mlray.errors import Conflict, Refused, RegistryError, Unavailable
@@ -27,6 +31,7 @@ from mlray.outbox import deliver, send_again, waiting
 from mlray.plan import set_share
 from mlray.policy import Policy, windows
 from mlray.proof import change_signer, sign
+from mlray.reading import Reading, note, readings
 from mlray.registry import (
     Registry,
     add_evidence,
@@ -162,8 +167,9 @@ DEEDS = {
     "model:deprecate": lambda r, v, tmp: deprecate(r, v[0], "old", "2099-01-01"), "model:retire": lambda r, v, tmp: retire(r, v[2], "old"), "key:create": lambda r, v, tmp: add_key(r, new_key("viewer")[0]),
     "model:sign": lambda r, v, tmp: sign(r, v[0]), "signer:change": lambda r, v, tmp: change_signer(r, "create", f"s{uuid4().hex[:6]}"),
     "key:revoke": lambda r, v, tmp: revoke_key(r, keys(r)[0].id, "lost"), "traffic:set": lambda r, v, tmp: set_share(r, "tiny", 0.0), "rollout:step": rolled_out, "mirror:deliver": lambda r, v, tmp: (deliver(r, {}), send_again(r, "mlflow")),
+    "data:note": lambda r, v, tmp: note(r, [Reading("people.csv", "tiny", "train", "5f" * 16, 3, 0, None, {})]), "audit:read": lambda r, v, tmp: anchor(r, "tiny", []),
 }
-OF_A_MODEL = {a for a in DEEDS if a.startswith(("model:", "traffic:", "rollout:"))}
+OF_A_MODEL = {a for a in DEEDS if a.startswith(("model:", "traffic:", "rollout:", "data:"))}
 
 
 def test_every_change_goes_through_the_matrix(tmp_path):
@@ -213,7 +219,7 @@ def test_commands_act_as_the_bearer_of_the_key(tmp_path, monkeypatch):
     with pytest.raises(Refused, match="for others than nobody"): promote(as_("grace"), found)
     monkeypatch.setenv("MLRAY_API_KEY", made["root"][1])
     assert promote(open_registry(settings), found) == 1 and not audit(open_registry(settings)).faults
-    assert made["root"][1].split("_")[2] not in Path(tmp_path / "home/registry.db").read_bytes().decode("latin1"), "a secret was kept"
+    assert made["root"][1].split("_", 2)[2] not in Path(tmp_path / "home/registry.db").read_bytes().decode("latin1"), "a secret was kept"
 
 
 # Asked once
@@ -359,6 +365,42 @@ def test_an_mlflow_folder_follows_the_aliases_and_an_old_letter_changes_nothing(
     with pytest.raises(BundleError, match="not the file that was packed"): _load_pyfunc(str(model.parent))
 
 
+MLFLOW = os.environ.get("MLRAY_MLFLOW", "") # a Python that has mlflow and what mlray needs
+
+
+@pytest.mark.chaos
+@pytest.mark.skipif(not MLFLOW, reason="MLRAY_MLFLOW names no Python with mlflow: python -m venv --system-site-packages mf && mf/bin/pip install mlflow")
+def test_mlflow_itself_serves_the_folder(house, proved, tmp_path):
+    "`mlflow models serve` and `mlflow.pyfunc.load_model` take what the mirror has written, and answer as mlray does, to the bit."
+    import httpx
+
+    from mlray.bundle import predict
+    from mlray.mirror_on_mlflow import export_model
+    from mlray.registry import bundle_of
+    from tests.conftest import free_port
+    bundle, port, rows = bundle_of(house("root", "admin"), proved[0]), free_port(), [{"age": 50.0}, {"age": 1.5}, {"age": 99.25}]
+    folder, mine = export_model(bundle, proved[0], tmp_path / "model"), predict(bundle, {"age": [r["age"] for r in rows]}, len(rows)).tolist()
+    environment = os.environ | {"PATH": f"{Path(MLFLOW).parent}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parents[1]), "MLFLOW_TRACKING_URI": f"file:{tmp_path}/runs"}
+    loaded = f"import json, mlflow, pandas; print(json.dumps(mlflow.pyfunc.load_model({str(folder)!r}).predict(pandas.DataFrame({rows!r}))))"
+    answers = json.loads(subprocess.run([MLFLOW, "-c", loaded], capture_output=True, text=True, check=True, env=environment).stdout.splitlines()[-1])
+    log = tmp_path / "serve.log"
+    with open(log, "wb") as said: server = subprocess.Popen([MLFLOW, "-m", "mlflow", "models", "serve", "-m", str(folder), "-h", "127.0.0.1", "-p", str(port), "--env-manager", "local"], env=environment, stdout=said, stderr=said, start_new_session=True)
+    try:
+        end = time.monotonic() + 240
+        while True:
+            assert server.poll() is None and time.monotonic() < end, log.read_text()[-2000:]
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/ping", timeout=5).status_code == 200: break
+            except httpx.HTTPError: time.sleep(0.5)
+        served = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"dataframe_records": rows}, timeout=60).json()["predictions"]
+        refused = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"dataframe_records": [{"age": "old"}]}, timeout=60)
+    finally:
+        with suppress(ProcessLookupError): os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+    print({"served": served, "refused": refused.status_code})
+    assert served == answers and [a["score"] for a in served] == mine and 400 <= refused.status_code < 500
+
+
 # Schemas of the past
 
 def test_a_registry_of_schema_0002_is_brought_along(url, tmp_path, monkeypatch):
@@ -376,17 +418,37 @@ def test_a_registry_of_schema_0002_is_brought_along(url, tmp_path, monkeypatch):
     assert [v.parent for v in versions(registry)] == [None] * 3 and not approvals(registry, versions(registry)[0])
 
 
-def as_of_0002(url: str) -> None:
-    "A PostgreSQL database at schema 0002, with the golden rows."
+def test_a_registry_of_schema_0004_is_brought_along(url, tmp_path, monkeypatch):
+    "With approvals, signatures, lineage, a sunset, an outbox and a request that was answered once."
+    monkeypatch.setenv("MLRAY_AUDIT_KEY", "golden-" * 5 + "golden")
+    (tmp_path / "home").mkdir(exist_ok=True)
+    if url.startswith("sqlite"):
+        with sqlite3.connect(tmp_path / "home/registry.db") as db: db.executescript((GOLDEN / "registry_0004.sql").read_text())
+        db.close()
+    else: as_of("0004", url)
+    registry = Registry(url, tmp_path / "home/store", "alan", policy=Policy(gates=("quality",)))
+    with registry.database.change() as c: assert c.exec_driver_sql("select version_num from alembic_version").scalar() == HEAD >= "0005"
+    three, two, one = versions(registry)
+    assert not audit(registry).faults and len(audit(registry).entries) == 20 and one.aliases == ("production",) and (three.sunset, three.successor, bool(three.retired)) == ("2026-01-31", "tiny/2", True)
+    assert [(a.actor, a.note, a.spent) for a in approvals(registry, two)] == [("grace", "seen", 2)] and environment_of(registry, one) == "polars==2.1.0\n" and [k.revoked is None for k in keys(registry)] == [True, False]
+    assert len(waiting(registry, "mlflow")) == 8 and not readings(registry) and note(registry, [Reading("people.csv", "tiny", "train", "5f" * 16, 3, 0, None, {})]) == 1
+    assert promote(registry, two, expect=3) == 4 and not audit(registry).faults
+
+
+def as_of_0002(url: str) -> None: as_of("0002", url)
+
+
+def as_of(schema: str, url: str) -> None:
+    "A PostgreSQL database of an old schema, with the golden rows."
     import sqlalchemy as sa
     from alembic import command
     from alembic.config import Config
     engine, golden = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://")), sqlite3.connect(":memory:")
-    golden.executescript((GOLDEN / "registry_0002.sql").read_text())
+    golden.executescript((GOLDEN / f"registry_{schema}.sql").read_text())
     with engine.begin() as connection:
         config = Config(attributes={"connection": connection, "adopt": lambda c: None})
         config.set_main_option("script_location", str(Path(__file__).parents[1] / "mlray/migrations"))
-        command.upgrade(config, "0002")
+        command.upgrade(config, schema)
         meta = sa.MetaData()
         meta.reflect(connection)
         for table in [t for t in meta.sorted_tables if t.name != "alembic_version"]:
@@ -597,6 +659,57 @@ def test_from_a_cluster_what_is_asked_happens_once_though_the_actor_is_killed(ra
     with pytest.raises(Refused, match="may not be promoted to production: it has no verdict of the gate quality"): RegistryOnRay(amended(settings, registry=f"sqlite:///{settings.home}/./registry.db", gates=("quality",))).ask("promote", found[0])
     with pytest.raises(RegistryError, match="not asked for"): afar.ask("alone")
     for name in [a["Name"] for a in ray._private.state.actors().values() if a["State"] == "ALIVE" and a["Name"].startswith("mlray.registry.")]: ray.kill(ray.get_actor(name, namespace="mlray"))
+
+
+TWO_NODES = """
+import json, sys
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+from mlray.ledger import audit
+from mlray.opened import open_registry
+from mlray.registry_on_ray import RegistryOnRay
+from mlray.settings import Settings
+from tests.test_registry import tiny
+folder = Path(sys.argv[1])
+settings = Settings(home=folder / "home", gates=())
+cluster = Cluster()
+head = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+second = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+ray.init(address=cluster.address, log_to_driver=False)
+
+@ray.remote(num_cpus=0.5, max_retries=0)
+def there(number):
+    afar, at = RegistryOnRay(settings), ray.get_runtime_context().get_node_id()
+    found = afar.register(tiny(folder / f"made{number}", number), {"values": {}}, {"run": f"tiny-{number}"})
+    return at, str(found), afar.ask("promote", found), afar.bundle_of(found, folder / f"cache{number}").digest == found.digest
+
+on = lambda node: On(node.node_id, soft=False)
+said = [ray.get(there.options(scheduling_strategy=on(node)).remote(n)) for n, node in enumerate((second, head, second), 1)]
+desk = next(a for a in ray._private.state.actors().values() if a["State"] == "ALIVE" and a["Name"].startswith("mlray.registry."))
+at = {second.node_id: "second", head.node_id: "head"}
+cluster.remove_node(second, allow_graceful=False)
+third = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+at[third.node_id] = "third"
+said.append(ray.get(there.options(scheduling_strategy=on(third)).remote(4)))
+found = audit(open_registry(settings))
+print(json.dumps({"said": [(at[n], *rest) for n, *rest in said], "desk": at[desk["Address"]["NodeID"]], "rows": [(e.action, e.object) for e in found.entries], "faults": len(found.faults)}))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.chaos
+def test_a_registry_in_a_file_is_asked_from_other_nodes_and_outlives_them(tmp_path):
+    "Two raylets and a third after one was killed: the file stays with the head's actor, whoever asks. In a process of its own, for it has a cluster of its own."
+    done = subprocess.run([sys.executable, "-c", TWO_NODES, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parents[1], env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    print(told)
+    assert told["said"] == [["second", "tiny/1", 1, True], ["head", "tiny/2", 2, True], ["second", "tiny/3", 3, True], ["third", "tiny/4", 4, True]]
+    assert told["desk"] == "head" and told["rows"] == [[a, f"tiny/{n}"] for n in (1, 2, 3, 4) for a in ("register", "promote")] and told["faults"] == 0
 
 
 def test_with_postgresql_every_node_asks_for_itself(house, proved, url, tmp_path):

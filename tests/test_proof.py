@@ -11,12 +11,25 @@ from pathlib import Path
 
 import pytest
 
+from mlray.anchoring import FilePlace, GitPlace, anchor, verify as verify_audit
 from mlray.database import SIGNATURES
 from mlray.errors import RegistryError, SignatureError
 from mlray.gate import judge
 from mlray.ledger import audit
 from mlray.proof import sign, verify, write_proof
-from mlray.registry import Policy, Registry, Version, add_evidence, evidence, open_registry, promote, register, version
+from mlray.registry import (
+    Policy,
+    Registry,
+    Version,
+    add_evidence,
+    doubts,
+    evidence,
+    open_registry,
+    promote,
+    register,
+    rollback,
+    version,
+)
 from mlray.settings import read_settings
 from mlray.signature import (
     create_signer,
@@ -241,6 +254,103 @@ def test_model_signing_accepts_a_bundle_and_refuses_a_changed_one(registry, tmp_
     Config().use_elliptic_key_signer(private_key=registry.attestor.folder / f"{made.id}.key").sign(folder / "bundle", folder / "theirs.sig")
     theirs, ours = (json.loads(base64.b64decode(json.loads((folder / f"{name}.sig").read_text())["dsseEnvelope"]["payload"])) for name in ("theirs", "model"))
     assert theirs["predicate"]["resources"] == ours["predicate"]["resources"] and theirs["subject"][0]["digest"] == ours["subject"][0]["digest"], "what they sign of a bundle is what we sign"
+
+
+# Going back
+
+def test_going_back_is_always_possible_and_says_what_is_not_signed(registry, tmp_path):
+    "A signer that was revoked since takes no way back; what is doubtful is told, and stands in the audit."
+    lost = create_signer(registry.attestor.folder, "ada", NOW)
+    one, two = (proved(registry, tmp_path, seed) for seed in (1, 2))
+    for v in (one, two): promote(registry, v)
+    assert rollback(registry, "tiny")[0] == version(registry, "tiny/1") and not doubts(registry, one)
+    promote(registry, two)
+    revoke_signer(registry.attestor.folder, lost.id, "the laptop was stolen", NOW)
+    with pytest.raises(RegistryError, match="no signature that counts"): promote(registry, one, "production")
+    assert rollback(registry, "tiny")[0].number == 1 and [d.split(":")[0] for d in doubts(registry, one)] == ["its bundle has no signature that counts", "the evidence of the gate quality has no signature that counts"]
+    with registry.database.change() as c: told = [e.details.get("unsigned") for e in registry.database.entries(c) if e.action == "rollback"]
+    assert told[0] is None and len(told[1]) == 2 and "laptop was stolen" in told[1][0] and not audit(registry).faults
+
+
+# Heads of the audit, elsewhere
+
+def cut(registry: Registry, row: int) -> None:
+    "Take the end away, with the anchors that lie beside the database."
+    alone(registry, f"DELETE FROM events WHERE seq>={row}")
+    registry.database._anchor.unlink()
+
+
+def rewritten(registry: Registry) -> None:
+    "The same story with another actor, sealed with the right key; and anchors that fit it."
+    from mlray.audit import seal
+    from mlray.database import EVENTS, audit_key
+    alone(registry)
+    with registry.database.change() as c:
+        old, last = registry.database.entries(c), None
+        for e in old:
+            last = seal(audit_key(registry.database.folder, make=False), last, e.created, "eve" if e.seq == 2 else e.actor, e.action, e.object, e.details)
+            c.execute(EVENTS.update().where(EVENTS.c.seq == e.seq).values(**vars(last)))
+    registry.database._anchor.write_text(json.dumps({"seq": last.seq, "mac": last.mac}))
+
+
+def repository(folder: Path) -> Path:
+    for words in (["init", "-q"], ["-c", "user.name=ada", "-c", "user.email=ada@localhost", "commit", "-q", "--allow-empty", "-m", "first"]): subprocess.run(["git", "-C", str(folder), *words], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("where", ["file", "git"])
+@pytest.mark.parametrize(("tamper", "words"), [(lambda r: cut(r, 3), "is not there"), (rewritten, "written anew")], ids=["cut off", "written anew"])
+def test_a_head_elsewhere_shows_what_nothing_here_does(registry, tmp_path, where, tamper, words):
+    create_signer(registry.attestor.folder, "ada", NOW)
+    (tmp_path / "project").mkdir()
+    place = FilePlace(tmp_path / "worm/heads.jsonl") if where == "file" else GitPlace(repository(tmp_path / "project"))
+    proved(registry, tmp_path)
+    anchor(registry, "clinic", [place])
+    for seed in (2, 3): proved(registry, tmp_path, seed)
+    anchor(registry, "clinic", [place])
+    anchor(registry, "another registry", [place])
+    assert verify_audit(registry, "clinic", [place]).outside == {place.name: 6} and not verify_audit(registry, "clinic", [place]).faults
+    tamper(registry)
+    assert not {f.seq for f in audit(registry).faults} - {0}, "all rows that are here agree with each other, and with the anchors beside them"
+    assert words in {f.seq: f.why for f in verify_audit(registry, "clinic", [place]).faults}[6]
+
+
+def test_a_head_that_was_forged_is_told_and_does_not_count(registry, tmp_path):
+    mine = create_signer(registry.attestor.folder, "ada", NOW)
+    place = FilePlace(tmp_path / "heads.jsonl")
+    proved(registry, tmp_path)
+    head, done = anchor(registry, "clinic", [place, GitPlace(tmp_path)])
+    assert done[place.name] == "" and "took no note" in done["git notes"]
+    line, = place.lines()
+    read = json.loads(line)
+    forged = read | {"payload": base64.b64encode(base64.b64decode(read["payload"]).replace(head.mac.encode(), b"0" * 64)).decode()}
+    create_signer(tmp_path / "theirs", "eve", NOW)
+    by_eve = envelope(signing_keys(tmp_path / "theirs", {})[0], base64.b64decode(forged["payload"]))
+    for more in (json.dumps(forged).encode(), by_eve, b"no JSON", b"{}", b'{"payload": "e30="}'): place.add(more)
+    found = verify_audit(registry, "clinic", [place])
+    assert [f.seq for f in found.faults] == [2, 2] and {"was changed" in f.why or "not known here" in f.why for f in found.faults} == {True} and found.outside == {place.name: 2}
+    place.path.write_bytes(line)
+    assert not verify_audit(registry, "clinic", [place]).faults and verify_audit(registry, "clinic", [place], trusted=signers(tmp_path / "theirs")).faults, "only those count who are trusted"
+    revoke_signer(registry.attestor.folder, mine.id, "lost", NOW)
+    found = verify_audit(registry, "clinic", [place])
+    assert not found.faults and found.outside == {place.name: 0} and "not at all" in found.table().title
+
+
+def test_the_audit_is_anchored_by_a_command(mlray, project):  # noqa: F811
+    (project / "settings.ini").write_text("[DEFAULT]\ntracking = disabled\nanchors = file:worm/heads.jsonl git\n[local]\n")
+    letter(*mlray("audit", "anchor")[::2], "`mlray signer create NAME` makes one")
+    mlray("signer", "create", "ada")
+    status, said, _ = mlray("audit", "anchor", "--json")
+    assert status == 3 and [p["noted"] for p in json.loads(said)["places"]] == [True, False], "this folder is no repository yet"
+    repository(project)
+    assert mlray("audit", "anchor")[0] == 0 and json.loads(mlray("audit", "verify", "--json")[1])["outside"] == {f"the file {(project / 'worm/heads.jsonl').resolve()}": 1, "git notes": 1}
+    letter(*mlray("audit", "anchor", "--to", "gti")[::2], "Did you mean 'git'")
+    assert mlray("audit", "verify", "--at", "wandb")[0] == 3
+    registry = open_registry(read_settings())
+    cut(registry, 1)
+    registry.database._engine.dispose()
+    status, said, _ = mlray("audit", "verify")
+    assert status == 1 and "cut off" in said
 
 
 # The commands

@@ -181,6 +181,28 @@ def test_json_alone_is_printed_when_json_is_asked_for(tmp_path):
     assert json.loads(done.stdout)["version"] == "diabetes/1" and done.stderr == ""
 
 
+@pytest.mark.chaos
+def test_heads_of_the_audit_come_back_from_wandb(tmp_path, server):
+    from mlray.anchoring import anchor, verify
+    from mlray.audit import Anchor
+    from mlray.policy import Policy
+    from mlray.registry import Registry, register
+    from mlray.signature import create_signer
+    from mlray.track_on_wandb import WandbPlace
+    from tests.test_registry import tiny
+    registry, place = Registry(f"sqlite:///{tmp_path}/registry.db", tmp_path / "store", "ada", policy=Policy(gates=())), WandbPlace(tmp_path / "runs")
+    create_signer(registry.attestor.folder, "ada", "2026-01-01T00:00:00+00:00")
+    _, second = (register(registry, tiny(tmp_path, seed), {}) for seed in (1, 2))
+    for _ in range(2): assert anchor(registry, "mlray/local", [place])[1] == {place.name: ""}
+    assert [run.config.keys() for run in server.runs.values()] == [{"anchor", "_wandb"}], "the same head is the same run"
+    found = verify(registry, "mlray/local", [place])
+    assert found.outside == {place.name: 2} and not found.faults and not server.unknown
+    with registry.database.change() as c:
+        for statement in ("DROP TRIGGER events_kept_DELETE", "DELETE FROM events WHERE seq=2", "DELETE FROM versions WHERE number=2", f"DELETE FROM signatures WHERE about='{second.digest}'"): c.exec_driver_sql(statement)
+    registry.database._anchor.write_text(json.dumps(vars(Anchor(1, verify(registry, "x", []).entries[0].mac))))
+    assert not verify(registry, "mlray/local", []).faults and [f.seq for f in verify(registry, "mlray/local", [place]).faults] == [2]
+
+
 def test_a_mirror_tells_wandb_what_the_registry_did(tmp_path, server):
     from mlray.outbox import deliver, send_again, waiting
     from mlray.policy import Policy

@@ -21,6 +21,7 @@ class Recorded:
     name: str
     project: str
     group: str | None = None
+    job_type: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -120,7 +121,7 @@ class WandbServer:
         run = self.runs.setdefault(name, Recorded(name, v.get("project") or ""))
         if v.get("config"): run.config |= json.loads(v["config"])
         if v.get("summaryMetrics"): run.summary |= json.loads(v["summaryMetrics"])
-        run.group = v.get("groupName") or run.group
+        run.group, run.job_type = v.get("groupName") or run.group, v.get("jobType") or run.job_type
         project = {"id": gid("Project", run.project), "name": run.project, "entity": {"id": gid("Entity", "local"), "name": "local"}}
         bucket = {"id": gid("Run", name), "name": name, "displayName": name, "description": None, "config": "{}", "sweepName": None, "project": project, "historyLineCount": len(run.history)}
         return {"upsertBucket": {"bucket": bucket, "inserted": True}}
@@ -153,6 +154,16 @@ class WandbServer:
         at = (v.get("input") or v)["artifactID"]
         self.artifacts[int(at)]["state"] = "COMMITTED"
         return {"commitArtifact": {"artifact": {"id": at, "digest": self.artifacts[int(at)]["digest"]}}}
+
+    def op_GetDefaultEntity(self, v: dict[str, Any]) -> Any: return {"viewer": {"id": "1", "entity": "local"}}
+
+    def op_Runs(self, v: dict[str, Any]) -> Any:
+        node = lambda r: {"id": gid("Run", r.name), "tags": [], "name": r.name, "displayName": r.name, "sweepName": None, "state": "finished", "config": json.dumps(r.config), "group": r.group, "jobType": r.job_type, "commit": None, "readOnly": False,
+                          "createdAt": "2026-01-01T00:00:00", "heartbeatAt": "2026-01-01T00:00:00", "description": "", "notes": None, "systemMetrics": "{}", "summaryMetrics": json.dumps(r.summary), "historyLineCount": len(r.history), "user": {"name": "local", "username": "local"},
+                          "historyKeys": None, "projectId": 1}
+        asked = json.loads(v.get("filters") or "{}").get("jobType")
+        found = [r for r in self.runs.values() if asked in (None, r.job_type)]
+        return {"project": {"internalId": 1, "runCount": len(found), "readOnly": False, "runs": {"edges": [{"node": node(r), "cursor": r.name} for r in found], "pageInfo": {"endCursor": None, "hasNextPage": False}}}}
 
     def op_RunResumeStatus(self, v: dict[str, Any]) -> Any:
         run = self.runs.get(v["name"])
