@@ -37,7 +37,9 @@ from mlray.commands import (
     until_stopped,
     versions_to_serve,
 )
+from .console_cli import console_app
 from .errors import MlrayError, ServingError, suggest
+from .lab_cli import lab_app
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 from .release_cli import release_app
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-_NOT_BUILT = frozenset({"console", "export", "lab", "predict", "retrain", "schedule"})
+_NOT_BUILT = frozenset({"export", "predict", "retrain", "schedule"})
 
 
 class _Commands(TyperGroup):
@@ -67,6 +69,8 @@ app.add_typer(release_app)
 app.add_typer(serve_app)
 app.add_typer(proof_app)
 app.add_typer(papers_app)
+app.add_typer(console_app)
+app.add_typer(lab_app)
 app.add_typer(audit_app, name="audit")
 app.add_typer(cluster_app, name="cluster")
 Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, such as configs/adult.yaml.")]

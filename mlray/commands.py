@@ -243,8 +243,9 @@ def plan_for(references: Sequence[str], settings: "Settings") -> "Plan":
 
 def deploy_versions(references: Sequence[str], settings: "Settings") -> None:
     "Put models up, inside a cluster; returns when they answer."
+    from mlray.console_acts import console_of
     from mlray.serve_on_ray import deploy
-    deploy(plan_for(references, settings), references, settings)
+    deploy(plan_for(references, settings), references, settings, console_of if settings.console else None)
 
 
 def until_stopped() -> None:

@@ -16,7 +16,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -152,8 +152,10 @@ class Gateway:
         references: Sequence[str] = (),         # what to follow in the registry; nothing: the plan stays
         settings: Settings | None = None,
         handles: Mapping[str, Any] | None = None, # predictors of models that are apart
+        console: Callable[[Settings], Callable[[Request], Awaitable[Response]]] | None = None, # makes the pages for people; None: there are none
     ):
         settings = settings or Settings()
+        self.console = console(settings) if console else None
         self.routes, self.meters = Routes(), Meters(uuid4().hex[:8])
         self.scoring = Scoring(handles or {}, self.meters)
         self.shadow = Shadow(self.meters, settings.shadow_queued, self.scoring.listening)
@@ -183,6 +185,7 @@ class Gateway:
             if name not in self.scoring.handles: line.production.warm() # type: ignore[union-attr]
 
     async def __call__(self, request: Request) -> Response:
+        if self.console and request.url.path.startswith("/console"): return await self.console(request)
         sent = request.headers.get("x-request-id", "")
         request_id = sent if _ID.fullmatch(sent) else uuid4().hex
         try: reply = await self.reply(request, request_id)
@@ -248,25 +251,27 @@ def bound(
     plan: Plan,
     references: Sequence[str], # what was asked for: names, name@alias, name/3
     settings: Settings,
+    console: Any = None,        # as `Gateway` takes it
 ) -> Any: # an application of Ray Serve
     "The gateway, as Serve runs it."
     from ray import serve
     deployment: Any = serve.deployment(Gateway, num_replicas=settings.replicas, max_ongoing_requests=64, max_queued_requests=settings.max_queued, health_check_period_s=5,
                                   graceful_shutdown_wait_loop_s=0.1, graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": 0.5})
-    return deployment.bind(plan, list(references), settings.model_copy(update={"home": settings.home.resolve()}), _predictors(plan))
+    return deployment.bind(plan, list(references), settings.model_copy(update={"home": settings.home.resolve()}), _predictors(plan), console)
 
 
 def deploy(
     plan: Plan,
     references: Sequence[str],  # what the replicas follow in the registry; nothing: the plan stays
     settings: Settings,
+    console: Any = None,        # as `Gateway` takes it
 ) -> None:
     "Put the gateway up; needs a connection to Ray. Returns when it answers. Raises `ServingError`."
     from ray import serve
     from ray.serve.config import HTTPOptions
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
-    try: serve.run(bound(plan, references, settings), name="mlray", route_prefix="/")
+    try: serve.run(bound(plan, references, settings, console), name="mlray", route_prefix="/")
     except RuntimeError as error: raise ServingError(f"The service did not start: {str(error).strip().splitlines()[-1]}") from error
     _wait_for(settings)
 
