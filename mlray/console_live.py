@@ -69,9 +69,15 @@ def minutes_chart(
     for (number, arm), part in sorted(hour.partition_by("version", "arm", as_dict=True).items()):
         by = dict(part.select("ago", "requests").iter_rows())
         lines[f"{name}/{number} {arm}"] = [(float(-m), float(by.get(m, 0))) for m in range(MINUTES - 1, 0, -1)]
-    return line_chart(lines, "Requests a minute", "minutes from now", "", size=(640, 300))
+    return line_chart(lines, "Requests a minute", "minutes from now", "", size=(1040, 280))
 
 # %% ../nbs/49aa_console_live.ipynb #f78bef63
+def _sums(hour: pl.DataFrame, number: str, arm: str) -> tuple[int, int, int, float]: # requests, errors, refused, milliseconds
+    if not hour.height: return 0, 0, 0, math.nan
+    mine = hour.filter((pl.col("version") == number) & (pl.col("arm") == arm))
+    return int(mine["requests"].sum()), int(mine["errors"].sum()), int(mine["refused"].sum()), max((x for x in mine["p99"].to_list() if x is not None), default=math.nan) * 1000
+
+
 def _serving(visit: Visit, now: float) -> list[dict[str, object]]:
     "Each model that is in production, with its shares and its last hour."
     hour, made = last_hour(visit.settings, now), []
@@ -81,9 +87,7 @@ def _serving(visit: Visit, now: float) -> list[dict[str, object]]:
     for name, at in sorted(by.items()):
         if "production" not in at or not visit.may("metrics:read", name): continue
         share, mine = share_of(visit.registry, name) if "canary" in at else 0.0, hour.filter(pl.col("model") == name) if hour.width else hour
-        total = lambda number, what, mine=mine: int(mine.filter(pl.col("version") == number)[what].sum()) if mine.height else 0
-        slowest = lambda number, mine=mine: max((x for x in mine.filter(pl.col("version") == number)["p99"].to_list() if x is not None), default=math.nan) * 1000 if mine.height else math.nan
-        lines = [(role, str(v), f"{part:.0%}", total(n, "requests"), total(n, "errors"), total(n, "refused"), slowest(n)) for role, part in (("production", 1 - share), ("canary", share), ("shadow", 0.0)) if (v := at.get(role)) and (n := str(v.number))]
+        lines = [(role, str(v), f"{part:.0%}", *_sums(mine, str(v.number), role)) for role, part in (("production", 1 - share), ("canary", share), ("shadow", 0.0)) if (v := at.get(role))]
         made.append({"name": name, "table": table(["for", "version", "share", "requests", "errors", "refused", "slowest minute's p99, ms"], lines, f"{name}, the last hour"), "chart": minutes_chart(mine, name) if mine.height else None})
     return made
 
@@ -212,10 +216,10 @@ _SERVING = """{% if not serving %}<div class="empty"><p>No model is in productio
 _TRAFFIC = """{% extends "layout" %}{% block content %}<h1>Traffic</h1><p class="soft">Who answers how much.</p><p class="live" id="line" hidden><span>Live</span><button class="plain" type="button">Pause</button></p><div id="live" data-live="/console/traffic/live" data-line="line">{% include "serving" %}</div>{% endblock %}
 """
 _WATCH = """{% extends "layout" %}{% block content %}<p class="crumbs"><a href="/console">Models</a> / <a href="/console/models/{{ v.name }}">{{ v.name }}</a> / <a href="/console/models/{{ v }}">{{ v }}</a></p><h1>How {{ v }} fares</h1>{% if not report %}<div class="empty"><p>Nothing was counted yet. Where the journal is on, this counts what is new and tells of what is wrong:</p><pre>mlray monitor {{ v }}</pre></div>{% else %}<ul class="pills"><li>{% if report.verdict.findings %}{{ pill(report.verdict.passed, "promises about groups " ~ ("kept" if report.verdict.passed else "broken")) }}{% else %}{{ pill(none, "no promise about groups to judge") }}{% endif %}</li><li>{{ pill(none if not report.drift.moved else false, report.drift.moved|length ~ " of " ~ report.drift.columns|length ~ " columns moved") }}</li>{% for t in loud %}<li>{{ pill(false, "alert: " ~ t.measure) }}</li>{% endfor %}</ul>
-{% if arms|length > 1 %}<ul class="sub">{% for a in arms %}<li>{% if a == arm %}<b>{{ a }}</b>{% else %}<a href="?arm={{ a|urlencode }}">{{ a }}</a>{% endif %}</li>{% endfor %}</ul>{% endif %}<ul class="plain">{% for text in report.sentences %}<li>{{ text }}</li>{% endfor %}</ul>
+{% if arms|length > 1 %}<ul class="sub">{% for a in arms %}<li>{% if a == arm %}<b>{{ a }}</b>{% else %}<a href="?arm={{ a|urlencode }}">{{ a }}</a>{% endif %}</li>{% endfor %}</ul>{% endif %}<ul class="plain">{% for text in report.sentences %}<li>{{ text|told }}</li>{% endfor %}</ul>
 {% if charts %}<h2>Over time</h2><div class="charts">{% for c in charts %}<figure>{{ c|face }}</figure>{% endfor %}</div>{% endif %}<h2>Measured</h2>{{ report|face }}{% endif %}{% endblock %}
 """
-_ALERTS = """{% extends "layout" %}{% block content %}<h1>Alerts</h1>{% for t in loud %}<article class="card"><p>{{ pill(false, t.measure) }} <a href="/console/models/{{ t.version }}/watch">{{ t.version }}</a>, since {{ t.since|moment }}</p><p>{{ t.what }}</p><p class="small"><b>What may be done:</b> {{ t.may }}</p><p class="small soft">{{ t.rows }}{% if t.examples %} · such as <span class="mono">{{ t.examples|join(", ") }}</span>{% endif %}{% if t.owner %} · {{ t.owner }}{% endif %}</p></article>{% else %}<p class="lead">{{ pill(true, "nothing is wrong that anybody watches") }}</p>{% endfor %}
+_ALERTS = """{% extends "layout" %}{% block content %}<h1>Alerts</h1>{% for t in loud %}<article class="card"><p>{{ pill(false, t.measure) }} <a href="/console/models/{{ t.version }}/watch">{{ t.version }}</a>, since {{ t.since|moment }}</p><p>{{ t.what|told }}</p><p class="small"><b>What may be done:</b> {{ t.may|told }}</p><p class="small soft">{{ t.rows|told }}{% if t.examples %} · such as <span class="mono">{{ t.examples|join(", ") }}</span>{% endif %}{% if t.owner %} · {{ t.owner }}{% endif %}</p></article>{% else %}<p class="lead">{{ pill(true, "nothing is wrong that anybody watches") }}</p>{% endfor %}
 {% if past.rows %}<h2>History</h2>{{ past|face }}{% else %}<div class="empty"><p>No alert was ever told. A spec says what is watched (<code>monitor.alerts</code>), and this looks once:</p><pre>mlray monitor NAME</pre></div>{% endif %}{% endblock %}
 """
 _JOURNAL = """{% extends "layout" %}{% block content %}<h1>Journal</h1><p class="soft">What is kept of one answer: pseudonyms, bands and plain values, as the contract says.</p>

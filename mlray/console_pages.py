@@ -10,8 +10,10 @@ __all__ = ['HEADLINES', 'PAPERS', 'TEMPLATES', 'ROWS', 'PAGES', 'Standing', 'hea
            'against', 'version_page', 'gate_page', 'paper', 'proof', 'audit_page', 'data']
 
 # %% ../nbs/49c_console_pages.ipynb #a54750ac
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -22,12 +24,12 @@ from .compliance import compliance
 from .console import Page, Visit
 from .console_live import firing, recent_windows
 from .data_sheet import data_sheet
-from .display import table
+from .display import cell, table
 from .errors import BundleError, RegistryError, suggest
 from .gate_report import page_html
 from .ledger import audit
 from .lineage import lineage_table
-from .plan import share_of
+from .plan import plan_of, share_of
 from .policy import gates_for, reasons
 from .proof import verify
 from .registry import Evidence, Registry, Version, bundle_of, evidence, generation, version, versions
@@ -97,7 +99,7 @@ def seen(visit: Visit) -> dict[str, list[Version]]: # name → newest first
 
 # %% ../nbs/49c_console_pages.ipynb #1c8c07aa
 _NUMBER = """{% macro number(value, low, high) %}{{ "%.3g"|format(value) if value is not none else "–" }}{% if low is not none and low is defined %}<small>95 % from {{ "%.3g"|format(low) }} to {{ "%.3g"|format(high) }}</small>{% endif %}{% endmacro %}
-{% macro gates(s) %}{% if s.passed == s.asked|length %}{{ pill(true, "all " ~ s.asked|length ~ " gates passed") }}{% elif s.failed %}{{ pill(false, s.failed|join(", ") ~ " failed") }}{% else %}{{ pill(none, s.passed ~ " of " ~ s.asked|length ~ " gates passed", true) }}{% endif %}{% endmacro %}
+{% macro gates(s) %}{% if s.passed == s.asked|length %}{{ pill(true, s.passed ~ " of " ~ s.asked|length ~ " gates passed") }}{% elif s.failed %}{{ pill(false, s.failed|join(", ") ~ " failed") }}{% else %}{{ pill(none, s.passed ~ " of " ~ s.asked|length ~ " gates passed", true) }}{% endif %}{% endmacro %}
 {% macro roles(s) %}{% for alias, v in s.others %}<li>{{ pill(none, alias ~ ": " ~ v ~ (", " ~ "%.0f"|format(s.share * 100) ~ " %" if alias == "canary" else "")) }}</li>{% endfor %}{% endmacro %}
 """
 _MODELS = """{% extends "layout" %}{% from "number" import gates, roles %}{% block content %}<h1>Models</h1>
@@ -109,13 +111,13 @@ _MODELS = """{% extends "layout" %}{% from "number" import gates, roles %}{% blo
 _MODEL = """{% extends "layout" %}{% from "number" import number, gates, roles %}{% from "hidden" import hidden %}{% block content %}<p class="crumbs"><a href="/console">Models</a></p><h1>{{ s.name }}</h1><p class="soft">{{ s.description or "Nobody has described it: `description` in its spec." }}</p>
 <p class="lead">{% if s.production %}<a href="/console/models/{{ s.production }}">{{ s.production }}</a> answers since {{ s.since|moment }}, let out by {{ s.by }}.{% else %}No version is in production; the newest is <a href="/console/models/{{ s.newest }}">{{ s.newest }}</a>.{% endif %} {% if loud %}{{ loud|length }} {{ "thing is" if loud|length == 1 else "things are" }} wrong that somebody watches.{% elif s.production %}Nothing is wrong that anybody watches.{% endif %}</p>
 <ul class="pills"><li>{{ gates(s) }}</li>{{ roles(s) }}<li>{% if loud %}{{ pill(false, loud|length ~ (" alert" if loud|length == 1 else " alerts")) }}{% else %}{{ pill(none, "no alert") }}{% endif %}</li></ul>
-{% if loud %}<ul class="plain">{% for text in loud %}<li>{{ text }}</li>{% endfor %}</ul><p><a href="/console/alerts">All alerts</a></p>{% endif %}
+{% if loud %}<ul class="plain">{% for text in loud %}<li>{{ text|told }}</li>{% endfor %}</ul><p><a href="/console/alerts">All alerts</a></p>{% endif %}
 <dl class="facts">{% if s.headline %}<div class="fact"><dt>{{ s.headline[0] }}, on test rows</dt><dd>{{ number(s.headline[1][0], s.headline[1][1], s.headline[1][2]) }}</dd></div>{% endif %}<div class="fact"><dt>Gates passed</dt><dd>{{ s.passed }} of {{ s.asked|length }}<small>{{ s.asked|join(", ") }}</small></dd></div>
-{% for dt, dd, small in facts %}<div class="fact"><dt>{{ dt }}</dt><dd>{{ dd }}<small>{{ small }}</small></dd></div>{% endfor %}</dl>
+{% for dt, dd, small in facts %}<div class="fact"><dt>{{ dt }}</dt><dd>{{ dd }}<small>{{ small|told }}</small></dd></div>{% endfor %}</dl>
 <ul class="sub"><li><a href="/console/models/{{ s.first }}/watch">How it fares</a></li>{% for word, name in papers %}<li><a href="/console/models/{{ s.first }}/papers/{{ word }}">{{ name }}</a></li>{% endfor %}</ul>
 <h2>Versions</h2><div class="wide" tabindex="0" role="group" aria-label="Versions"><table><thead><tr><th>Version</th><th>Serves as</th><th>Registered</th><th>By</th><th>Gates</th>{% if s.headline %}<th class="right">{{ s.headline[0] }}</th>{% endif %}</tr></thead><tbody>
 {% for v, proved, head in every %}<tr><td><a href="/console/models/{{ v }}">{{ v }}</a></td><td>{{ v.aliases|join(", ") or ("retired" if v.retired else "–") }}</td><td>{{ v.created|moment }}</td><td>{{ v.actor }}</td><td>{% for g, e in proved.items() %}{{ pill(e.verdict.passed, g) }} {% else %}<span class="soft">none was run</span>{% endfor %}</td>{% if s.headline %}<td class="right">{{ "%.4g"|format(head[1][0]) if head and head[1][0] is not none else "–" }}</td>{% endif %}</tr>{% endfor %}</tbody></table></div>
-{% if s.production and (may_back or may_share) %}<h2>Act</h2><div class="acts">{% if may_back %}<form class="card" method="post" action="/console/models/{{ s.name }}/rollback"><h3>Roll back</h3><p class="soft small">Production points at what it pointed at before; replicas follow within two seconds.</p>{{ hidden(session, once) }}<input type="hidden" name="expect" value="{{ generation }}"><button class="danger">Roll {{ s.name }} back</button></form>{% endif %}
+{% if s.production and (may_back or may_share) %}<h2>Act</h2><div class="acts">{% if may_back %}<form class="card" method="post" action="/console/models/{{ s.name }}/rollback"><h3>Roll back</h3><p class="soft small">Production points at {{ s.name }}/{{ back_to }} again, as it did before; replicas follow within two seconds.</p>{{ hidden(session, once) }}<input type="hidden" name="expect" value="{{ generation }}"><button class="danger">Roll {{ s.name }} back</button></form>{% endif %}
 {% if may_share %}<form class="card" method="post" action="/console/models/{{ s.name }}/share"><h3>Share of the canary</h3>{{ hidden(session, once) }}<label for="share">Percent of the requests</label><input id="share" name="share" type="number" min="0" max="100" step="any" required value="{{ "%g"|format(s.share * 100) }}"><button>Set the share</button></form>{% endif %}</div>{% endif %}{% endblock %}
 """
 PAPERS = {"card": ("Model card", model_card), "data-sheet": ("Data sheet", data_sheet), "runbook": ("Runbook", runbook), "compliance": ("GDPR and AI Act", compliance)}
@@ -123,13 +125,13 @@ PAPERS = {"card": ("Model card", model_card), "data-sheet": ("Data sheet", data_
 # %% ../nbs/49c_console_pages.ipynb #0d03ecc2
 _VERSION = """{% extends "layout" %}{% from "number" import number %}{% from "hidden" import hidden %}{% block content %}<p class="crumbs"><a href="/console">Models</a> / <a href="/console/models/{{ v.name }}">{{ v.name }}</a></p><h1>{{ v }}</h1><p class="soft">Registered {{ v.created|moment }} by {{ v.actor }} · <span class="mono">{{ v.digest[:16] }}</span></p>
 <ul class="pills">{% for a in v.aliases %}<li>{{ pill(true if a == "production" else none, a) }}</li>{% endfor %}{% if v.retired %}<li>{{ pill(false, "retired " ~ v.retired[:10]) }}</li>{% endif %}{% if v.sunset %}<li>{{ pill(none, "deprecated, until " ~ v.sunset, true) }}</li>{% endif %}{% for g, e in proved.items() %}<li>{{ pill(e.verdict.passed, g ~ (" passed" if e.verdict.passed else " failed")) }}</li>{% endfor %}</ul>
-{% if broken %}<div class="letter" role="alert"><p>{{ broken }}</p></div>{% endif %}
+{% if broken %}<div class="letter" role="alert"><p>{{ broken|told }}</p></div>{% endif %}
 <ul class="sub">{% for word, name in papers %}<li><a href="/console/models/{{ v }}/papers/{{ word }}">{{ name }}</a></li>{% endfor %}<li><a href="/console/models/{{ v }}/watch">How it fares</a></li><li><a href="/console/models/{{ v }}/proof">Check it from the bytes up</a></li></ul>
-<h2>May it go to production?</h2>{% if "production" in v.aliases %}<p>It is there.</p>{% elif why %}<p>{{ pill(false, "not now") }}</p><ul class="plain">{% for w in why %}<li>{{ w }}</li>{% endfor %}</ul>{% else %}<p>{{ pill(true, "nothing stands against it") }}</p>{% endif %}
-{% if may_promote or may_approve %}<div class="acts">{% if may_promote %}<form class="card" method="post" action="/console/models/{{ v }}/promote"><h3>Promote</h3>{{ hidden(session, once) }}<label for="alias">To</label><select id="alias" name="alias">{% for a in ("canary", "shadow", "staging", "production") %}<option{% if a == "production" and not why %} selected{% endif %}>{{ a }}</option>{% endfor %}</select>
+<h2>May it go to production?</h2>{% if "production" in v.aliases %}<p>It is there.</p>{% elif why %}<p>{{ pill(false, "not now") }}</p><ul class="plain">{% for w in why %}<li>{{ w|told }}</li>{% endfor %}</ul>{% else %}<p>{{ pill(true, "nothing stands against it") }}</p>{% endif %}
+{% if may_promote or may_approve %}<div class="acts">{% if may_promote %}<form class="card" method="post" action="/console/models/{{ v }}/promote"><h3>Promote</h3>{{ hidden(session, once) }}<label for="alias">To</label><select id="alias" name="alias">{% for a in ("canary", "shadow", "staging", "production") %}<option{% if a == ("canary" if why or "production" in v.aliases else "production") %} selected{% endif %}>{{ a }}</option>{% endfor %}</select>
 <input type="hidden" name="expect" value="{{ expect }}"><button>Promote {{ v }}</button></form>{% endif %}{% if may_approve %}<form class="card" method="post" action="/console/models/{{ v }}/approve"><h3>Stand for it</h3>{{ hidden(session, once) }}<label for="note">What you say to it</label><input id="note" name="note" maxlength="500"><button>Approve for production</button></form>{% if mine %}<form class="card" method="post" action="/console/models/{{ v }}/approve"><h3>Take your word back</h3>{{ hidden(session, once) }}<input type="hidden" name="withdraw" value="1"><p class="soft small">Your approval has let nothing out yet.</p><button class="danger">Withdraw</button></form>{% endif %}{% endif %}</div>{% endif %}
-<h2>Evidence</h2>{% for g, e in proved.items() %}<details class="card"{% if not e.verdict.passed %} open{% endif %}><summary>{{ pill(e.verdict.passed, "passed" if e.verdict.passed else "failed") }} {{ g }} · {{ e.verdict.findings|selectattr("met")|list|length }} of {{ e.verdict.findings|length }} promises kept</summary>{{ e.verdict.table()|face(g ~ ", what was found") }}
-<p class="small"><a href="/console/models/{{ v }}/gates/{{ g }}">The executed notebook</a> of {{ e.created|moment }} · <span class="mono">{{ e.page[:16] }}</span></p></details>{% else %}<div class="empty"><p>No gate has looked at it.</p><pre>mlray gate {{ v }}</pre></div>{% endfor %}
+<h2>Evidence</h2><div class="stack">{% for g, e in proved.items() %}<details class="card"{% if not e.verdict.passed %} open{% endif %}><summary>{{ pill(e.verdict.passed, "passed" if e.verdict.passed else "failed") }} {{ g }} · {{ e.verdict.findings|selectattr("met")|list|length }} of {{ e.verdict.findings|length }} promises kept</summary>{{ e.verdict.table()|face(g ~ ", what was found") }}
+<p class="small"><a href="/console/models/{{ v }}/gates/{{ g }}">The executed notebook</a> of {{ e.created|moment }} · <span class="mono">{{ e.page[:16] }}</span></p></details>{% else %}<div class="empty"><p>No gate has looked at it.</p><pre>mlray gate {{ v }}</pre></div>{% endfor %}</div>
 {% if measures %}<h2>Measured on test rows</h2>{{ measures|face }}{% endif %}
 <h2>Approvals</h2>{% if stood %}{{ stood|face("Approvals") }}{% else %}<p class="soft">Nobody has stood for it yet.</p>{% endif %}
 <h2>What it came from</h2>{{ lineage|face("What it came from") }}{% endblock %}
@@ -137,7 +139,7 @@ _VERSION = """{% extends "layout" %}{% from "number" import number %}{% from "hi
 _HIDDEN = """{% macro hidden(session, once) %}<input type="hidden" name="csrf" value="{{ session.csrf }}"><input type="hidden" name="once" value="{{ once }}">{% endmacro %}
 """
 _PAPER = """{% extends "layout" %}{% block content %}<p class="crumbs"><a href="/console">Models</a> / <a href="/console/models/{{ v.name }}">{{ v.name }}</a> / <a href="/console/models/{{ v }}">{{ v }}</a></p><h1>{{ paper.title }}</h1><p class="soft">{{ paper.source }}</p><nav aria-label="On this page"><ul>{% for s in paper.sections %}<li><a href="#s{{ loop.index }}">{{ s.title }}</a></li>{% endfor %}</ul></nav>
-{% for s in paper.sections %}<h2 id="s{{ loop.index }}">{{ s.title }}</h2>{% for p in s.text %}<p>{{ p }}</p>{% endfor %}{% for t in s.tables %}{{ t|face(t.title or s.title) }}{% endfor %}{% for why, line in s.commands %}<p>{{ why }}:</p><pre tabindex="0">{{ line }}</pre>{% endfor %}{% for m in s.missing %}<p class="missing"><b>Missing:</b> {{ m }}</p>{% endfor %}{% endfor %}{% endblock %}
+{% for s in paper.sections %}<h2 id="s{{ loop.index }}">{{ s.title }}</h2>{% for p in s.text %}<p>{{ p|told }}</p>{% endfor %}{% for t in s.tables %}{{ t|face(t.title or s.title) }}{% endfor %}{% for why, line in s.commands %}<p>{{ why }}:</p><pre tabindex="0">{{ line }}</pre>{% endfor %}{% for m in s.missing %}<p class="missing"><b>Missing:</b> {{ m|told }}</p>{% endfor %}{% endfor %}{% endblock %}
 """
 _PROOF = """{% extends "layout" %}{% block content %}<p class="crumbs"><a href="/console">Models</a> / <a href="/console/models/{{ v.name }}">{{ v.name }}</a> / <a href="/console/models/{{ v }}">{{ v }}</a></p><h1>{{ v }}, from the bytes up</h1><p>{{ pill(proof.holds, "it is what the registry says" if proof.holds else "it is not what the registry says") }}</p>{{ proof.table()|face("What was looked at") }}{% endblock %}
 """
@@ -161,7 +163,7 @@ def models(visit: Visit) -> Page:
 def _facts(visit: Visit, found: Version) -> list[tuple[str, str, str]]: # name, number, and what to know of it
     "What was counted of a version last."
     last = recent_windows(visit.settings, found)
-    if not last: return [("Requests", "–", "nothing was counted yet: mlray monitor " + found.name)]
+    if not last: return [("Requests", "–", f"nothing was counted yet: `mlray monitor {found.name}`")]
     window, labels = last, last.labelled.rows if last.labelled is not None else 0
     return [("Requests", f"{window.requests:,}", f"{window.errors} errors, {window.refused} refused"), ("Labels heard", f"{labels:,}", f"of {window.rows:,} answers")]
 
@@ -171,8 +173,9 @@ def model(visit: Visit) -> Page:
     every = seen(visit).get(visit.model)
     if not every: raise RegistryError(f"There is no model {visit.model!r}. {suggest(visit.model, seen(visit))}")
     s, registry = standing(visit.registry, every), visit.registry
+    back_to = plan_of(registry, [s.name]).traffic[0].previous if s.production else None
     loud = [t.what for t in firing(visit.settings) if t.version.partition("/")[0] == s.name]
-    may = {"may_back": visit.may("model:rollback", s.name), "may_share": visit.may("traffic:set", s.name) and any(a == "canary" for a, _ in s.others)}
+    may = {"may_back": visit.may("model:rollback", s.name) and back_to, "back_to": back_to, "may_share": visit.may("traffic:set", s.name) and any(a == "canary" for a, _ in s.others)}
     return Page("model", s.name, {"s": s, "loud": loud, "facts": _facts(visit, s.first), "every": [(v, evidence(registry, v), headline(v)) for v in every], "papers": [(w, n) for w, (n, _) in PAPERS.items()], "generation": generation(registry, s.name), **may})
 
 
@@ -239,7 +242,9 @@ def audit_page(visit: Visit) -> Page:
     before = int(visit.query["before"]) if visit.query.get("before", "").isdigit() else None
     mine = [e for e in whole.entries if globs == ("*",) or visit.may("audit:read", e.object.rpartition("/")[0] or e.object.partition("@")[0])]
     rows = [e for e in reversed(mine) if (before is None or e.seq < before) and (not about or about in (e.object, e.action, e.actor) or e.object.startswith(f"{about}/"))]
-    shown = table(["row", "when", "who", "did", "to", "and"], [(e.seq, e.created[:19].replace("T", " "), e.actor, e.action, e.object, ", ".join(f"{k} {v}" for k, v in e.details.items() if k not in ("sha256", "signatures", "lineage"))) for e in rows[:ROWS]], f"{len(rows)} rows" + f" about {about}" * bool(about))
+    said = lambda v: v[:12] if isinstance(v, str) and re.fullmatch(r"[0-9a-f]{64}", v) else cell(v)
+    lines = [(e.seq, f"{datetime.fromisoformat(e.created):%d %b %Y, %H:%M:%S}".replace(" ", "\u00a0"), e.actor, e.action, e.object, ", ".join(f"{k} {said(v)}" for k, v in e.details.items() if v is not None and k not in ("sha256", "signatures", "lineage", "once"))) for e in rows[:ROWS]]
+    shown = table(["row", "when", "who", "did", "to", "and"], lines, f"{len(rows)} rows" + f" about {about}" * bool(about))
     return Page("audit", "Audit", {"whole": whole, "shown": shown, "about": about, "more": rows[ROWS - 1].seq if len(rows) > ROWS else None})
 
 

@@ -119,12 +119,12 @@ def summary(
 
 
 _STYLE = (":root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1.25rem;overflow-wrap:anywhere}h1,h2{line-height:1.25}a{color:LinkText}table{border-collapse:collapse;font-size:.9em}td,th{padding:.3em 1em .3em 0;border-bottom:1px solid #8886;vertical-align:top;text-align:left}"
-          ".wide,pre,.output_html{overflow-x:auto}h1.passed,h1.failed{border-left:.3em solid;padding-left:.5em}h1.passed{border-color:#2a7d3f}h1.failed{border-color:#c0392b}.prompt{color:GrayText;font-size:.8em}.input pre,.highlight pre{background:color-mix(in srgb,CanvasText 7%,Canvas);padding:.6em .9em;border-radius:6px}.anchor-link{display:none}")
+          ".wide,pre,.output_html{overflow-x:auto}h1.passed,h1.failed{border-left:.3em solid;padding-left:.5em}h1.passed{border-color:#2a7d3f}h1.failed{border-color:#c0392b}.prompt{color:color-mix(in srgb,CanvasText 72%,Canvas);font-size:.8em}.input pre,.highlight pre{background:color-mix(in srgb,CanvasText 7%,Canvas);padding:.6em .9em;border-radius:6px}.anchor-link{display:none}")
 
 
 def _whole(title: str, body: str) -> str:
     "A page that needs nothing else."
-    return f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><title>{escape(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
+    return f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'><title>{escape(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
 
 
 def page_html(
