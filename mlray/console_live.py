@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 
-from .alert import Told
 from .archive import journaled
 from .bundle import Bundle
 from .chart import Chart, line_chart
@@ -30,13 +30,15 @@ from .console import Page, Visit
 from .display import Table, table
 from .errors import MlrayError
 from .keeping import pseudonyms, read_keys, seen_through
-from .monitor import watched
 from .drift import drift_report
 from .fairness import fairness_report
 from .plan import share_of
 from .registry import Version, bundle_of, version, versions
 from .settings import Settings
 from .windows import Window, Windows, together
+
+if TYPE_CHECKING:
+    from mlray.alert import Told
 
 # %% ../nbs/49aa_console_live.ipynb #b9da564b
 MINUTES = 60
@@ -138,6 +140,7 @@ def over_time(
 
 def watch(visit: Visit) -> Page:
     "How a version fares."
+    from mlray.monitor import watched
     found = version(visit.registry, visit.reference)
     bundle, kept = bundle_of(visit.registry, found), list(Windows(visit.settings, found.name, str(found.number)).stored())
     arms = {w.arm for w in kept}
@@ -150,16 +153,17 @@ def watch(visit: Visit) -> Page:
 
 # %% ../nbs/49aa_console_live.ipynb #57a71b90
 @lru_cache(64)
-def _read(path: str, changed: int) -> tuple[Told, ...]:
+def _read(path: str, changed: int) -> "tuple[Told, ...]":
+    from mlray.alert import Told # brings what measures along, which a replica does without until somebody looks
     with open(path, encoding="utf-8") as file: return tuple(Told(**{**t, "examples": tuple(t["examples"])}) for t in map(json.loads, file))
 
 
-def told(settings: Settings) -> list[Told]: # newest first
+def told(settings: Settings) -> "list[Told]": # newest first
     "Every alert that began or ended."
     return sorted((t for p in (settings.home / "alerts").glob("*/*/alerts.jsonl") for t in _read(str(p), p.stat().st_mtime_ns)), key=lambda t: (t.until, t.begins), reverse=True)
 
 
-def firing(settings: Settings) -> list[Told]:
+def firing(settings: Settings) -> "list[Told]":
     "Those that began and are not over."
     every = told(settings)
     last: dict[tuple[str, str], Told] = {}

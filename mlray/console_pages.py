@@ -26,7 +26,6 @@ from .console_live import firing, recent_windows
 from .data_sheet import data_sheet
 from .display import cell, table
 from .errors import BundleError, RegistryError, suggest
-from .gate_report import page_html
 from .ledger import audit
 from .lineage import lineage_table
 from .plan import plan_of, share_of
@@ -208,7 +207,9 @@ _APART = {"content-type": "text/html; charset=utf-8", "x-content-type-options": 
 
 
 @lru_cache(32)
-def _executed(page: bytes, title: str, back: str) -> bytes: return page_html(page, title, back).encode()
+def _executed(page: bytes, title: str, back: str) -> bytes:
+    from mlray.gate_report import page_html # brings papermill along, which a replica does without until somebody looks
+    return page_html(page, title, back).encode()
 
 
 def gate_page(visit: Visit) -> Reply:

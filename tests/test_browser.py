@@ -198,3 +198,70 @@ def test_the_documentation(chromium, axe, tmp_path):
     see = Looker(chromium, axe, bypass_csp=True)
     for name in ("index", "tutorials/first_run", "run", "fairness", "explanations/glossary"): see.look((tmp_path / "site" / f"{name}.html").as_uri(), f"site-{Path(name).name}")
     assert [w for w in see.wrong if "file://" not in w.split(" [")[0] or "serious" in w or "critical" in w] == []
+
+
+# JupyterLab
+
+@contextmanager
+def lab_of(root: Path):
+    "`mlray lab`, and its address with the token."
+    from mlray.lab_cli import FOLDER, find_lab, make_lab
+    program = find_lab(ROOT) if (ROOT / FOLDER).exists() else make_lab(ROOT)
+    (root / FOLDER).symlink_to(program.parents[1])
+    said = root / "lab.log"
+    with said.open("w") as log:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MLRAY_") or k == "MLRAY_DATA"} | {"PYTHONPATH": str(ROOT)}
+        running = subprocess.Popen([sys.executable, "-c", "from mlray.cli import main; main()", "lab", "--no-open", "--port", str(free_port())], cwd=root, env=environment, stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 240
+        while not (found := re.search(r"(http://127\.0\.0\.1:\d+/lab)\?token=(\w+)", said.read_text())):
+            assert running.poll() is None and time.monotonic() < end, said.read_text()[-3000:]
+            time.sleep(0.2)
+        yield found[1], found[2]
+    finally:
+        running.terminate()
+        running.wait(60)
+
+
+def test_the_first_run_in_jupyterlab(chromium, tmp_path):
+    with lab_of(tmp_path) as (url, key):
+        see = Looker(chromium, "")
+        page, notebook = see.page, tmp_path / "tutorials/first_run.ipynb"
+        page.set_viewport_size({"width": 1300, "height": 1100})
+        page.on("response", lambda r: see.wrong.append(f"{r.status} {r.url}") if 400 <= r.status < 500 else None)
+        page.goto(f"{url}/tree/first_run.ipynb?token={key}&reset")
+        page.wait_for_selector(".jp-Notebook", timeout=120_000)
+        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=120_000)
+        for button in page.locator(".jp-toast-button, .Toastify button").filter(has_text="No").all(): button.click() # no news
+        started = time.monotonic()
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        cells = page.locator(".jp-Notebook .jp-Cell")
+        source = json.loads((ROOT / "nbs/tutorials/first_run.ipynb").read_text())["cells"]
+        code = [i for i, c in enumerate(source) if c["cell_type"] == "code"]
+        page.wait_for_function("""() => { const all = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(e => e.textContent); return all.length && all.every(t => /\\[\\d+\\]/.test(t)); }""", timeout=400_000)
+        took = time.monotonic() - started
+        page.keyboard.press("Control+s")
+        end = time.monotonic() + 60
+        while sum(c.get("execution_count") is not None for c in json.loads(notebook.read_text())["cells"]) < len(code): # saved
+            assert time.monotonic() < end, "the notebook was not saved as it was executed"
+            time.sleep(0.2)
+        shown = 0
+        for i in range(cells.count()):
+            cells.nth(i).scroll_into_view_if_needed()
+            areas = cells.nth(i).locator(".jp-OutputArea-output")
+            for k in range(areas.count()):
+                box = areas.nth(k).bounding_box()
+                assert box and box["height"] > 4 and box["width"] > 50, f"an output of cell {i} is not to be seen"
+                shown += 1
+        PICTURES.mkdir(exist_ok=True)
+        for name, i in (("lab-rows", code[3]), ("lab-scorecard", code[4]), ("lab-verdict", code[6]), ("lab-answer", code[-2])):
+            cells.nth(i).scroll_into_view_if_needed()
+            cells.nth(i).screenshot(path=PICTURES / f"{name}.png")
+        page.screenshot(path=PICTURES / "lab.png")
+        done = json.loads(notebook.read_text())["cells"]
+        outputs = [o for c in done for o in c.get("outputs", ())]
+        assert not [o for o in outputs if o["output_type"] == "error"] and len(outputs) >= 10 and shown >= len(outputs) - 1, (shown, len(outputs))
+        assert "by diabetes/1" in json.dumps(outputs), "the service has answered"
+        print(f"{len(code)} cells in {took:.0f} s at a load of {os.getloadavg()[0]:.0f}; {shown} outputs to be seen")
+        assert see.wrong == []

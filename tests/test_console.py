@@ -3,7 +3,6 @@ import re
 import shutil
 import time
 
-
 import pytest
 from starlette.testclient import TestClient
 

@@ -75,7 +75,7 @@ def loaded_after(statement: str) -> set[str]:
 @pytest.mark.parametrize(("statement", "absent"), [
     ("import mlray", {"torch", "ray", "pandas", "sklearn", "polars"}), ("import mlray.cli", {"torch", "ray", "polars", "rich.table"}),
     ("import mlray.service", {"torch", "ray", "pandas", "sklearn", "fastapi"}), ("import mlray.evaluation", {"torch", "ray", "pandas", "sklearn"}),
-    ("import mlray.haproxy", {"ray", "polars"})])
+    ("import mlray.haproxy", {"ray", "polars"}), ("import mlray.console_acts", {"torch", "ray", "pandas", "sklearn", "papermill", "nbconvert", "fastapi"})])
 def test_importing_brings_nothing_heavy(statement, absent):
     assert not absent & loaded_after(statement)
 
