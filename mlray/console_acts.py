@@ -10,7 +10,7 @@ __all__ = ['ACTS', 'promote', 'rollback', 'approve', 'share', 'console_of']
 
 # %% ../nbs/49d_console_acts.ipynb #e35525df
 from .access import Caller
-from .console import Console, Elsewhere, Visit
+from .console import Console, Elsewhere, Maker, Visit
 from .console_live import LIVE_PAGES, LIVE_TEMPLATES
 from .console_look import HouseStyle
 from .console_pages import PAGES, TEMPLATES
@@ -58,7 +58,7 @@ def share(visit: Visit) -> Elsewhere:
     return Elsewhere(f"/console/models/{visit.model}", f"the canary of {visit.model} gets {part:.3g} of the requests" if part < 0.001 else f"the canary of {visit.model} gets {part * 100:g} % of the requests")
 
 
-ACTS = {"promote": promote, "rollback": rollback, "approve": approve, "share": share}
+ACTS: dict[str, Maker] = {"promote": promote, "rollback": rollback, "approve": approve, "share": share}
 
 # %% ../nbs/49d_console_acts.ipynb #f47a3735
 def console_of(

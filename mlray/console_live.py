@@ -26,12 +26,12 @@ from .archive import journaled
 from .bundle import Bundle
 from .chart import Chart, line_chart
 from .column import age_of
-from .console import Page, Visit
+from .console import Maker, Page, Visit
 from .display import Table, table
-from .errors import MlrayError
-from .keeping import pseudonyms, read_keys, seen_through
 from .drift import drift_report
+from .errors import MlrayError
 from .fairness import fairness_report
+from .keeping import pseudonyms, read_keys, seen_through
 from .plan import share_of
 from .registry import Version, bundle_of, version, versions
 from .settings import Settings
@@ -89,7 +89,7 @@ def _serving(visit: Visit, now: float) -> list[dict[str, object]]:
     for name, at in sorted(by.items()):
         if "production" not in at or not visit.may("metrics:read", name): continue
         share, mine = share_of(visit.registry, name) if "canary" in at else 0.0, hour.filter(pl.col("model") == name) if hour.width else hour
-        lines = [(role, str(v), f"{part:.0%}", *_sums(mine, str(v.number), role)) for role, part in (("production", 1 - share), ("canary", share), ("shadow", 0.0)) if (v := at.get(role))]
+        lines = [(role, str(at[role]), f"{part:.0%}", *_sums(mine, str(at[role].number), role)) for role, part in (("production", 1 - share), ("canary", share), ("shadow", 0.0)) if role in at]
         made.append({"name": name, "table": table(["for", "version", "share", "requests", "errors", "refused", "slowest minute's p99, ms"], lines, f"{name}, the last hour"), "chart": minutes_chart(mine, name) if mine.height else None})
     return made
 
@@ -154,7 +154,7 @@ def watch(visit: Visit) -> Page:
 # %% ../nbs/49aa_console_live.ipynb #57a71b90
 @lru_cache(64)
 def _read(path: str, changed: int) -> "tuple[Told, ...]":
-    from mlray.alert import Told # brings what measures along, which a replica does without until somebody looks
+    from mlray.alert import Told  # brings what measures along, which a replica does without until somebody looks
     with open(path, encoding="utf-8") as file: return tuple(Told(**{**t, "examples": tuple(t["examples"])}) for t in map(json.loads, file))
 
 
@@ -231,4 +231,4 @@ _JOURNAL = """{% extends "layout" %}{% block content %}<h1>Journal</h1><p class=
 {% if asked and not shown %}<div class="empty" role="status"><p>The journal keeps no such answer. It is found by <code>request_id</code> of the reply{% if not journal %}; the journal is off in this environment (<code>journal = on</code>){% endif %}.</p></div>{% endif %}{% for t in shown %}{{ t|face }}{% endfor %}{% endblock %}
 """
 LIVE_TEMPLATES = {"serving": _SERVING, "live": '{% include "serving" %}', "traffic": _TRAFFIC, "watch": _WATCH, "alerts": _ALERTS, "journal": _JOURNAL}
-LIVE_PAGES = {"traffic": traffic, "live": live, "watch": watch, "alerts": alerts, "journal": journal_page, "search": search}
+LIVE_PAGES: dict[str, Maker] = {"traffic": traffic, "live": live, "watch": watch, "alerts": alerts, "journal": journal_page, "search": search}

@@ -21,7 +21,7 @@ from .attestation import unsigned
 from .card import dossier, model_card
 from .catalogue import catalogue
 from .compliance import compliance
-from .console import Page, Visit
+from .console import Maker, Page, Visit
 from .console_live import firing, recent_windows
 from .data_sheet import data_sheet
 from .display import cell, table
@@ -208,7 +208,7 @@ _APART = {"content-type": "text/html; charset=utf-8", "x-content-type-options": 
 
 @lru_cache(32)
 def _executed(page: bytes, title: str, back: str) -> bytes:
-    from mlray.gate_report import page_html # brings papermill along, which a replica does without until somebody looks
+    from mlray.gate_report import page_html  # brings papermill along, which a replica does without until somebody looks
     return page_html(page, title, back).encode()
 
 
@@ -256,4 +256,4 @@ def data(visit: Visit) -> Page:
     return Page("data", "Data", {"found": type(found)(mine, found.unknown), "may": lambda m: visit.may("model:read", m)})
 
 
-PAGES = {"models": models, "model": model, "version": version_page, "gate": gate_page, "paper": paper, "proof": proof, "audit": audit_page, "data": data}
+PAGES: dict[str, Maker] = {"models": models, "model": model, "version": version_page, "gate": gate_page, "paper": paper, "proof": proof, "audit": audit_page, "data": data}
