@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def stderr() -> "Console":
     "Where progress goes."
     from rich.console import Console
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, force_jupyter=False)
 
 # %% ../nbs/58_commands.ipynb #6c741136
 def settings_of(env: str | None, **changes: Any) -> "Settings":
