@@ -38,6 +38,13 @@ Modules:
 - `mlray.commands`: What each command does, with its vendors chosen
 - `mlray.comparison`: Two models on the same rows: how far apart, and whether that can be chance
 - `mlray.compliance`: What GDPR and the EU AI Act ask, the evidence there is, and what is missing
+- `mlray.console`: Who looks at the pages, and whether they may
+- `mlray.console_acts`: What can be done on the pages, and the whole console
+- `mlray.console_alone`: The console on a laptop, without a cluster
+- `mlray.console_cli`: The command of the console
+- `mlray.console_live`: What production does now, and has done: the pages of traffic, drift, alerts and the journal
+- `mlray.console_look`: What every page of the console has around it
+- `mlray.console_pages`: What there is, what is proved of it, and who did it: the pages of models and versions
 - `mlray.contract`: What a row must look like, said once and held everywhere
 - `mlray.counterfactual`: What would have to be different for another answer: the smallest change that flips it
 - `mlray.counts`: One small table that stands for all rows: slices × label × decision × score bin; tables add
@@ -102,6 +109,7 @@ Modules:
 - `mlray.journal`: One durable record for each answer, written before the answer is sent
 - `mlray.keeping`: What of a row may be kept: all of a value, a pseudonym, a bucket, or nothing
 - `mlray.lab`: `%load_ext mlray`: commands where the models are looked at
+- `mlray.lab_cli`: JupyterLab with the tutorials, or with a project's own notebooks
 - `mlray.labelled`: Answers with their labels, as rows to learn from; and those that should get one
 - `mlray.launcher`: What is wrong with a file for `ray up`
 - `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer

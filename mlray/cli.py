@@ -38,9 +38,11 @@ from mlray.commands import (
     until_stopped,
     versions_to_serve,
 )
+from .console_cli import console_app
 from .delivery_cli import delivery_app
 from .errors import MlrayError, ServingError, suggest
 from .export_cli import export_app
+from .lab_cli import lab_app
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 from .release_cli import release_app
@@ -54,13 +56,9 @@ if TYPE_CHECKING:
     from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-_NOT_BUILT = frozenset({"console", "lab"})
-
-
 class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0] if args else ""
-        if name in _NOT_BUILT: raise MlrayError(f"`mlray {name}` is not built yet. `mlray --help` lists what is.")
         if not name.startswith("-") and name not in self.commands: raise MlrayError(f"There is no command {name!r}. {suggest(name, self.commands)}")
         return super().resolve_command(ctx, args)
 
@@ -78,6 +76,8 @@ app.add_typer(watch_app)
 app.add_typer(schedule_app)
 app.add_typer(proof_app)
 app.add_typer(papers_app)
+app.add_typer(console_app)
+app.add_typer(lab_app)
 app.add_typer(audit_app, name="audit")
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(rollout_app, name="rollout")

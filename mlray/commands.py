@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def stderr() -> "Console":
     "Where progress goes."
     from rich.console import Console
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, force_jupyter=False)
 
 # %% ../nbs/58_commands.ipynb #6c741136
 def settings_of(env: str | None, **changes: Any) -> "Settings":
@@ -243,11 +243,12 @@ def plan_for(references: Sequence[str], settings: "Settings") -> "Plan":
 
 def deploy_versions(references: Sequence[str], settings: "Settings") -> None:
     "Put models up, inside a cluster; returns when they answer."
+    from mlray.console_acts import console_of
     if settings.traces:
         from mlray.trace_on_opentelemetry import deploy_traced as deploy
     else:
         from mlray.grpc_on_ray import deploy_both as deploy
-    deploy(plan_for(references, settings), references, settings)
+    deploy(plan_for(references, settings), references, settings, console=console_of if settings.console else None)
     if settings.journal: # without one there is nothing to decide by
         from mlray.watch_on_ray import watch_rollouts
         watch_rollouts(settings)

@@ -48,7 +48,8 @@ class Table:
 
     def _repr_html_(self) -> str:
         def row(tag: str, cells: Iterable[str]) -> str:
-            return "<tr>" + "".join(f"<{tag} style='text-align:{'right' if n else 'left'}'>{escape(c)}</{tag}>" for c, n in zip(cells, self.numeric, strict=True)) + "</tr>"
+            made = ((tag if c else "td", escape(c), "right" if n else "left") for c, n in zip(cells, self.numeric, strict=True)) # a heading without words heads nothing
+            return "<tr>" + "".join(f"<{t} style='text-align:{side}'>{c}</{t}>" for t, c, side in made) + "</tr>"
         caption = f"<caption style='text-align:left'><b>{escape(self.title)}</b></caption>" if self.title else ""
         return f"<table>{caption}<thead>{row('th', self.columns)}</thead><tbody>{''.join(row('td', map(cell, r)) for r in self.rows)}</tbody></table>"
 

@@ -137,7 +137,8 @@ def deploy_both(
     references: Sequence[str],  # what the replicas follow in the registry; nothing: the plan stays
     settings: Settings,
     gateway: type[CallGateway] = CallGateway,
+    console: Any = None,        # as `Gateway` takes it
 ) -> None:
     "Put up a gateway with HTTP and gRPC; returns when it answers both. Raises `ServingError`."
-    deploy(plan, references, settings, gateway)
+    deploy(plan, references, settings, gateway, console)
     if settings.grpc_port: _wait_for(settings)

@@ -130,8 +130,10 @@ class Gateway:
         settings: Settings | None = None,
         handles: Mapping[str, Any] | None = None, # predictors of models that are apart
         worker: Any = None,                     # does jobs; None: none are taken
+        console: Callable[[Settings], Callable[[Request], Awaitable[Response]]] | None = None, # makes the pages for people; None: there are none
     ):
         settings, self.routes, self.meters = settings or Settings(), Routes(), Meters(uuid4().hex[:8])
+        self.console = console(settings) if console else None
         self.scoring = Scoring(handles or {}, self.meters)
         self.desk = minded(settings, worker.work.remote) if worker is not None else None
         recorder, issuer = open_recorder(settings), issuer_of(settings)
@@ -161,6 +163,7 @@ class Gateway:
             if name not in self.scoring.handles: line.production.warm() # type: ignore[union-attr]
 
     async def __call__(self, request: Request) -> Response: # as Serve asks
+        if self.console and request.url.path.startswith("/console"): return await self.console(request)
         reply, _ = await self.answer(request.scope, request.receive)
         response = Response(reply.body, reply.status)
         response.raw_headers = headers_of_reply(reply) # Serve adds x-request-id
@@ -283,12 +286,13 @@ def bound(
     references: Sequence[str], # what was asked for: names, name@alias, name/3
     settings: Settings,
     gateway: type[Gateway] = Gateway,
+    console: Any = None,        # as `Gateway` takes it
 ) -> Any: # an application of Ray Serve
     "The gateway, as Serve runs it."
     from ray import serve
     deployment: Any = serve.deployment(gateway, name="Gateway", num_replicas=settings.replicas, max_ongoing_requests=64, max_queued_requests=settings.max_queued, health_check_period_s=5,
                                   graceful_shutdown_wait_loop_s=0.1, graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": 0.5})
-    return deployment.bind(plan, list(references), settings.model_copy(update={"home": settings.home.resolve()}), _predictors(plan, gateway.predictor, settings), _worker(settings))
+    return deployment.bind(plan, list(references), settings.model_copy(update={"home": settings.home.resolve()}), _predictors(plan, gateway.predictor, settings), _worker(settings), console)
 
 
 def deploy(
@@ -296,6 +300,7 @@ def deploy(
     references: Sequence[str],  # what the replicas follow in the registry; nothing: the plan stays
     settings: Settings,
     gateway: type[Gateway] = Gateway,
+    console: Any = None,        # as `Gateway` takes it
 ) -> None:
     "Put the gateway up; needs a connection to Ray. Returns when it answers. Raises `ServingError`."
     from ray import serve
@@ -303,7 +308,7 @@ def deploy(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     calls = gRPCOptions(port=settings.grpc_port, grpc_servicer_functions=list(gateway.servicers), enable_reflection=False) if settings.grpc_port and gateway.servicers else None
     serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port), grpc_options=calls)
-    try: serve.run(bound(plan, references, settings, gateway), name="mlray", route_prefix="/")
+    try: serve.run(bound(plan, references, settings, gateway, console), name="mlray", route_prefix="/")
     except RuntimeError as error: raise ServingError(f"The service did not start: {str(error).strip().splitlines()[-1]}") from error
     _wait_for(settings)
 

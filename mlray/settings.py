@@ -71,6 +71,7 @@ class Settings(Releases):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     grpc_port: Annotated[int, Field(ge=1, le=65535)] | None = None # the Open Inference Protocol over gRPC; empty: not served
     replicas: Annotated[int, Field(ge=1)] = 1
+    console: bool = True                    # whether the service has its pages for people at /console
     journal: bool = False                   # whether each answer is recorded before it is given
     journal_full: Literal["refuse", "answer-without"] = "refuse" # what becomes of an answer that cannot be recorded
     journal_sync_s: Annotated[float, Field(ge=0)] = 1.0 # what a loss of power may take; 0: nothing, and each answer waits for the disk
@@ -165,9 +166,9 @@ def read_settings(
 
 # %% ../nbs/02_settings.ipynb #9a1f7331
 def shipped(
-    what: Literal["gates", "reports", "configs", "cluster"],
+    what: Literal["gates", "reports", "tutorials", "configs", "cluster"],
 ) -> Path: # a folder
-    "The folder of mlray's own gate notebooks, of its reports, of its example specs, or of its launchers."
+    "The folder of mlray's own gate notebooks, of its reports, of its tutorials, of its example specs, or of its launchers."
     package = Path(str(files("mlray")))
     inside = package / what
-    return inside if inside.is_dir() else package.parent / {"gates": "nbs/gates", "reports": "nbs/reports"}.get(what, what)
+    return inside if inside.is_dir() else package.parent / {"gates": "nbs/gates", "reports": "nbs/reports", "tutorials": "nbs/tutorials"}.get(what, what)

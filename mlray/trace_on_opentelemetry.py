@@ -82,11 +82,11 @@ class TracedGateway(CallGateway):
     "HTTP and gRPC, with traces."
     predictor = TracedPredictor
 
-    def __init__(self, plan: Plan, references: Sequence[str] = (), settings: Settings | None = None, handles: Mapping[str, Any] | None = None, worker: Any = None):
+    def __init__(self, plan: Plan, references: Sequence[str] = (), settings: Settings | None = None, handles: Mapping[str, Any] | None = None, worker: Any = None, console: Any = None):
         settings = settings or Settings()
         self.provider = provider_of(settings.traces)
         self.tracer = self.provider.get_tracer("mlray")
-        super().__init__(plan, references, settings, handles, worker)
+        super().__init__(plan, references, settings, handles, worker, console)
 
     async def reply(self, scope: Scope, headers: Headers, receive: Receive, request_id: str) -> Reply:
         method, path = scope["method"], scope["path"]
@@ -108,6 +108,7 @@ def deploy_traced(
     plan: Plan,
     references: Sequence[str],  # what the replicas follow in the registry; nothing: the plan stays
     settings: Settings,         # with `traces`
+    console: Any = None,        # as `Gateway` takes it
 ) -> None:
     "Put up a gateway that leaves traces; returns when it answers. Raises `ServingError`."
-    deploy_both(plan, references, settings, TracedGateway)
+    deploy_both(plan, references, settings, TracedGateway, console)

@@ -133,8 +133,7 @@ def test_an_environment_that_does_not_exist(mlray):
     letter(*mlray("models", "--env", "produktion")[::2], "Did you mean 'production'?")
 
 
-def test_a_command_that_is_not_built(mlray):
-    letter(*mlray("console")[::2], "`mlray console` is not built yet")
+def test_a_command_that_there_is_not(mlray):
     letter(*mlray("trian")[::2], "Did you mean 'train'?")
 
 
