@@ -21,8 +21,10 @@ from typing import Any
 from uuid import uuid4
 
 from .bundle import Bundle, load_bundle
+from .database import head
 from .errors import MlrayError, RegistryError, Unavailable, suggest
 from .opened import Registry, keys, open_registry, user_here
+from .plan import plan_of
 from mlray.registry import (
     Version,
     add_evidence,
@@ -60,7 +62,12 @@ def _bytes(registry: Registry, found: Version) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in registry.store.path(found.digest).iterdir()}
 
 
-_ANSWERED: Mapping[str, Callable[..., Any]] = {**_CHANGES, **_LOOKS, **_ONCE_OR_TWICE, "register": _keep, "bytes": _bytes}
+def _newest(registry: Registry) -> int:
+    "Number of the last act."
+    return head(registry.database)
+
+
+_ANSWERED: Mapping[str, Callable[..., Any]] = {**_CHANGES, **_LOOKS, **_ONCE_OR_TWICE, "register": _keep, "bytes": _bytes, "newest": _newest, "plan": plan_of}
 
 
 class Desk:
@@ -74,20 +81,21 @@ class Desk:
         return _ANSWERED[what](open_registry(self.settings, actor, presented), *given, **named)
 
 # %% ../nbs/40b_registry_on_ray.ipynb #c2024527
-_PATIENCE, _PAUSES = 90.0, (0.1, 0.3, 1.0, 2.0) # seconds: for an answer, all tries together; between tries, while the actor comes back
+_PAUSES = (0.1, 0.3, 1.0, 2.0) # seconds between tries, while the actor comes back
 
 
 @dataclass(frozen=True)
 class RegistryOnRay:
     "A registry as a node of a cluster has it. Needs a connection to Ray where the registry is an SQLite file."
     settings: Settings
+    patience_s: float = 90.0 # for an answer, all tries together
 
     @property
     def name(self) -> str: return f"mlray.registry.{hashlib.sha256(self.settings.registry_url.encode()).hexdigest()[:12]}"
 
     def _desk(self) -> Any:
         import ray
-        options: dict[str, Any] = {"name": self.name, "namespace": "mlray", "lifetime": "detached", "get_if_exists": True, "num_cpus": 0, "max_restarts": -1, "max_task_retries": 0, "resources": {"node:__internal_head__": 0.001}}
+        options: dict[str, Any] = {"name": self.name, "namespace": self.settings.namespace, "lifetime": "detached", "get_if_exists": True, "num_cpus": 0, "max_restarts": -1, "max_task_retries": 0, "resources": {"node:__internal_head__": 0.001}}
         actor: Any = ray.remote(Desk)
         return actor.options(**options).remote(self.settings)
 
@@ -102,7 +110,7 @@ class RegistryOnRay:
         presented = os.environ.get("MLRAY_API_KEY", "")
         if not self.settings.registry_url.startswith("sqlite"): return Desk(self.settings).answer(what, user_here(), presented, given, named)
         import ray
-        end, pauses = time.monotonic() + _PATIENCE, chain(_PAUSES, repeat(_PAUSES[-1]))
+        end, pauses = time.monotonic() + self.patience_s, chain(_PAUSES, repeat(_PAUSES[-1]))
         while (left := end - time.monotonic()) > 0:
             try: return ray.get(self._desk().answer.remote(what, user_here(), presented, given, named), timeout=left)
             except ray.exceptions.RayTaskError as error:
@@ -110,15 +118,15 @@ class RegistryOnRay:
                 raise
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error: last = error
             time.sleep(next(pauses))
-        raise Unavailable(f"The registry's actor {self.name} has not answered for {_PATIENCE:g} s: {last}. Whether the change was kept is not known; `mlray audit` tells.")
+        raise Unavailable(f"The registry's actor {self.name} has not answered for {self.patience_s:g} s: {last}. Whether the change was kept is not known; `mlray audit` tells.")
 
     def register(self, bundle: Bundle, results: Mapping[str, Any], lineage: Mapping[str, Any] | None = None, once: str | None = None) -> Version:
         "Give a bundle of this node the next number of its name, or the one it has."
         files = {p.name: p.read_bytes() for p in bundle.path.iterdir()}
         return self.ask("register", files, dict(results), lineage, **({"once": once} if once else {}))
 
-    def bundle_of(self, found: Version, folder: Path) -> Bundle:
-        "The bundle of a version, kept below a folder of this node under its digest, and checked byte by byte."
+    def bundle_of(self, found: Any, folder: Path) -> Bundle:
+        "The bundle of a version or a model, kept below a folder of this node under its digest, and checked byte by byte."
         store = Store(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not store.path(found.digest).is_dir(): store.put(found.digest, self.ask("bytes", found))
