@@ -2250,6 +2250,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mlray.submit_cli.Unmarked.__init__': ('submit_cli.html#unmarked.__init__', 'mlray/submit_cli.py'),
                                   'mlray.submit_cli.Unmarked.end': ('submit_cli.html#unmarked.end', 'mlray/submit_cli.py'),
                                   'mlray.submit_cli._options': ('submit_cli.html#_options', 'mlray/submit_cli.py'),
+                                  'mlray.submit_cli._path': ('submit_cli.html#_path', 'mlray/submit_cli.py'),
                                   'mlray.submit_cli._sent': ('submit_cli.html#_sent', 'mlray/submit_cli.py'),
                                   'mlray.submit_cli._strings': ('submit_cli.html#_strings', 'mlray/submit_cli.py'),
                                   'mlray.submit_cli.arrive': ('submit_cli.html#arrive', 'mlray/submit_cli.py'),

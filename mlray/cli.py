@@ -64,6 +64,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
                   help="From a notebook to a Ray Serve route, with the proof that the model may be there.\n\n"
                        "A first run: mlray demo. A day: check, train, gate, promote, serve, ask.")
 
+for _command in (*release_app.registered_commands, *serve_app.registered_commands): _command.cls = Errand
 app.add_typer(release_app)
 app.add_typer(serve_app)
 app.add_typer(proof_app)
@@ -127,7 +128,7 @@ def tune(spec: Spec, overrides: Overrides = None, on: On = "local", workers: Wor
     if not tuned.run.verdict.passed: raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Errand)
 def reproduce(version: Reference, env: Env = None, as_json: Json = False) -> None:
     "Train a version again and compare the weights, to the bit."
     made = reproduce_version(version, settings_of(env))
@@ -190,7 +191,7 @@ def ask(name: Annotated[str, typer.Argument(help="A model.")], row: Annotated[st
     _show(as_json, said, face_of_answer(said))
 
 # %% ../nbs/59_cli.ipynb #a60d1857
-@app.command()
+@app.command(cls=Errand)
 def monitor(version: Annotated[str, typer.Argument(metavar="VERSION", help="name (the version in production), name/3 or name@alias.")], html: Annotated[Path | None, typer.Option(help="Write the page here.")] = None,
             arm: Annotated[str, typer.Option(help="production, canary, shadow or fallback.")] = "production", env: Env = None, as_json: Json = False) -> None:
     "How a version fares in production: drift, quality, fairness, errors. What is newly wrong is told, once."
@@ -209,14 +210,14 @@ def journal(action: Annotated[str, typer.Argument(help="compact, rows, export, p
     _show(as_json, *tend(action, what, older, since, forget, settings_of(env)))
 
 # %% ../nbs/59_cli.ipynb #751712c8
-@app.command()
+@app.command(cls=Errand)
 def models(name: Annotated[str | None, typer.Argument(help="Of one model only.")] = None, env: Env = None, as_json: Json = False) -> None:
     "List versions, newest first."
     from mlray.faces import list_versions
     _show(as_json, *list_versions(settings_of(env), name))
 
 
-@app.command()
+@app.command(cls=Errand)
 def show(version: Reference, env: Env = None, as_json: Json = False) -> None:
     "What a version is, where it came from, and what is proved about it."
     from mlray.faces import describe_version

@@ -116,7 +116,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 def modules_of(spec: "RunSpec", folder: Path) -> dict[str, Path]:
     "Files of modules that a spec names and that lie in a folder, by their path below it."
-    names = {s.partition(":")[0].partition(".")[0] for s in _strings(spec.model_dump(mode="json")) if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", s)}
+    names = {s.partition(":")[0].partition(".")[0] for s in _strings(spec.model_dump(mode="json")) if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", s)} - {"mlray"}
     found = [f for n in names for f in ((folder / n).rglob("*.py") if (folder / n).is_dir() else [folder / f"{n}.py"]) if f.is_file()]
     return {str(f.relative_to(folder)): f for f in sorted(found)}
 
@@ -208,6 +208,13 @@ def attend(server: "JobServer", name: str, on: str) -> int: # exit code
     return ending.exit_code
 
 
+def _path(ctx: Any) -> list[str]:
+    "The words that name a command, such as key create."
+    names, at = [ctx.info_name], ctx.parent
+    while at is not None and at.parent is not None: names, at = [at.info_name, *names], at.parent
+    return names
+
+
 def _sent(words: Sequence[str], spec: str | None, on_ray: bool, env: str) -> list[str]:
     "The words of a command, as they are given there."
     kept, skip = list[str](), False
@@ -255,10 +262,10 @@ class Errand(TyperCommand):
         settings, address = destination(on, ctx.params.get("env"))
         given = ctx.params.get("spec")
         read = read_spec(given, ctx.params.get("overrides") or ()) if given else None
-        words = [str(self.name), *_sent(ctx.meta["mlray.words"], given, self.chooses, settings.env)]
-        server, name = JobServer(address, settings.jobs_ca), f"{self.name}-{read.name if read else settings.env}-{token_hex(4)}"
+        words = [*_path(ctx), *_sent(ctx.meta["mlray.words"], given, self.chooses, settings.env)]
+        server, name = JobServer(address, settings.jobs_ca), f"{ctx.info_name}-{read.name if read else settings.env}-{token_hex(4)}"
         with TemporaryDirectory(prefix="errand-") as folder:
-            files = pack(Path(folder), settings, Path(given) if given else None, read, self.name == "gate", os.environ.get("MLRAY_API_KEY", ""))
+            files = pack(Path(folder), settings, Path(given) if given else None, read, ctx.info_name == "gate", os.environ.get("MLRAY_API_KEY", ""))
             size = sum((Path(folder) / f).stat().st_size for f in files)
             variables = {"MLRAY_SENT": "1", "COLUMNS": str(shutil.get_terminal_size().columns), "LOGNAME": user_here()}
             server.submit(name, words, Path(folder), variables, {"command": f"mlray {' '.join(words)}", "who": user_here()})

@@ -109,7 +109,7 @@ class JobServer:
         token: str | None = None,   # default: that of this machine
     ):
         from ray.job_submission import JobSubmissionClient
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"): logging.getLogger(name).setLevel(logging.WARNING)
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging"): logging.getLogger(name).setLevel(logging.WARNING)
         token = token_here() if token is None else token
         if ca and not ca.is_file(): raise SettingsError(f"jobs_ca: there is no file {ca}.")
         self.address = address

@@ -53,14 +53,14 @@ class Hosts:
     "A network of hosts; `laptop` is 10.77.0.1, `n1` is 10.77.0.11."
     folder: Path                            # for keys and what hosts write
     shared: Sequence[Path] = ()             # the same for all
-    variables: Mapping[str, str] = field(default_factory=dict) # of every login
+    variables: Mapping[str, str] = field(default_factory=dict) # of every login, unless they are set (what SSH starts reads ~/.bashrc in every shell of its first level, workers of Ray among them)
     memory_mb: int = 4096                   # of a host
     prefix: str = field(default_factory=lambda: f"h{os.getpid()}")
 
     def __enter__(self) -> "Hosts":
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "boot.sh").write_text(_BOOT)
-        (self.folder / "profile").write_text("".join(f"export {k}='{v}'\n" for k, v in self.variables.items()))
+        (self.folder / "profile").write_text("".join(f"export {k}=\"${{{k}:-{v}}}\"\n" if k != "PATH" else f"export PATH={v}\n" for k, v in self.variables.items()))
         if not (self.folder / "id").exists(): _call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / "id"))
         self.inits: dict[str, int] = {}
         self.start("laptop")
