@@ -225,12 +225,13 @@ def _sent(words: Sequence[str], spec: str | None, on_ray: bool, env: str) -> lis
     return [*kept, *(["--on", "ray"] if on_ray else []), "--env", env]
 
 # %% ../nbs/58s_submit_cli.ipynb #4ab19569
-_both = typer.Typer()
+_both = typer.Typer(add_completion=False)
 
 
 @_both.command()
 def _options(on: Annotated[str, typer.Option("--on", metavar="WHERE", help="An environment that has `jobs`, or http://HEAD:8265: run it on that cluster.", show_default=False)] = "local",
-             detach: Annotated[bool, typer.Option("--detach", help="With --on ADDRESS: leave it running there, and say how to look.")] = False) -> None: "What every such command is asked besides."
+             detach: Annotated[bool, typer.Option("--detach", help="With --on ADDRESS: leave it running there, and say how to look.")] = False,
+             as_json: Annotated[bool, typer.Option("--json", help="With --detach: say so in JSON.")] = False) -> None: "What every such command is asked besides."
 
 
 class Errand(TyperCommand):
@@ -239,15 +240,17 @@ class Errand(TyperCommand):
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
         self.chooses = any(p.name == "on" for p in self.params) # whether it asks itself where to run
-        self.params += [p for p in get_command(_both).params if p.name not in {q.name for q in self.params}]
+        self.added = [p for p in get_command(_both).params if p.name not in {q.name for q in self.params}]
+        self.params += self.added
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["mlray.words"] = list(args)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        detach, on = ctx.params.pop("detach"), ctx.params["on"] if self.chooses else ctx.params.pop("on")
+        on, detach = ctx.params["on"], ctx.params["detach"]
         if elsewhere(on): raise typer.Exit(self.send(ctx, on, detach))
+        for p in self.added: ctx.params.pop(p.name)
         if detach: raise SpecError("--detach leaves a command running on a cluster; say which with --on ADDRESS.")
         return super().invoke(ctx)
 
