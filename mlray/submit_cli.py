@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,13 +41,14 @@ _MARK = "\x1e"
 
 
 class Marked(io.TextIOBase):
-    "A text stream whose lines are marked as results."
+    "A text stream whose lines are marked as results, where they are the command's own: threads of Ray write about the cluster here."
     encoding = "utf-8"
 
     def __init__(self, to: Any): self.to, self.part = to, ""
     def writable(self) -> bool: return True
 
     def write(self, text: str) -> int:
+        if threading.current_thread() is not threading.main_thread(): return int(self.to.write(text)) # of a library, about itself
         *lines, self.part = (self.part + text).split("\n")
         for line in lines: self.to.write(f"{_MARK}{line}\n")
         if lines: self.to.flush()
