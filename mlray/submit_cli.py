@@ -194,8 +194,9 @@ def look(name: str, on: str) -> str:
 
 def attend(server: "JobServer", name: str, on: str) -> int: # exit code
     "Follow a job to its end; the first Ctrl-C stops it, the second one leaves it."
+    from mlray.submit_on_ray import follow
     say, streams = stderr(), Unmarked(sys.stdout.write, sys.stderr.write)
-    try: ending = server.follow(name, streams)
+    try: ending = follow(server, name, streams)
     except KeyboardInterrupt:
         say.print(f"stopping {name} … (Ctrl-C again leaves it running)", markup=False)
         try: ending = server.stop(name)
