@@ -167,7 +167,8 @@ def test_train_tune_gate_promote_from_a_laptop(lab, released):
 
 
 def test_what_is_wrong_is_told_here_with_its_exit_code(lab, released):
-    assert "no version patients/99" in (said := lab.laptop("mlray gate patients/99 --on lab")).stderr.lower() and said.returncode == 2, said.stderr
+    said = lab.laptop("mlray gate patients/99 --on lab")
+    assert said.returncode == 2 and "mlray: " in said.stderr and "patients" in said.stderr and not said.stdout, said.stderr
     assert lab.laptop("mlray train patients.yaml --on lab", RAY_AUTH_TOKEN="f" * 64).returncode == 2
     assert lab.laptop("mlray train patients.yaml --on http://localhost:9").returncode == 3
 
