@@ -208,6 +208,8 @@ Modules:
 - `mlray.statement`: What is claimed, in a form that others read: in-toto statements
 - `mlray.store`: Bytes under their digest, on the disk when it says so
 - `mlray.stream_on_ray`: A table larger than memory, brought by Ray Data to where workers read it
+- `mlray.submit_cli`: `--on ADDRESS`: a command that runs on a cluster, and answers here
+- `mlray.submit_on_ray`: Work sent to a cluster from outside, and what it says on the way
 - `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all
 - `mlray.sunset`: The end of a version, said to those who use it
 - `mlray.survey`: All rows of a source held against the contract, piece by piece: more than fit into memory

@@ -93,6 +93,7 @@ class Patience:
     attempts: int = 6
     first: float = 0.05     # seconds, limit of the first pause
     longest: float = 2.0    # seconds, limit of a pause
+    each: float | None = None # seconds for one attempt, so that a host that falls silent does not use up all of them; None: a third
 
     def pause(
         self,
@@ -116,7 +117,7 @@ class _Call:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        left = max(self.end - time.monotonic(), 0.001)
+        left = min(max(self.end - time.monotonic(), 0.001), self.patience.each or self.patience.seconds / 3)
         return {"method": self.method, "url": self.path, "headers": self.headers, "timeout": left, **({} if self.content is None else {"content" if isinstance(self.content, bytes) else "json": self.content})}
 
     def after(self, response: httpx.Response | None, error: httpx.HTTPError | None, url: str) -> float:

@@ -136,8 +136,8 @@ def deploy_both(
     plan: Plan,
     references: Sequence[str],  # what the replicas follow in the registry; nothing: the plan stays
     settings: Settings,
-    gateway: type[CallGateway] = CallGateway,
     console: Any = None,        # as `Gateway` takes it
+    gateway: type[CallGateway] = CallGateway,
 ) -> None:
     "Put up a gateway with HTTP and gRPC; returns when it answers both. Raises `ServingError`."
     deploy(plan, references, settings, gateway, console)

@@ -29,7 +29,7 @@ def closed(
     pem: str = "",              # certificate and key in one file; empty: no TLS
 ) -> str:
     "The same configuration, closed to strangers."
-    mended = re.sub(r"(?m)^(\s*bind\s+)\*?:(\d+)", r"\g<1>127.0.0.1:\2", configuration)
+    mended = re.sub(r"(?m)(?<!frontend http_frontend\n)^([ \t]*bind[ \t]+)\*?:(\d+)", r"\g<1>127.0.0.1:\2", configuration) # where the service listens, `host` says
     mended = re.sub(r"(?m)^(\s*stats socket .*) mode 666 ", r"\1 mode 600 ", mended)
     mended = re.sub(r"(?m)^(\s*timeout client )\d+s", r"\g<1>15s", mended)
     limits = [line for line in ("timeout http-request 10s", "timeout queue 10s") if line.rsplit(" ", 1)[0] not in mended]

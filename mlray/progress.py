@@ -79,7 +79,7 @@ class ProgressTracker:
         if self.console.is_jupyter: self._draw()
         else:
             self._end()
-            self.console.print(f"  {text} …")
+            self.console.print(f"  {text} …", markup=False) # what gloo says of a lost worker has brackets
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.began = self.began or time.monotonic()

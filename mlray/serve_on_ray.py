@@ -47,8 +47,8 @@ from .keeping import open_recorder
 from .meters import Meters, carried
 from .oidc import issuer_of
 from .openapi import describe
-from .plan import Model, Plan, Watcher, loaded
-from .registry import open_registry
+from .plan import Model, Plan, loaded
+from .registry_on_ray import at_hand, watcher_of
 from .routes import PUBLIC, Routes
 from .served import Served
 from .service import DEFERRED, Service, admitted, at_once, in_process
@@ -66,13 +66,14 @@ class Predictor:
     "Scores rows."
 
     def __init__(self, models: Sequence[Model], settings: Settings | None = None):
+        self.settings = settings or Settings()
         self.known: dict[str, Served] = {}
         self.gathering = Gathering()
         for m in models: self.load(m)
 
     def load(self, model: Model) -> Served:
         "A version, ready to answer; the eight last ones are kept."
-        served = Served(model.version, load_bundle(model.path, model.digest))
+        served = Served(model.version, load_bundle(at_hand(model, self.settings).path, model.digest))
         served.warm()
         self.known = dict([*self.known.items(), (model.digest, served)][-8:])
         return served
@@ -133,6 +134,7 @@ class Gateway:
         console: Callable[[Settings], Callable[[Request], Awaitable[Response]]] | None = None, # makes the pages for people; None: there are none
     ):
         settings, self.routes, self.meters = settings or Settings(), Routes(), Meters(uuid4().hex[:8])
+        self.settings, self.prefix = settings, settings.route.rstrip("/")
         self.console = console(settings) if console else None
         self.scoring = Scoring(handles or {}, self.meters)
         self.desk = minded(settings, worker.work.remote) if worker is not None else None
@@ -142,11 +144,12 @@ class Gateway:
         self.service = Service({}, (), recorder, feedback, issuer.caller if issuer else None, self.scoring, self.shadow, self.meters, Rates(settings.rate / settings.replicas if settings.rate else None), desk=self.desk)
         self.use(plan)
         if references:
-            self.watcher = Watcher(lambda: open_registry(settings), references, plan.seq, self.use, self.meters.of("unheard").set)
+            self.watcher = watcher_of(settings, references, plan.seq, self.use, self.meters.of("unheard").set)
             self.watcher.start()
 
     def use(self, plan: Plan) -> None:
         "Load what is new, then let it answer."
+        plan = replace(plan, models=tuple(at_hand(m, self.settings) for m in plan.models))
         self.scoring.models = self.scoring.models | {m.digest: m for m in plan.models}
         if self.desk: self.desk.models = self.scoring.models
         warm = lambda model, served: None if model.name in self.scoring.handles else served.warm()
@@ -162,8 +165,13 @@ class Gateway:
         for name, line in self.service.models.items():
             if name not in self.scoring.handles: line.production.warm() # type: ignore[union-attr]
 
+    def path_of(self, scope: Scope) -> str:
+        "The path of a request, below where this gateway stands."
+        path: str = scope["path"]
+        return path[len(self.prefix):] if self.prefix and path.startswith(f"{self.prefix}/") else path
+
     async def __call__(self, request: Request) -> Response: # as Serve asks
-        if self.console and request.url.path.startswith("/console"): return await self.console(request)
+        if self.console and self.path_of(request.scope).startswith("/console"): return await self.console(request)
         reply, _ = await self.answer(request.scope, request.receive)
         response = Response(reply.body, reply.status)
         response.raw_headers = headers_of_reply(reply) # Serve adds x-request-id
@@ -174,16 +182,16 @@ class Gateway:
         headers = headers_of(scope)
         request_id = id_of(headers)
         try: return await self.reply(scope, headers, receive, request_id), request_id
-        except Refused as no: return no.reply(request_id, plain=scope["path"].startswith("/v2")), request_id
+        except Refused as no: return no.reply(request_id, plain=self.path_of(scope).startswith("/v2")), request_id
 
     async def reply(self, scope: Scope, headers: Headers, receive: Receive, request_id: str) -> Reply:
         "Which route, and what it says."
-        route, parts, methods = self.routes.find(scope["method"], scope["path"])
+        route, parts, methods = self.routes.find(scope["method"], self.path_of(scope))
         if route is None and methods: raise Refused(405, "wrong_method", f"Use {' or '.join(methods)}.", headers={"Allow": ", ".join(methods)})
         if route is None: raise Refused(404, "no_route", "There is nothing here.")
         if route.action == PUBLIC: return Reply(200, b'{"status":"ok"}')
         asked = await asked_of(scope, headers, receive, route, parts, request_id)
-        return _page(self.service, self.openapi, asked) if route.name in ("openapi", "docs") else await self.said(asked)
+        return _page(self.service, self.openapi, asked, self.prefix) if route.name in ("openapi", "docs") else await self.said(asked)
 
     async def said(self, asked: Asked) -> Reply:
         "What the service says; what takes long, it says in a thread."
@@ -193,7 +201,7 @@ class Gateway:
         return await service.reply(asked)
 
 # %% ../nbs/43_serve_on_ray.ipynb #31cd762b
-def _page(service: Service, openapi: bytes, asked: Asked) -> Reply:
+def _page(service: Service, openapi: bytes, asked: Asked, prefix: str) -> Reply:
     "The description; a browser is let ask for the key."
     try: admitted(service, asked)
     except Refused as no:
@@ -201,7 +209,7 @@ def _page(service: Service, openapi: bytes, asked: Asked) -> Reply:
         raise
     if asked.route == "openapi": return Reply(200, openapi)
     from fastapi.openapi.docs import get_swagger_ui_html
-    return Reply(200, bytes(get_swagger_ui_html(openapi_url="/openapi.json", title="mlray").body), {"content-type": "text/html"})
+    return Reply(200, bytes(get_swagger_ui_html(openapi_url=f"{prefix}/openapi.json", title="mlray").body), {"content-type": "text/html"})
 
 
 def _here(service: Service) -> Service:
@@ -211,7 +219,7 @@ def _here(service: Service) -> Service:
 # %% ../nbs/43_serve_on_ray.ipynb #c249a5dd
 def _soon(gateway: Gateway, scope: Scope) -> bool:
     "Whether a request is answered within this step of the event loop, or but for a canary."
-    route, parts, _ = gateway.routes.find(scope["method"], scope["path"])
+    route, parts, _ = gateway.routes.find(scope["method"], gateway.path_of(scope))
     if route is None or route.name not in ("predict", "infer", "invoke"): return False
     if gateway.scoring.handles and parts.get("model") in {None, *gateway.scoring.handles}: return False
     return (length_of(headers_of(scope)) or _LARGE + 1) <= _LARGE
@@ -292,7 +300,8 @@ def bound(
     from ray import serve
     deployment: Any = serve.deployment(gateway, name="Gateway", num_replicas=settings.replicas, max_ongoing_requests=64, max_queued_requests=settings.max_queued, health_check_period_s=5,
                                   graceful_shutdown_wait_loop_s=0.1, graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": 0.5})
-    return deployment.bind(plan, list(references), settings.model_copy(update={"home": settings.home.resolve()}), _predictors(plan, gateway.predictor, settings), _worker(settings), console)
+    settings = settings.model_copy(update={"home": settings.home.resolve()})
+    return deployment.bind(plan, list(references), settings, _predictors(plan, gateway.predictor, settings), _worker(settings), console)
 
 
 def deploy(
@@ -307,8 +316,9 @@ def deploy(
     from ray.serve.config import HTTPOptions, gRPCOptions
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     calls = gRPCOptions(port=settings.grpc_port, grpc_servicer_functions=list(gateway.servicers), enable_reflection=False) if settings.grpc_port and gateway.servicers else None
-    serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port), grpc_options=calls)
-    try: serve.run(bound(plan, references, settings, gateway, console), name="mlray", route_prefix="/")
+    where: Any = "HeadOnly" if settings.ray == "local" else "EveryNode" # so that a host that goes takes no address along that others do not have
+    serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port, location=where), grpc_options=calls)
+    try: serve.run(bound(plan, references, settings, gateway, console), name=settings.namespace, route_prefix=settings.route)
     except RuntimeError as error: raise ServingError(f"The service did not start: {str(error).strip().splitlines()[-1]}") from error
     _wait_for(settings)
 
@@ -321,10 +331,11 @@ def _wait_for(settings: Settings, seconds: float = 30) -> None:
             if httpx.get(f"{settings.url}/readyz", timeout=2, verify=False).status_code == 200: return
         except httpx.HTTPError: pass
         time.sleep(0.05)
-    raise ServingError(f"The service did not answer at {settings.url} within {seconds:g} s. Ray's logs are in /tmp/ray/session_latest/logs/serve.")
+    shared = "" if settings.ray == "local" else " A cluster has one proxy for all its environments: give them the same host and port, and each a `route` of its own."
+    raise ServingError(f"The service did not answer at {settings.url} within {seconds:g} s.{shared} Ray's logs are in /tmp/ray/session_latest/logs/serve.")
 
 
-def undeploy() -> None:
+def undeploy(settings: Settings) -> None:
     "Take it down, on a cluster that goes on. (One that ends takes everything along.)"
     from ray import serve
-    serve.delete("mlray")
+    serve.delete(settings.namespace)

@@ -60,6 +60,10 @@ class Settings(Releases):
     tracking: Literal["offline", "online", "disabled"] = "offline" # W&B
     project: str = "mlray"                  # W&B project
     ray: str = "local"                      # `local`, or the address of a cluster that runs
+    jobs: str = ""                          # the cluster's job server as a laptop reaches it, such as https://head:8265: what `--on ENVIRONMENT` means
+    jobs_ca: Path | None = None             # PEM: the authority that vouches for an https job server; empty: those of this machine
+    namespace: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")] = "mlray" # what names of this environment on a cluster begin with; two environments of one cluster have two
+    route: Annotated[str, Field(pattern=r"^/([A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*)?$")] = "/" # where the service begins; two environments behind one proxy have two
     workers: Annotated[int, Field(ge=1)] = 2 # training processes on Ray
     workers_min: Annotated[int, Field(ge=1)] | None = None # so many will do where there is no room for all; `workers = 1..4` says both
     gpu: bool = False                       # one GPU a training process
@@ -108,7 +112,7 @@ class Settings(Releases):
     @property
     def url(self) -> str:
         "Where the service answers."
-        return f"http{'s' * bool(self.tls_cert)}://{self.host}:{self.port}"
+        return f"http{'s' * bool(self.tls_cert)}://{self.host}:{self.port}{self.route.rstrip('/')}"
 
 # %% ../nbs/02_settings.ipynb #302a10c3
 _KEYS = frozenset(Settings.model_fields) - {"env", "root"}

@@ -89,7 +89,7 @@ class TracedGateway(CallGateway):
         super().__init__(plan, references, settings, handles, worker, console)
 
     async def reply(self, scope: Scope, headers: Headers, receive: Receive, request_id: str) -> Reply:
-        method, path = scope["method"], scope["path"]
+        method, path = scope["method"], self.path_of(scope)
         route, _, _ = self.routes.find(method, path)
         known = route.path if route else "nothing"
         with traced(self.tracer, f"{method} {known}", text_of(headers), **{"http.request.method": method, "http.route": known, "mlray.request_id": request_id}) as span:
@@ -111,4 +111,4 @@ def deploy_traced(
     console: Any = None,        # as `Gateway` takes it
 ) -> None:
     "Put up a gateway that leaves traces; returns when it answers. Raises `ServingError`."
-    deploy_both(plan, references, settings, TracedGateway, console)
+    deploy_both(plan, references, settings, console, TracedGateway)

@@ -225,3 +225,15 @@ def test_a_mirror_tells_wandb_what_the_registry_did(tmp_path, server):
     server.cut()
     promote(registry, found, "canary")
     assert "did not take row" in str(deliver(registry, mirror)[0].error) and len(waiting(registry, "wandb")) == 1
+
+
+def test_words_with_brackets_are_words():
+    "What gloo says when a worker is lost looks like the end of a tag."
+    from io import StringIO
+
+    from rich.console import Console
+
+    from mlray.progress import ProgressTracker
+    said = "a worker was lost ([/pytorch/gloo/transport/tcp/unbound_buffer.cc:129] timed out)"
+    ProgressTracker(Console(file=(out := StringIO()), soft_wrap=True)).note(said)
+    assert said in out.getvalue()
