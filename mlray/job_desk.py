@@ -29,10 +29,10 @@ from .jobs import PART, Job, Shelf, claimed, end, job_id, keep, put, sweep
 from .keeping import open_recorder
 from .plan import Model, Plan, loaded
 from .served import MOST_ROWS, Served, decoded, rows_of_frame, rows_of_records
-from .service import Form, Service, answered, at_once, caller_name, line_of, worded
+from .service import Form, Service, answered, caller_name, line_of, worded
 from .settings import Settings
 from .traffic import Choice, Traffic, choose
-from .wire import Asked, Refused, Reply, Rows, encode
+from .wire import Asked, Refused, Reply, Rows, at_once, encode
 
 # %% ../nbs/39o_job_desk.ipynb #82d5e0bb
 def _rows(served: Served, asked: Asked) -> Rows:

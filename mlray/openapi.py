@@ -22,7 +22,8 @@ from .feedback import SentMany
 from .open_inference import inputs_of, outputs_of
 from .routes import PUBLIC, ROUTES, Route
 from .served import MOST_ROWS
-from .service import Line, Service, line_of
+from .service import Service, line_of
+from .traffic import Line
 from .wire import Refusal
 
 # %% ../nbs/39k_openapi.ipynb #8b24b22d

@@ -21,8 +21,7 @@ from .deed import Ask, Deed
 from .errors import MlrayError, RegistryError
 from .registry import Registry, keys, version
 from .served import Served
-from .service import Line
-from .traffic import Traffic
+from .traffic import Line, Traffic
 from .wire import Ending
 
 # %% ../nbs/39i_plan.ipynb #6ac21f27

@@ -21,9 +21,8 @@ import polars as pl
 from .access import Key
 from .archive import journaled
 from .display import Displayed, Table, table
-from .service import Told
 from .settings import Settings
-from .wire import Ending, Refused
+from .wire import Ending, Refused, Told
 
 # %% ../nbs/39r_sunset.ipynb #c0a8756e
 def sunset_of(ending: Ending) -> datetime | None: # None: no day was named

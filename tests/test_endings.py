@@ -20,9 +20,10 @@ from mlray.registry import add_key, bundle_of, promote, register, rollback, vers
 from mlray.release import deprecate
 from mlray.rollout_step import start
 from mlray.routes import ROUTES
-from mlray.service import Asked, Service, at_once
+from mlray.service import Service
 from mlray.settings import amended
 from mlray.sunset import callers_of, told_by
+from mlray.wire import Asked, at_once
 from tests.canaries import gone_wrong, slow
 from tests.test_rollout_steps import FAIR, House, World, housed, watched_with
 

@@ -28,13 +28,13 @@ from mlray.openapi import example_row
 from mlray.plan import Model, Plan, loaded
 from mlray.registry import bundle_of, open_registry
 from mlray.run import train
-from mlray.service import Service, at_once
+from mlray.service import Service
 from mlray.settings import Settings, shipped
 from mlray.shadow import Shadow
 from mlray.spec import read_spec
 from mlray.task import Task
 from mlray.traffic import Traffic
-from mlray.wire import Asked, Reply, encode
+from mlray.wire import Asked, Reply, at_once, encode
 
 
 @pytest.fixture(scope="module")

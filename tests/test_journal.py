@@ -274,9 +274,10 @@ def test_no_record_no_answer(trained, tmp_path):
 
 def test_asked_together_is_answered_as_alone(trained, tmp_path):
     "Through the gateway, as a server of HTTP asks it: rows that are scored together have their answers to the bit, under their own ids; who goes away takes nobody along; all that was told is journaled."
+    from mlray.front_on_ray import Front
     from mlray.plan import plan_of
     from mlray.registry import add_key
-    from mlray.serve_on_ray import Front, Gateway
+    from mlray.serve_on_ray import Gateway
     registry, (key, secret), draw = open_registry(trained[0]), new_key(), random.Random(5)
     add_key(registry, key)
     settings = trained[0].model_copy(update={"home": tmp_path, "journal": True})
