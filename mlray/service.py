@@ -34,7 +34,7 @@ from .meters import TEXT, Meters, mark
 from .mlflow import rows_of_invocation
 from .open_inference import metadata, parts_of_answer, rows_of_tensors, tensors_of_answer
 from .served import Served, decoded, rows_of_json, scores_of_rules
-from .traffic import Choice, Line, Rates, Traffic, alone, choose
+from .traffic import Choice, Line, Rates, alone, choose
 from .wire import Answer, Arm, Asked, Refused, Reply, Rows, Told, at_once, encode, stays
 
 # %% ../nbs/39h_service.ipynb #a30c1338
