@@ -106,7 +106,7 @@ def test_a_day(tmp_path):
     (tmp_path / "diabetes.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
 
     def meant(words: list[str]) -> list[str]:
-        swap = {"configs/adult.yaml": str(tmp_path / "diabetes.yaml"), "rows.yaml": str(tmp_path / "rows.yaml"), "ROW": json.dumps(row), "page.html": str(tmp_path / "page.html")}
+        swap = {"configs/adult.yaml": str(tmp_path / "diabetes.yaml"), "rows.yaml": str(tmp_path / "rows.yaml"), "ROW": json.dumps(row), "page.html": str(tmp_path / "page.html"), "train.epochs=5": "train.epochs=40"} # five epochs are enough for the census, and too few to keep the promises here
         return [swap.get(w, json.dumps(row) if w.startswith("{") else w.replace("adult", "diabetes")) for w in words]
 
     def did(words: list[str]) -> str:
