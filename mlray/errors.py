@@ -44,9 +44,10 @@ class ServingError(MlrayError): "A service that cannot start or be reached."
 def suggest(
     name: str,              # what was given
     known: Iterable[str],   # what would have been understood
-) -> str: # a sentence: the likely meant name, or all of them
+) -> str: # a sentence: the likely meant name, or all of them, or the first twenty
     "What to say after *unknown name*."
     names = sorted(known)
     close = get_close_matches(name, names, n=1, cutoff=0.6)
     if close: return f"Did you mean {close[0]!r}?"
+    if len(names) > 24: names[20:] = [f"and {len(names) - 20} more"]
     return f"Known: {', '.join(names)}." if names else "There is none yet."

@@ -27,7 +27,7 @@ from .errors import DataError
 from .explanation import EXPLAINED, EXPOSED, SHAKEN, asked_for
 from .fairness import FairnessReport, fairness_report, rates_named
 from .gaps import GapReport, class_terms, gap_report, label_terms, number_terms, places_of
-from .gate import TRIED, Found, Verdict, judge
+from .gate import GATES, TRIED, Found, Verdict, judge
 from .paired import compare_answers, gap_differences, term_differences
 from .rates import OTHERS, RATES
 from .registry import Registry, Version, bundle_of, open_registry, version, versions
@@ -209,14 +209,16 @@ def _differences_of_groups(ours: Answered, theirs: Answered, found: Evaluation) 
 def verdict_of(
     spec: RunSpec,
     beside: Beside,               # the candidate's evaluation, and that of the version in production
-    *gates: str,                  # which; none: all of the spec
+    *gates: str,                  # which; none: all of the spec, but for what a gate of the project's own measures on its page
     otherwise: Sequence[Rule] = (),         # rules of gates that the spec does not have
     data: Mapping[str, Found] | None = None, # what else was measured: of the rows, of explanations, of disturbed rows
     before: Mapping[str, Found] | None = None, # the same of the version in production, where a rule compares with it
 ) -> Verdict:
     "The rules of some gates, judged."
     incumbent = {**beside.incumbent.measures, **(before or {})} if beside.incumbent else None
-    return judge({**beside.evaluation.measures, **(data or {})}, rules_of(spec, *gates, otherwise=otherwise), incumbent, beside.differences, spec.waivers)
+    measures, rules = {**beside.evaluation.measures, **(data or {})}, rules_of(spec, *gates, otherwise=otherwise)
+    elsewhere = [] if gates else [r.measure for name, own in spec.gates.items() if name not in GATES for r in own if r.measure not in measures] # what only the page of that gate knows
+    return judge(measures, [r for r in rules if r.measure not in elsewhere], incumbent, beside.differences, spec.waivers)
 
 
 def comparing(rules: Sequence[Rule]) -> list[Rule]:

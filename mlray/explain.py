@@ -7,7 +7,7 @@ carries how much of the answers nearby the line tells (*fidelity*) and how much 
 
 # %% auto #0
 __all__ = ['Score', 'Reason', 'Explanation', 'reliability', 'explanation', 'scored', 'picked', 'Background', 'background',
-           'checked_row', 'keeping', 'lime_table']
+           'checked_row', 'keeping', 'neighbours', 'nearness', 'lime_table']
 
 # %% ../nbs/22a_explain.ipynb #3d928b2a
 import json
@@ -267,6 +267,30 @@ def keeping(
     if frame.height: kept[check(Contract(alone, across), frame).bad["row"].to_numpy().astype(int) - 1] = False
     return kept
 
+# %% ../nbs/22a_explain.ipynb #14930ea5
+def neighbours(
+    known: Background,
+    row: Mapping[str, Any],     # checked
+    digest: str,                # of the model
+    method: str,                # part of the seed, too
+    perturbations: int,         # rows to draw, the row itself the first of them
+) -> tuple[np.random.Philox, np.ndarray, np.ndarray]: # random words to go on with; int [features, rows], each value's background row (one more than there are: the row's own); bool [rows, features], which are like the row's
+    "Rows near a row. Raises `ExplanationError`."
+    if not 50 <= perturbations <= MOST: raise ExplanationError(f"Between 50 and {MOST} perturbations make a line; {perturbations} were asked for.")
+    height, words, shared = known.frame.height, words_of(row, digest, method), known.near(row)
+    at = draws(words, (len(row), perturbations), height)
+    for i in np.flatnonzero(~shared.any(1)): at[i] = np.where(draws(words, (perturbations,), 2), height, at[i])
+    at[:, 0] = height
+    return words, at, picked(np.pad(shared, ((0, 0), (0, 1)), constant_values=True), at).T
+
+
+def nearness(
+    near: np.ndarray, # bool [rows, parts], which are like the row's
+) -> np.ndarray: # [rows]
+    "How much each row weighs: by the number of parts in which it differs."
+    size = near.shape[1]
+    return kernel(np.sqrt(np.arange(size + 1.0)), 0.75 * math.sqrt(size))[(~near).sum(1)]
+
 
 def lime_table(
     score: Score,                   # frame of features → [rows] or [rows, outputs]
@@ -278,16 +302,9 @@ def lime_table(
     count: int | None = None,       # features to keep; None: all
 ) -> Explanation:
     "Explain the score of a row. Raises `ContractError`, `ExplanationError`."
-    if not 50 <= perturbations <= MOST: raise ExplanationError(f"Between 50 and {MOST} perturbations make a line; {perturbations} were asked for.")
     row = checked_row(known.contract, row)
-    size, height = len(row), known.frame.height
-    words, shared = words_of(row, digest, "lime"), known.near(row)
-    at = draws(words, (size, perturbations), height)
-    for i in np.flatnonzero(~shared.any(1)): at[i] = np.where(draws(words, (perturbations,), 2), height, at[i])
-    at[:, 0] = height
-    near = picked(np.pad(shared, ((0, 0), (0, 1)), constant_values=True), at).T
+    _, at, near = neighbours(known, row, digest, "lime", perturbations)
     scores = scored(score, known.taken(row, at), perturbations, output)
-    weights = kernel(np.sqrt(np.arange(size + 1.0)), 0.75 * math.sqrt(size))[(~near).sum(1)]
-    fitted = line(near, scores, weights, count)
+    fitted = line(near, scores, nearness(near), count)
     names = [list(row)[i] for i in fitted.chosen]
     return explanation("lime", scores[0], fitted.intercept, [(n, known.said(n, row[n])) for n in names], fitted.weights, fitted.errors, fitted.fidelity, fitted.unit, perturbations)

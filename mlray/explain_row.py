@@ -18,11 +18,20 @@ import numpy as np
 import polars as pl
 
 from .counterfactual import LEFT_OUT, THERE, Counterfactual
-from .errors import ExplanationError
-from .explain import Background, Explanation, Score, checked_row, explanation, lime_table, picked, scored
+from mlray.explain import (
+    Background,
+    Explanation,
+    Score,
+    checked_row,
+    explanation,
+    lime_table,
+    nearness,
+    neighbours,
+    scored,
+)
 from .explain_image import squares
 from .explain_text import absent, split_words, without
-from .local_line import MOST, draws, kernel, line, words_of
+from .local_line import draws, line
 
 # %% ../nbs/22h_explain_row.ipynb #a4282d5c
 WORDS, RUNS = 50, 32 # parts of a text and of a signal, at most
@@ -106,16 +115,11 @@ def lime_row(
     row = checked_row(known.contract, row)
     parts = _parts(known, row)
     if not parts: return lime_table(score, known, row, digest, output, perturbations)
-    if not 50 <= perturbations <= MOST: raise ExplanationError(f"Between 50 and {MOST} perturbations make a line; {perturbations} were asked for.")
-    whole, height = [n for n in row if n not in parts], known.frame.height
-    words, shared = words_of(row, digest, "lime row"), known.near(row)
-    at = draws(words, (len(row), perturbations), height)
-    for i in np.flatnonzero(~shared.any(1)): at[i] = np.where(draws(words, (perturbations,), 2), height, at[i])
+    whole = [n for n in row if n not in parts]
+    words, at, same = neighbours(known, row, digest, "lime row", perturbations)
     kept = {n: p.drawn(words, perturbations) for n, p in parts.items()}
-    at[:, 0] = height
     for chosen in kept.values(): chosen[0] = True
     place = {n: i for i, n in enumerate(row)}
-    same = picked(np.pad(shared, ((0, 0), (0, 1)), constant_values=True), at).T
     near = np.concatenate([kept[n] if n in kept else same[:, [i]] for n, i in place.items()], axis=1)
 
     def rows(part: slice) -> pl.DataFrame:
@@ -125,8 +129,7 @@ def lime_row(
     step = max(1, _NUMBERS // max(1, sum(known.contract.columns[n].length or 0 for n in parts)))
     chunks = [slice(start, min(start + step, perturbations)) for start in range(0, perturbations, step)]
     scores = np.concatenate([scored(score, rows(c), c.stop - c.start, output) for c in chunks])
-    size = near.shape[1]
-    fitted = line(near, scores, kernel(np.sqrt(np.arange(size + 1.0)), 0.75 * math.sqrt(size))[(~near).sum(1)])
+    fitted = line(near, scores, nearness(near))
     said = [(n, text) for n in row for text in (parts[n].said if n in parts else (known.said(n, row[n]),))]
     return explanation("lime", scores[0], fitted.intercept, said, fitted.weights, fitted.errors, fitted.fidelity, fitted.unit, perturbations)
 

@@ -28,9 +28,9 @@ audit_app = typer.Typer(invoke_without_command=True, help="Who did what: lists i
 def audit_list(context: typer.Context, env: Env = None, as_json: Json = False) -> None:
     "Who did what, oldest first; `mlray audit verify` checks it."
     if context.invoked_subcommand: return
-    from mlray.registry import events, open_registry
-    told = events(open_registry(settings_of(env)))
-    shown(as_json, [dict(zip(told.columns, row, strict=True)) for row in told.rows], told)
+    from mlray.registry import events, history, open_registry
+    registry = open_registry(settings_of(env))
+    shown(as_json, [{"seq": e.seq, "action": e.action, "object": e.object, "details": dict(e.details), "by": e.actor, "at": e.created} for e in history(registry)], events(registry))
 
 
 @audit_app.command("verify")

@@ -8,22 +8,23 @@ how either came about."""
 
 # %% auto #0
 __all__ = ['Version', 'Evidence', 'versions', 'version', 'bundle_of', 'register', 'digest_of', 'add_evidence', 'evidence',
-           'generation', 'promote', 'rollback', 'retire', 'events', 'Policy', 'Registry', 'open_registry', 'add_key',
-           'keys', 'revoke_key']
+           'generation', 'promote', 'rollback', 'retire', 'history', 'events', 'Policy', 'Registry', 'open_registry',
+           'add_key', 'keys', 'revoke_key']
 
 # %% ../nbs/33_registry.ipynb #b329d774
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .attestation import enter, unsigned
+from .audit import Entry
 from .bundle import Bundle, digests_of, load_bundle
 from .database import ALIASES, APPROVALS, ENVIRONMENTS, EVIDENCE, MOVES, VERSIONS
 from .deed import Ask, Deed
-from .display import Table, table
+from .display import Displayed, Table, table
 from .errors import Refused, RegistryError, suggest
 from .gate import Verdict
 from .opened import Registry, add_key, keys, open_registry, revoke_key
@@ -35,14 +36,14 @@ _all_ = ["Policy", "Registry", "open_registry", "add_key", "keys", "revoke_key"]
 
 # %% ../nbs/33_registry.ipynb #1ceae42a
 @dataclass(frozen=True)
-class Version:
+class Version(Displayed):
     "A bundle under a name."
     name: str
     number: int
     digest: str
     spec_id: str
     rows_digest: str            # fingerprint of the training rows
-    results: Mapping[str, Any]  # measures and verdict of its run
+    results: Mapping[str, Any] = field(repr=False) # measures and verdict of its run
     created: str                # ISO 8601, UTC
     actor: str
     retired: str | None = None  # when it was; it cannot be promoted any more
@@ -54,6 +55,13 @@ class Version:
     aliases: tuple[str, ...] = ()
 
     def __str__(self) -> str: return f"{self.name}/{self.number}"
+
+    def table(self) -> Table:
+        "One line a fact."
+        kept = self.results.get("verdict", {}).get("passed")
+        facts = {"digest": self.digest[:12], "made": f"{self.created[:16].replace('T', ' ')} by {self.actor}", "rules": "" if kept is None else "kept" if kept else "broken", "is": ", ".join(self.aliases),
+                 "deprecated": self.deprecated and self.deprecated[:10], "retired": self.retired and self.retired[:10], "successor": self.successor}
+        return table(["", ""], [(name, said) for name, said in facts.items() if said], str(self))
 
 
 @dataclass(frozen=True)
@@ -266,7 +274,12 @@ def retire(
     return version(registry, str(found))
 
 # %% ../nbs/33_registry.ipynb #50683b7e
+def history(registry: Registry) -> tuple[Entry, ...]:
+    "Who did what, oldest first; `mlray.ledger.audit` checks it."
+    with registry.database.change() as c: return tuple(registry.database.entries(c))
+
+
 def events(registry: Registry) -> Table:
-    "Who did what, oldest first."
-    with registry.database.change() as c: rows = registry.database.entries(c)
-    return table(["seq", "action", "object", "details", "by", "at"], [(r.seq, r.action, r.object, ", ".join(f"{k}={v}" for k, v in r.details.items()), r.actor, r.created[:19]) for r in rows])
+    "The same to read, with digests cut short."
+    rows = history(registry)
+    return table(["seq", "action", "object", "details", "by", "at"], [(r.seq, r.action, r.object, ", ".join(f"{k}={v[:12] if isinstance(v, str) and re.fullmatch('[0-9a-f]{64}', v) else v}" for k, v in r.details.items()), r.actor, r.created[:19]) for r in rows])
