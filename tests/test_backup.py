@@ -337,13 +337,11 @@ def back_up_and_say(settings: Settings, kept: Path, said: Connection) -> None:
 def test_killed_at_any_instant(database, tmp_path):
     settings = settings_for(tmp_path / "home", database("source"))
     registry, rng, killed, finished = grown(settings, tmp_path / "made", range(12)), random.Random(1), 0, 0
-    whole = backup(registry, tmp_path / "kept")
+    backup(registry, tmp_path / "kept")
     began = time.monotonic()
     backup(registry, tmp_path / "measured")
     longest = 1.2 * (time.monotonic() - began)
     for turn in range(40):
-        shutil.rmtree(tmp_path / "kept/store") if turn % 2 else None # so that there is something to copy
-        if turn % 2: backup(registry, tmp_path / "kept"); whole = backups(tmp_path / "kept")[-1]
         fresh = tmp_path / "kept" if turn % 2 else tmp_path / f"fresh{turn}"
         ours, theirs = CHILDREN.Pipe()
         process = CHILDREN.Process(target=back_up_and_say, args=(settings, fresh, theirs))
@@ -352,16 +350,16 @@ def test_killed_at_any_instant(database, tmp_path):
         assert ours.recv() == "ready"
         ours.send("go")
         time.sleep(rng.uniform(0, longest))
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
-        killed, acknowledged = killed + 1, [m for m in heard(ours) if isinstance(m, str)]
-        finished += bool(acknowledged)
+        acknowledged = [m for m in heard(ours) if isinstance(m, str)]
+        killed, finished = killed + (process.exitcode == -signal.SIGKILL), finished + bool(acknowledged)
         there = backups(fresh)
         assert {b.name for b in there} >= set(acknowledged), "what was acknowledged is not there"
         for found in there: assert check_backup(fresh, settings.home, found.name).versions == 12, "half a backup was taken for a whole one"
         assert backup(registry, fresh).versions == 12 and check_backup(fresh, settings.home), "a killed backup stands in the way of the next"
-    assert whole and not audit(registry).faults
-    print(f"killed {killed}, of which {finished} had finished; every backup that has a name is whole")
+    assert killed >= 10, "hardly anybody was killed, so little was shown"
+    print(f"killed {killed} of 40, {finished} had finished; every backup that has a name is whole")
 
 
 @pytest.mark.chaos
