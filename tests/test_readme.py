@@ -1,0 +1,135 @@
+"""Whatever README.md tells people to type or to write: each block is read from the page itself, and tried."""
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+from mlray.cli import app
+from mlray.spec import RunSpec, parse_spec
+from tests.conftest import ROOT, free_port
+
+MLRAY = str(Path(sys.executable).with_name("mlray"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "nbs/tutorials").glob("*.ipynb")), *sorted((ROOT / "nbs/explanations").glob("*.ipynb"))]
+
+
+def blocks(kind: str) -> list[str]:
+    "What stands between fences of a kind."
+    return re.findall(rf"^```{kind}\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["mlray"]: yield words[1:]
+
+
+def written_of(page: Path) -> str:
+    if page.suffix == ".md": return page.read_text()
+    return "\n".join("".join(c["source"]) for c in json.loads(page.read_text())["cells"] if c["cell_type"] == "markdown")
+
+
+def understood(words: list[str]) -> None:
+    "Parse a command to its last option, without doing it."
+    command = typer.main.get_command(app)
+    context = command.make_context("mlray", list(words), resilient_parsing=True)
+    while hasattr(command, "resolve_command"):
+        name, command, words = command.resolve_command(context, words)
+        assert command, f"there is no command {name}"
+        if not words and hasattr(command, "resolve_command"): break
+        context = command.make_context(name, list(words), parent=context, **({"resilient_parsing": True} if hasattr(command, "resolve_command") else {}))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_commands_exist_with_their_options(page):
+    said = [words for block in re.findall(r"^```sh\n(.*?)^```", written_of(page), re.M | re.S) for words in commands(block)]
+    said += [words for span in re.findall(r"`(mlray [^`…]+)`", written_of(page)) for words in commands(span) if words]
+    assert said or page.suffix == ".ipynb", "no command was found, so nothing was tried"
+    for words in said:
+        try: understood(words)
+        except (Exception, SystemExit) as error:
+            spoken_of = type(error).__name__ == "MissingParameter" and len(words) <= 2 # `mlray train` in a sentence
+            if not spoken_of: raise AssertionError(f"{page.name}: mlray {shlex.join(words)}: {error}") from error
+
+
+def test_what_a_spec_can_say():
+    "The first block is a spec, and each of the others goes with it."
+    first, *others = blocks("yaml")
+    whole = yaml.safe_load(first)
+    parse_spec(first)
+    assert len(others) >= 10
+    for text in others:
+        part = yaml.safe_load(text)
+        spec = {n: {**whole.get(n, {}), **v} if isinstance(v, dict) and n in ("data", "contract") else v for n, v in {**whole, **part}.items()}
+        if "holders" in str(part): spec["data"].pop("split", None)
+        RunSpec.model_validate(spec)
+
+
+def test_in_a_notebook(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLRAY_HOME", str(tmp_path))
+    monkeypatch.setenv("MLRAY_TRACKING", "disabled")
+    monkeypatch.chdir(ROOT)
+    (block,) = blocks("python")
+    known: dict = {}
+    exec(compile(block, "README.md", "exec"), known)
+    assert known["run"].verdict.findings
+
+
+def test_a_first_run(tmp_path):
+    line = next(words for block in blocks("sh") for words in commands(block) if words == ["train", "configs/wine.yaml"])
+    done = subprocess.run([MLRAY, *line], cwd=ROOT, env=os.environ | {"MLRAY_HOME": str(tmp_path), "MLRAY_TRACKING": "disabled"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "wine/1" in done.stdout, done.stderr
+
+
+@pytest.mark.chaos
+@pytest.mark.ray
+def test_a_day(tmp_path):
+    "Line by line, of the patients in place of the census, so that it takes minutes; the service runs while it is asked."
+    (day,) = [b for b in blocks("sh") if "mlray serve" in b]
+    (ask,) = [b for b in blocks("sh") if "mlray ask" in b]
+    row = {"age": 59, "sex": "group 2", "bmi": 32.1, "blood_pressure": 101.0, "total_cholesterol": 157, "ldl": 93.2, "hdl": 38.0, "cholesterol_ratio": 4.0, "triglycerides_log": 4.8598, "glucose": 87}
+    spec = yaml.safe_load((ROOT / "configs/diabetes.yaml").read_text())
+    port, environment = free_port(), os.environ | {"MLRAY_HOME": str(tmp_path), "MLRAY_TRACKING": "disabled", "MLRAY_JOURNAL": "on"}
+    environment["MLRAY_PORT"] = str(port)
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump({"name": "rows", "data": spec["data"], "contract": {"progression": {"type": "number", "role": "target"}}}))
+    spec["search"] = {"trials": 4, "space": {"train.learning_rate": {"low": 0.001, "high": 0.01, "log": True}}}
+    (tmp_path / "diabetes.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+
+    def meant(words: list[str]) -> list[str]:
+        swap = {"configs/adult.yaml": str(tmp_path / "diabetes.yaml"), "rows.yaml": str(tmp_path / "rows.yaml"), "ROW": json.dumps(row), "page.html": str(tmp_path / "page.html")}
+        return [swap.get(w, json.dumps(row) if w.startswith("{") else w.replace("adult", "diabetes")) for w in words]
+
+    def did(words: list[str]) -> str:
+        began, done = time.monotonic(), subprocess.run([MLRAY, *meant(words)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        print(f"{done.returncode}  {time.monotonic() - began:5.1f} s  mlray {' '.join(words)[:90]}")
+        assert done.returncode == 0 or (words[0] == "doctor" and done.returncode == 1), done.stderr[-2000:]
+        return done.stdout
+
+    service = None
+    try:
+        for words in commands(day):
+            if words[0] != "serve":
+                did(words)
+                continue
+            environment["MLRAY_API_KEY"] = re.search(r"mlr_\S+", did(["key", "create"])).group()
+            service = subprocess.Popen([MLRAY, *meant(words)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            for _ in range(600):
+                try: urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2)
+                except OSError: time.sleep(0.2)
+                else: break
+            for asked in commands(ask): assert "score" in did(asked)
+        assert (tmp_path / "page.html").stat().st_size > 1000
+    finally:
+        if service:
+            service.send_signal(signal.SIGINT)
+            service.wait(60)
