@@ -70,13 +70,13 @@ def damage(
 
 
 def _bytes(store: Store, named: Mapping[str, str], target: Store, where: str, trusting: bool = False) -> int: # bytes that were copied
-    "Have all that is named in another store, looked at before it goes there; `trusting`: what lies there is not looked at again."
+    "Have all that is named in another store, looked at before it goes there; `trusting`: what lies there is left alone."
     copied = 0
     for digest, what in named.items():
         there = target.folder(digest)
-        if there.is_dir() and (trusting or not damage(there, digest)): continue
+        if trusting and there.is_dir(): continue
         if why := damage(store.path(digest), digest): raise RegistryError(f"{where}: {what} ({digest[:12]}) cannot be copied: {why}. Bring its folder back from an older copy, then try again.")
-        if there.is_dir(): shutil.rmtree(there) # rotten
+        if there.is_dir() and damage(there, digest): shutil.rmtree(there)
         target.put(digest, files := {p.name: p.read_bytes() for p in store.path(digest).iterdir()})
         copied += sum(map(len, files.values()))
     return copied

@@ -188,6 +188,17 @@ def test_what_is_refused(laptop, tmp_path):
     assert not backups(tmp_path / "fresh")
 
 
+def test_into_a_bucket_of_which_a_copy_is_here_already(laptop, tmp_path):
+    "A restore that was killed has left bytes here that never got there."
+    source = grown(laptop, tmp_path / "made", range(1))
+    backup(source, tmp_path / "kept")
+    team = with_the_key(settings_for(tmp_path / "team"), laptop).model_copy(update={"store": f"file://{tmp_path}/bucket"})
+    shutil.copytree(laptop.home / "store", team.home / "store")
+    restore(tmp_path / "kept", team)
+    shutil.rmtree(team.home / "store")
+    holds(team, source)
+
+
 def test_a_disk_that_is_full(laptop, tmp_path, monkeypatch):
     source = grown(laptop, tmp_path / "made", range(1))
     first = backup(source, tmp_path / "kept")
