@@ -16,6 +16,8 @@ Modules:
 - `mlray.asgi`: A request of HTTP as a server hands it over, read with as few steps as it takes
 - `mlray.attestation`: What is signed here, by whom, and whether it is enough
 - `mlray.audit`: A chain that breaks if it is touched
+- `mlray.backup`: A copy of a running registry, and the way back from it
+- `mlray.backup_cli`: The commands that keep a registry and bring it back
 - `mlray.batch`: Cut a source into pieces that anybody can read alone, and answer one of them
 - `mlray.batch_cli`: `mlray predict`: a file in, a file of answers out
 - `mlray.batch_run`: A file in, a file of answers out: larger than memory, and none lost or doubled when it is killed

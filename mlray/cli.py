@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .backup_cli import backup_app
 from .batch_cli import batch_app
 from .cluster_cli import cluster_app
 from mlray.commands import (
@@ -41,7 +42,7 @@ from .export_cli import export_app
 from .lab_cli import lab_app
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
-from .release_cli import release_app
+from .release_cli import registry_app, release_app
 from .rollout_cli import rollout_app
 from .schedule_cli import schedule_app
 from .serve_cli import print_manifest, row_of, serve_app
@@ -65,6 +66,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
                        "A first run: mlray demo. A day: check, train, gate, promote, serve, ask.")
 
 for _command in (*release_app.registered_commands, *serve_app.registered_commands): _command.cls = Errand
+registry_app.add_typer(backup_app)
 app.add_typer(release_app)
 app.add_typer(serve_app)
 app.add_typer(delivery_app)

@@ -7,8 +7,8 @@ is: one transaction, together with its entry in the audit. It knows nothing of b
 
 # %% auto #0
 __all__ = ['HEAD', 'Connection', 'VERSIONS', 'ALIASES', 'MOVES', 'EVIDENCE', 'SIGNATURES', 'KEYS', 'APPROVALS', 'REQUESTS',
-           'OUTBOX', 'LEASES', 'TRIGGERS', 'READINGS', 'ENVIRONMENTS', 'EVENTS', 'audit_key', 'digests_named',
-           'Database', 'neighbours', 'head']
+           'OUTBOX', 'LEASES', 'TRIGGERS', 'READINGS', 'ENVIRONMENTS', 'EVENTS', 'TABLES', 'audit_key', 'digests_named',
+           'Database', 'neighbours', 'head', 'copy_rows', 'opened_file', 'snapshot']
 
 # %% ../nbs/32a_database.ipynb #e4c887a1
 import json
@@ -16,7 +16,7 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -224,3 +224,40 @@ def head(database: Database) -> int:
             return row[0] or 0 if row else 0
         finally: connection.close() # rolls back, so that no transaction stays open
     except (sa.exc.DBAPIError, database._engine.dialect.loaded_dbapi.Error, OSError) as error: raise Unavailable(f"The registry cannot be read: {error}.") from error
+
+# %% ../nbs/32a_database.ipynb #7c243de0
+TABLES = tuple(_meta.tables.values()) # in the order in which they name each other
+
+
+def copy_rows(
+    source: Connection,
+    target: Connection, # of the same schema, and empty
+) -> None:
+    "Copy all rows, from whatever database to whatever other."
+    for one in TABLES:
+        for some in source.execute(one.select()).mappings().partitions(1000): target.execute(one.insert(), [dict(r) for r in some])
+    if target.dialect.name == "postgresql": target.execute(sa.text("SELECT setval(pg_get_serial_sequence('evidence', 'id'), (SELECT max(id) FROM evidence))"))
+
+
+@contextmanager
+def opened_file(path: Path) -> Iterator[Database]:
+    "A SQLite file, made if it is not there, and let go of."
+    database = Database(f"sqlite:///{path.resolve()}", path.parent)
+    try: yield database
+    finally: database._engine.dispose()
+
+
+def snapshot(
+    database: Database,
+    path: Path, # a SQLite file that is not there yet
+) -> None:
+    "Write all rows as they are at one instant, on the disk when this returns. Raises `Unavailable`."
+    engine = database._engine
+    try:
+        if engine.dialect.name == "sqlite":
+            with closing(engine.raw_connection()) as held, closing(sqlite3.connect(path)) as file: held.driver_connection.backup(file)  # type: ignore[union-attr]
+        else:
+            quiet = sa.create_engine(engine.url, poolclass=sa.NullPool, isolation_level="REPEATABLE READ", connect_args={"connect_timeout": 10})
+            with opened_file(path) as copy, quiet.connect() as source, copy.change() as target: copy_rows(source, target)
+        with open(path, "rb") as written: os.fsync(written.fileno())
+    except (sa.exc.DBAPIError, sqlite3.Error) as error: raise Unavailable(f"{database.shown} could not be copied: {str(error).splitlines()[0][:300]}. Nothing was changed there. Try again.") from error

@@ -20,7 +20,7 @@ from mlray.spec import RunSpec, parse_spec
 from tests.conftest import ROOT, free_port
 
 MLRAY = str(Path(sys.executable).with_name("mlray"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "nbs/tutorials").glob("*.ipynb"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "nbs/tutorials").glob("*.ipynb")), *sorted((ROOT / "nbs/explanations").glob("*.ipynb"))]
 
 
 def blocks(kind: str) -> list[str]:
