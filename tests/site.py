@@ -22,14 +22,14 @@ FOLDERS = {"tutorials": "Tutorials", "gates": "Gates", "reports": "Reports", "be
 def pages() -> dict[Path, str]: # notebook → page
     "Where each notebook's page lies: modules by their name, the rest by their folder."
     found = {p: p.relative_to(ROOT / "nbs") for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts}
-    return {p: str(at.with_name(re.sub(r"^\d+[a-z]?_", "", at.stem) + ".md")) for p, at in found.items()}
+    return {p: str(at.with_name(re.sub(r"^\d+[a-z]*_", "", at.stem) + ".md")) for p, at in found.items()}
 
 
 def linked(text: str, page: str, modules: dict[str, str], notebooks: dict[str, str]) -> str:
     "Prose whose `mlray.rows` and nbs/….ipynb lead to their pages."
     up = "../" * page.count("/")
     text = re.sub(r"(?<!\[)`mlray\.(\w+)(\.\w+)?`(?!\])", lambda m: f"[{m[0]}]({up}{modules[m[1]]})" if m[1] in modules and modules[m[1]] != page else m[0], text)
-    text = re.sub(r"\]\((?:\.\./)*(?:nbs/)?([\w/.-]+\.ipynb)\)", lambda m: f"]({up}{notebooks[m[1]]})" if m[1] in notebooks else m[0], text)
+    text = re.sub(r"\]\((?:\.\./)*(?:nbs/)?([\w/.-]+\.ipynb)\)", lambda m: next((f"]({up}{notebooks[at]})" for at in (m[1], f"{Path(page).parent}/{m[1]}") if at in notebooks), m[0]), text)
     return text.replace('{target="_blank"}', "")
 
 

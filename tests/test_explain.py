@@ -357,7 +357,7 @@ def test_pictures_and_texts_of_a_bundle_are_explained(shipped_run, name, column)
     assert said.exit_code == 0 and json.loads(said.stdout)["reasons"][0]["feature"] == column
     if column == "text": return
     (gate,) = run_gates(open_registry(place), run.version, ["explanation"], place)
-    assert not gate.broken and {f.measure for f in gate.verdict.findings} == {"stability", "fidelity"}
+    assert not gate.broken and {f.measure for f in gate.verdict.findings} == {"stability", "fidelity", "nonsense_share"}
 
 
 def test_a_patch_that_a_picture_hangs_on_is_found():

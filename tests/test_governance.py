@@ -22,6 +22,7 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from mlray.access import ACTIONS, ROLES, Caller, allowed, new_key
 from mlray.anchoring import anchor
+from mlray.backup import backup
 from mlray.bundle import pack
 from mlray.database import HEAD, OUTBOX, REQUESTS, Database
 from mlray.errors import Conflict, Refused, RegistryError, Unavailable
@@ -52,6 +53,7 @@ from mlray.release import approvals, approve, deprecate, environment_of, withdra
 from mlray.rollout_step import start, stop
 from mlray.service import Service
 from mlray.settings import Settings, amended, read_settings
+from mlray.triggers import resume
 from tests.test_registry import GOLDEN, PASSED, server, tiny, url
 
 __all__ = ["server", "url"] # fixtures
@@ -167,9 +169,11 @@ DEEDS = {
     "model:deprecate": lambda r, v, tmp: deprecate(r, v[0], "old", "2099-01-01"), "model:retire": lambda r, v, tmp: retire(r, v[2], "old"), "key:create": lambda r, v, tmp: add_key(r, new_key("viewer")[0]),
     "model:sign": lambda r, v, tmp: sign(r, v[0]), "signer:change": lambda r, v, tmp: change_signer(r, "create", f"s{uuid4().hex[:6]}"),
     "key:revoke": lambda r, v, tmp: revoke_key(r, keys(r)[0].id, "lost"), "traffic:set": lambda r, v, tmp: set_share(r, "tiny", 0.0), "rollout:step": rolled_out, "mirror:deliver": lambda r, v, tmp: (deliver(r, {}), send_again(r, "mlflow")),
+    "run:train": lambda r, v, tmp: resume(r, "tiny", "the rows are mended", datetime.now(UTC)),
+    "db:change": lambda r, v, tmp: backup(r, tmp),
     "data:note": lambda r, v, tmp: note(r, [Reading("people.csv", "tiny", "train", "5f" * 16, 3, 0, None, {})]), "audit:read": lambda r, v, tmp: anchor(r, "tiny", []),
 }
-OF_A_MODEL = {a for a in DEEDS if a.startswith(("model:", "traffic:", "rollout:", "data:"))}
+OF_A_MODEL = {a for a in DEEDS if a.startswith(("run:", "model:", "traffic:", "rollout:", "data:"))}
 
 
 def test_every_change_goes_through_the_matrix(tmp_path):

@@ -183,7 +183,7 @@ def test_a_run_and_the_gates_judge_the_same(diabetes, tmp_path):
     checks = (Behaviour(name="heavier is no healthier", kind="direction", add={"bmi": 5}, expect="up", tolerance=0.1, at_least=0.5), Behaviour(name="impossible", kind="minimum", row=_patient(), score_at_least=2.0))
     settings_ = Settings(root=tmp_path, home=tmp_path / "home", tracking="disabled")
     run = train(diabetes.model_copy(update={"gates": rules, "behaviour": checks}), settings_)
-    done = {g.gate: g for g in run_gates(open_registry(settings_), run.version, ["explanation", "robustness"], settings_)}
+    done = {g.gate: g for g in run_gates(open_registry(settings_), run.version, ["explanation", "robustness", "behaviour"], settings_)}
     assert not any(g.broken for g in done.values())
     told = {f.measure: (f.value, f.passed) for g in done.values() for f in g.verdict.findings}
     assert all(told[f.measure] == (f.value, f.passed) for f in run.verdict.findings)
