@@ -409,12 +409,7 @@ def test_mlflow_itself_serves_the_folder(house, proved, tmp_path):
 
 def test_a_registry_of_schema_0002_is_brought_along(url, tmp_path, monkeypatch):
     "The rows of the golden database, in a database of either kind that Alembic made."
-    monkeypatch.setenv("MLRAY_AUDIT_KEY", "golden-" * 5 + "golden")
-    (tmp_path / "home").mkdir(exist_ok=True)
-    if url.startswith("sqlite"):
-        with sqlite3.connect(tmp_path / "home/registry.db") as db: db.executescript((GOLDEN / "registry_0002.sql").read_text())
-        db.close()
-    else: as_of_0002(url)
+    laid("0002", url, tmp_path, monkeypatch)
     registry = Registry(url, tmp_path / "home/store", "ada", policy=Policy(gates=("quality",)))
     with registry.database.change() as c: assert c.exec_driver_sql("select version_num from alembic_version").scalar() == HEAD >= "0003"
     assert version(registry, "tiny@production").number == 2 and version(registry, "tiny/3").retired and keys(registry)[0].models == ("*",) and len(audit(registry).entries) == 14 and not audit(registry).faults
@@ -424,12 +419,7 @@ def test_a_registry_of_schema_0002_is_brought_along(url, tmp_path, monkeypatch):
 
 def test_a_registry_of_schema_0004_is_brought_along(url, tmp_path, monkeypatch):
     "With approvals, signatures, lineage, a sunset, an outbox and a request that was answered once."
-    monkeypatch.setenv("MLRAY_AUDIT_KEY", "golden-" * 5 + "golden")
-    (tmp_path / "home").mkdir(exist_ok=True)
-    if url.startswith("sqlite"):
-        with sqlite3.connect(tmp_path / "home/registry.db") as db: db.executescript((GOLDEN / "registry_0004.sql").read_text())
-        db.close()
-    else: as_of("0004", url)
+    laid("0004", url, tmp_path, monkeypatch)
     registry = Registry(url, tmp_path / "home/store", "alan", policy=Policy(gates=("quality",)))
     with registry.database.change() as c: assert c.exec_driver_sql("select version_num from alembic_version").scalar() == HEAD >= "0005"
     three, two, one = versions(registry)
@@ -439,7 +429,14 @@ def test_a_registry_of_schema_0004_is_brought_along(url, tmp_path, monkeypatch):
     assert promote(registry, two, expect=3) == 4 and not audit(registry).faults
 
 
-def as_of_0002(url: str) -> None: as_of("0002", url)
+def laid(schema: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "A registry of an old schema where the url says, with the golden rows and their key."
+    monkeypatch.setenv("MLRAY_AUDIT_KEY", "golden-" * 5 + "golden")
+    (tmp_path / "home").mkdir(exist_ok=True)
+    if url.startswith("sqlite"):
+        with sqlite3.connect(tmp_path / "home/registry.db") as db: db.executescript((GOLDEN / f"registry_{schema}.sql").read_text())
+        db.close()
+    else: as_of(schema, url)
 
 
 def as_of(schema: str, url: str) -> None:
