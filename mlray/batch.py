@@ -264,7 +264,7 @@ def part_files(out: Path, number: int) -> tuple[Path, Path]:
     "Where answers and refused rows of a part lie."
     return out / f"part-{number:06}.parquet", out / "refused" / f"part-{number:06}.parquet"
 
-
+# %% ../nbs/38j_batch.ipynb #23cf9b5e
 def _written(frame: pl.DataFrame, path: Path, about: Mapping[str, str]) -> str: # sha256
     "A Parquet file, whole and on the disk or not there."
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -135,7 +135,7 @@ def keep_rows(
     inside = path.resolve().is_relative_to(settings.root.resolve())
     return Source(file=str(path.resolve().relative_to(settings.root.resolve()) if inside else path.resolve()), sha256=digest)
 
-
+# %% ../nbs/38m_labelled.ipynb #89535bdf
 def next_spec(
     spec: RunSpec,
     settings: Settings,

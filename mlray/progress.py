@@ -134,7 +134,7 @@ class Count:
         return (f'<div style="font-variant-numeric:tabular-nums"><b>{escape(self.title)}</b> · <progress value="{self.done}" max="{max(self.of, 1)}" aria-label="{escape(self.unit)}"></progress> '
                 f'{escape(repr(self).removeprefix(self.title).strip())}</div>')
 
-
+# %% ../nbs/37b_progress.ipynb #6e0669ee
 class CountProgress:
     "Shows to a person how far something is."
 

@@ -76,7 +76,7 @@ def begin(
     first = 0.0 if spec.rollout.shadow else spec.rollout.steps[0]
     return Standing(spec.name, canary, champion, first, now, visits=(first,))
 
-
+# %% ../nbs/38i_rollout_run.ipynb #b31556cd
 def evidence_of(
     standing: Standing,
     canary: Sequence[Window],
