@@ -55,6 +55,7 @@ class Settings(Releases):
     root: Path = Path(".")                  # the folder of settings.ini
     home: Path = Path(".mlray")             # registry, store, runs, gates, quarantine, downloads
     registry: str = ""                      # SQLAlchemy URL; empty: SQLite in `home`
+    region: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9-]{0,31})?$")] = "" # where several clusters share a registry: whose `production` and `canary` this environment has; empty: those of none
     store: str = ""                         # where bytes are kept: a URL such as s3://bucket/folder; empty: in `home`
     data: Path | None = None                # a folder that is looked in first for data files (MLRAY_DATA)
     tracking: Literal["offline", "online", "disabled"] = "offline" # W&B
