@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from .region_cli import region_app
 from typer.core import TyperGroup
 
 from .backup_cli import backup_app
@@ -43,7 +44,6 @@ from .lab_cli import lab_app
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 from .release_cli import registry_app, release_app
-from .region_cli import region_app
 from .rollout_cli import rollout_app
 from .schedule_cli import schedule_app
 from .serve_cli import print_manifest, row_of, serve_app

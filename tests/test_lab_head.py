@@ -1,0 +1,90 @@
+"""The head of a cluster dies in the middle of its work, and comes back by the same `ray up`: on hosts of their own (`tests/hosts.py`). `-m chaos` runs it."""
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.hosts import missing
+from tests.test_lab import LOAD, NODES, OPERATOR, ROW, Lab, begun, raised, wait_for
+
+pytestmark = [pytest.mark.chaos, pytest.mark.skipif(bool(missing()), reason=f"no hosts: {missing()}")]
+AWAY = 20 # seconds without a head
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with raised(tmp_path_factory.mktemp("head")) as made: yield made
+
+
+def up(lab: Lab) -> None:
+    "The administrator's command, again."
+    said = lab.hosts.run("laptop", "bash", "-c", f"cd {ROOT} && ray up -y {lab.share}/local.yaml", timeout=300, **OPERATOR)
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
+def asked(lab: Lab, n: str, key: str) -> dict | None:
+    "An answer from one host; None: it gave none."
+    said = lab.hosts.run("laptop", "mlray", "ask", "patients", ROW, "--url", f"http://{lab.hosts.ip(n)}:8000", "--json", MLRAY_API_KEY=key)
+    return json.loads(said.stdout) if said.returncode == 0 and said.stdout else None
+
+
+def loaded(lab: Lab, n: str, key: str, seconds: int) -> subprocess.Popen:
+    "Eight clients who ask one host, and have begun."
+    load = lab.hosts.popen("laptop", "python", str(lab.share / "load.py"), f"http://{lab.hosts.ip(n)}:8000", key, ROW, str(seconds), stdout=subprocess.PIPE)
+    assert load.stdout.readline().strip() == "begun"
+    return load
+
+
+def test_a_head_that_is_killed_comes_back(lab, tmp_path):
+    first = lab.mlray("train", "patients.yaml", "--on", "lab")["version"]
+    lab.mlray("gate", first, "--on", "lab")
+    lab.mlray("promote", first, "--on", "lab")
+    made = lab.hosts.run("laptop", "bash", "-c", f"ray exec {lab.share}/local.yaml 'MLRAY_HOME={lab.share}/home mlray key create --role predictor --json'", **OPERATOR)
+    key = json.loads(re.search(r'\{"key".*?\}', made.stdout)[0])["key"]
+    lab.mlray("serve", "patients", "--on", "lab", "--detach")
+    for n in NODES: wait_for(lambda n=n: asked(lab, n, key), 180)
+    (lab.share / "load.py").write_text(LOAD)
+
+    running = begun(lab, log := Path(lab.share / "killed.err"), 60)
+    loads = {n: loaded(lab, n, key, 120) for n in ("n2", "n3")}
+    before = {n: set(lab.hosts.processes(n)) for n in ("n2", "n3")}
+    lab.hosts.crash("n1")
+    killed = time.monotonic()
+    wait_for(lambda: asked(lab, "n2", key), 30)
+    time.sleep(max(AWAY - (time.monotonic() - killed), 0))
+    assert not lab.hosts.processes("n1") and asked(lab, "n3", key), "there is no head, and the others answer"
+    up(lab)
+    lab.seconds["head started again after"] = time.monotonic() - killed
+    wait_for(lambda: lab.alive() == 3, 120)
+    lab.seconds["three nodes after"] = time.monotonic() - killed
+    jobs = wait_for(lambda: lab.mlray("job", "--on", "lab"), 60)
+    stayed = {n: [c for c in before[n] if "raylet" in c.split(" ")[0] and c in lab.hosts.processes(n)] for n in before}
+    told = {n: json.loads(load.communicate(timeout=300)[0].splitlines()[-1]) for n, load in loads.items()}
+    print(f"\nasked while the head was away and came back: {told}\njobs: {[(j['command'], j['status']) for j in jobs]}")
+    assert all(stayed.values()), "the raylets of the other hosts are the ones that were there"
+    assert all(t["failures"] == 0 and t["scores"] == 1 and t["answered"] > 200 for t in told.values()), told
+
+    version = running.communicate(timeout=300)[0]
+    print("the training that was sent from the laptop:", running.returncode, log.read_text().splitlines()[-2:])
+    assert running.returncode == 3 and not version
+    resumed = lab.mlray("train", "patients.yaml", "train.epochs=60", "train.patience=60", "--resume", "--on", "lab")
+    again = lab.mlray("train", "patients.yaml", "train.epochs=60", "train.patience=60", "--on", "lab")
+    assert (resumed["version"], resumed["digest"]) == (again["version"], again["digest"]) and resumed["version"] != first, "to the bit what comes of a training that nobody disturbs"
+
+    lab.mlray("gate", again["version"], "--on", "lab")
+    lab.mlray("promote", again["version"], "--on", "lab")
+    began = time.monotonic()
+    for n in NODES: wait_for(lambda n=n: (answer := asked(lab, n, key)) and answer["version"] == again["version"].partition("/")[2], 120)
+    lab.seconds["a promotion is followed within"] = time.monotonic() - began
+    load = loaded(lab, "n2", key, 60)
+    job = lab.mlray("serve", "patients", "--on", "lab", "--detach")["job"]
+    told = json.loads(load.communicate(timeout=300)[0].splitlines()[-1])
+    print("served anew by the head that came back:", told)
+    assert told["failures"] == 0 and {j["job"]: j["status"] for j in lab.mlray("job", "--on", "lab")}[job] == "RUNNING"
+    assert lab.mlray("job", job, "--on", "lab", "--stop")["status"] == "STOPPED"
+    wait_for(lambda: asked(lab, "n2", key) is None)
