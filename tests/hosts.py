@@ -5,6 +5,7 @@ stands for a network's file system. The laptop is a host, too, without an sshd. 
 """
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -146,6 +147,11 @@ class Hosts:
     def processes(self, name: str) -> list[str]:
         "Command lines of what runs on a host, but for its init and its sshd."
         return sorted(c for _, c in self._inside(name))
+
+    def signal(self, name: str, number: str) -> None:
+        "A signal to all that runs on a host, such as STOP."
+        for pid, _ in self._inside(name):
+            with suppress(ProcessLookupError): os.kill(pid, getattr(signal, f"SIG{number}"))
 
     def crash(self, name: str) -> None:
         "End all that runs on a host, without a word to it; its disk stays, and its sshd answers."

@@ -148,7 +148,7 @@ def test_a_region_that_takes_it_back_is_the_last(world):
     told = run()
     assert told.exit_code == 1 and [(r["state"], r["why"]) for r in json.loads(told.stdout)["regions"]] == [("taken back", "rolled back"), ("to come", "")]
     assert not running(world.of("us")) and release(world.registry, world.second, ["eu", "us"], again=True, wait=None)[0].state == "running"
-    with pytest.raises(RegistryError, match="in no region 'uss'.*'us'"): release(world.registry, world.second, ["eu", "uss"])
+    with pytest.raises(RegistryError, match=r"in no region 'uss'.*'us'"): release(world.registry, world.second, ["eu", "uss"])
     assert look(world.registry, world.second, "us").state == "to come", "nothing was begun for a region that is none"
 
 
