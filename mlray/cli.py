@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from .region_cli import region_app
 from typer.core import TyperGroup
 
 from .backup_cli import backup_app
@@ -43,6 +42,7 @@ from .export_cli import export_app
 from .lab_cli import lab_app
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
+from .region_cli import region_app
 from .release_cli import registry_app, release_app
 from .rollout_cli import rollout_app
 from .schedule_cli import schedule_app
