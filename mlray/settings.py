@@ -34,6 +34,7 @@ class Releases(BaseModel):
     freeze_zone: str = "UTC"                # on whose clock
     freeze_override: tuple[str, ...] = ("admin",) # the roles that may all the same, saying why
     guarded: tuple[str, ...] = ("production",) # the aliases for which all this is asked
+    region: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9-]{0,31})?$")] = "" # where several clusters share a registry: whose `production` and `canary` this environment has; empty: those of none
     access: Literal["open", "keys"] = "open" # who may change the registry: whoever reaches it, or who bears a key with a role for it (MLRAY_API_KEY)
     oidc_issuer: str = ""                   # an identity provider whose tokens are believed as keys are; empty: none
     oidc_audience: str = ""                 # whom its tokens must be for
@@ -55,7 +56,6 @@ class Settings(Releases):
     root: Path = Path(".")                  # the folder of settings.ini
     home: Path = Path(".mlray")             # registry, store, runs, gates, quarantine, downloads
     registry: str = ""                      # SQLAlchemy URL; empty: SQLite in `home`
-    region: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9-]{0,31})?$")] = "" # where several clusters share a registry: whose `production` and `canary` this environment has; empty: those of none
     store: str = ""                         # where bytes are kept: a URL such as s3://bucket/folder; empty: in `home`
     data: Path | None = None                # a folder that is looked in first for data files (MLRAY_DATA)
     tracking: Literal["offline", "online", "disabled"] = "offline" # W&B
