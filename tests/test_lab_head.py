@@ -1,16 +1,19 @@
 """The head of a cluster dies in the middle of its work, and comes back by the same `ray up`: on hosts of their own (`tests/hosts.py`). `-m chaos` runs it."""
 import json
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from mlray.settings import shipped
 from tests.conftest import ROOT
-from tests.hosts import missing
-from tests.test_lab import LOAD, NODES, OPERATOR, ROW, Lab, begun, raised, wait_for
+from tests.hosts import Hosts, missing
+from tests.test_lab import LOAD, NODES, OPERATOR, ROW, Lab, begun, image, raised, wait_for
 
 pytestmark = [pytest.mark.chaos, pytest.mark.skipif(bool(missing()), reason=f"no hosts: {missing()}")]
 AWAY = 20 # seconds without a head
@@ -88,3 +91,41 @@ def test_a_head_that_is_killed_comes_back(lab, tmp_path):
     assert told["failures"] == 0 and {j["job"]: j["status"] for j in lab.mlray("job", "--on", "lab")}[job] == "RUNNING"
     assert lab.mlray("job", job, "--on", "lab", "--stop")["status"] == "STOPPED"
     wait_for(lambda: asked(lab, "n2", key) is None)
+
+
+KNOWN = """
+import logging, sys
+import ray
+class Memory:
+    def ask(self): return "here"
+ray.init(address="auto", namespace="kept", log_to_driver=False, logging_level=logging.ERROR)
+if sys.argv[1] == "make": ray.remote(Memory).options(name="memory", lifetime="detached", max_restarts=-1, num_cpus=0).remote()
+print(ray.get(ray.get_actor("memory").ask.remote(), timeout=120))
+"""
+
+
+@pytest.mark.skipif(not shutil.which("redis-server"), reason="needs redis-server (apt-get install redis-server)")
+def test_what_a_head_knows_may_be_in_a_redis(tmp_path):
+    "As `cluster/local.yaml` says it, for a head whose disk goes with it: the host is switched off and another is put in its place, with its address."
+    (share := tmp_path / "share").mkdir()
+    (share / "known.py").write_text(KNOWN)
+    command = next(c for c in yaml.safe_load((shipped("cluster") / "local.yaml").read_text())["head_start_ray_commands"] if "ray start" in c)
+    command = command.replace("RAY_gcs_storage=rocksdb RAY_gcs_storage_path=$HOME/mlray-gcs", "RAY_REDIS_ADDRESS=10.77.0.1:6379 RAY_external_storage_namespace=mlray")
+    command = re.sub(r"--autoscaling-config=\S+", "--num-cpus=2 --object-store-memory=150000000 --redis-password=open-sesame", command)
+    assert "RAY_REDIS_ADDRESS" in command
+    with Hosts(tmp_path / "hosts", *image(share)) as hosts:
+        redis = hosts.popen("laptop", "redis-server", "--bind", hosts.ip("laptop"), "--requirepass", "open-sesame", "--save", "", stdout=subprocess.DEVNULL)
+        hosts.run("laptop", "bash", "-c", "umask 077; ray get-auth-token --generate")
+        token = hosts.run("laptop", "cat", "/root/.ray/auth_token").stdout
+        try:
+            for what in ("make", "find"):
+                hosts.start("n1")
+                hosts.run("n1", "bash", "-c", f"ln -s {Path(image(share)[0][0])} /root/.mlray-env; umask 077; mkdir -p /root/.ray; echo {token} > /root/.ray/auth_token")
+                started = hosts.run("n1", "bash", "-c", command)
+                assert started.returncode == 0, started.stdout + started.stderr
+                said = hosts.run("n1", "python", str(share / "known.py"), what, RAY_AUTH_MODE="token")
+                assert said.stdout.strip() == "here", said.stdout + said.stderr
+                hosts.kill("n1")
+        finally:
+            redis.kill()
+            redis.wait()
