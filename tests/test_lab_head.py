@@ -53,7 +53,7 @@ def key(lab: Lab) -> str:
     made = lab.hosts.run("laptop", "bash", "-c", f"ray exec {lab.share}/local.yaml 'MLRAY_HOME={lab.share}/home mlray key create --role predictor --json'", **OPERATOR)
     key = json.loads(re.search(r'\{"key".*?\}', made.stdout)[0])["key"]
     lab.mlray("serve", "patients", "--on", "lab", "--detach")
-    for n in NODES: wait_for(lambda n=n: asked(lab, n, key), 180)
+    for n in NODES: wait_for(lambda n=n: asked(lab, n, key), 400)
     (lab.share / "load.py").write_text(LOAD)
     return key
 
@@ -97,7 +97,7 @@ def test_a_service_that_a_lost_head_began_is_taken_over(lab, key, back):
     assert told["failures"] == 0 and lab.mlray("job", job, "--on", "lab", "--stop")["status"] == "STOPPED"
     wait_for(lambda: asked(lab, "n2", key) is None)
     lab.mlray("serve", "patients", "--on", "lab", "--detach")
-    for n in NODES: wait_for(lambda n=n: asked(lab, n, key), 180)
+    for n in NODES: wait_for(lambda n=n: asked(lab, n, key), 400)
 
 
 def test_a_training_is_taken_up_and_let_out(lab, key, back):
