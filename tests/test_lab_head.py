@@ -26,9 +26,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 
 def up(lab: Lab) -> None:
-    "The administrator's command, again."
-    said = lab.hosts.run("laptop", "bash", "-c", f"cd {ROOT} && ray up -y {lab.share}/local.yaml", timeout=300, **OPERATOR)
-    assert said.returncode == 0, said.stdout + said.stderr
+    "The administrator's command, again; on a machine with much to do Ray may give up waiting for a part of itself, and is asked once more."
+    said = []
+    for _ in range(3):
+        said.append(lab.hosts.run("laptop", "bash", "-c", f"cd {ROOT} && ray up -y {lab.share}/local.yaml", timeout=300, **OPERATOR))
+        if said[-1].returncode == 0: break
+    lab.seconds["times that `ray up` was said"] = len(said)
+    assert said[-1].returncode == 0, said[-1].stdout + said[-1].stderr
 
 
 def asked(lab: Lab, n: str, key: str) -> dict | None:
