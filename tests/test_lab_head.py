@@ -31,7 +31,7 @@ def up(lab: Lab) -> None:
     for _ in range(3):
         said.append(lab.hosts.run("laptop", "bash", "-c", f"cd {ROOT} && ray up -y {lab.share}/local.yaml", timeout=300, **OPERATOR))
         if said[-1].returncode == 0: break
-    lab.seconds["times that `ray up` was said"] = len(said)
+    print(f"\n`ray up` was said {len(said)} times")
     assert said[-1].returncode == 0, said[-1].stdout + said[-1].stderr
 
 
