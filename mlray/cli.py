@@ -42,6 +42,7 @@ from .first_screen import Chapters
 from .lab_cli import lab_app
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
+from .region_cli import region_app
 from .release_cli import registry_app, release_app
 from .rollout_cli import rollout_app
 from .schedule_cli import schedule_app
@@ -58,10 +59,11 @@ app = typer.Typer(cls=Chapters, no_args_is_help=True, pretty_exceptions_enable=F
                   help="From a notebook to a Ray Serve route, with the proof that the model may be there.\n\n"
                        "A first run: mlray demo. A day: check, train, gate, promote, serve, ask.")
 
-for _command in (*release_app.registered_commands, *serve_app.registered_commands): _command.cls = Errand
+for _command in (*release_app.registered_commands, *serve_app.registered_commands, *region_app.registered_commands): _command.cls = Errand
 registry_app.add_typer(backup_app)
 app.add_typer(release_app)
 app.add_typer(serve_app)
+app.add_typer(region_app)
 app.add_typer(delivery_app)
 app.add_typer(batch_app)
 app.add_typer(export_app)

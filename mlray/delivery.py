@@ -25,6 +25,7 @@ from .display import Displayed, Table, table
 from .registry import Registry, versions
 from .score import Measure, wilson
 from .settings import Settings
+from .standing import in_region, kept_as
 
 # %% ../nbs/38k_delivery.ipynb #c3da1dc1
 @dataclass(frozen=True)
@@ -40,21 +41,23 @@ class Change:
 def changes_of(
     name: str,
     entries: Sequence[Entry], # of the audit, oldest first
+    region: str = "",         # where; empty: where there are none
 ) -> tuple[Change, ...]: # in the order in which they began
     "What was let out, by the audit."
-    found: list[Change] = []
+    found, mine, alias = list[Change](), in_region(name, region), kept_as("production", region)
     def newest(version: str, *, out: bool) -> int | None:
         return next((i for i in range(len(found) - 1, -1, -1) if found[i].version == version and found[i].back is None and (found[i].out is not None) == out), None)
     for e in entries:
-        if e.object.rpartition("/")[0] != name: continue
+        if e.object.rpartition("/")[0] != (mine if e.action == "rollout" else name): continue
+        version = f"{name}/{e.object.rpartition('/')[2]}"
         at, did, over = datetime.fromisoformat(e.created), e.details.get("did"), e.details.get("standing", {}).get("over")
-        if e.action == "rollout" and did == "begin": found.append(Change(e.object, at))
-        elif e.action == "rollout" and over in ("rolled back", "stopped", "abandoned") and (i := newest(e.object, out=False)) is not None: found[i] = replace(found[i], back=at, where="rollout" if over == "rolled back" else "stopped")
-        elif e.action == "promote" and e.details["alias"] == "production":
-            i = newest(e.object, out=False)
-            if i is None: found.append(Change(e.object, at, at))
+        if e.action == "rollout" and did == "begin": found.append(Change(version, at))
+        elif e.action == "rollout" and over in ("rolled back", "stopped", "abandoned") and (i := newest(version, out=False)) is not None: found[i] = replace(found[i], back=at, where="rollout" if over == "rolled back" else "stopped")
+        elif e.action == "promote" and e.details["alias"] == alias:
+            i = newest(version, out=False)
+            if i is None: found.append(Change(version, at, at))
             else: found[i] = replace(found[i], out=at)
-        elif e.action == "rollback" and e.details["alias"] == "production" and (i := newest(f"{name}/{e.details['before']}", out=True)) is not None: found[i] = replace(found[i], back=at, where="production")
+        elif e.action == "rollback" and e.details["alias"] == alias and (i := newest(f"{name}/{e.details['before']}", out=True)) is not None: found[i] = replace(found[i], back=at, where="production")
     return tuple(found)
 
 # %% ../nbs/38k_delivery.ipynb #7508f86c
@@ -163,4 +166,4 @@ def delivery(
     with registry.database.change() as c: entries = registry.database.entries(c)
     trained = {str(v): datetime.fromisoformat(v.created) for v in versions(registry, name)}
     price = None if settings.price_hour is None else settings.price_hour * settings.replicas
-    return figures(name, changes_of(name, entries), trained, since, until, answers_between(settings.home / "journal", name, since, until), committed, price)
+    return figures(name, changes_of(name, entries, settings.region), trained, since, until, answers_between(settings.home / "journal", name, since, until), committed, price)

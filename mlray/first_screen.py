@@ -21,7 +21,7 @@ CHAPTERS = {
     "Begin": ("demo", "new", "lab", "doctor"),
     "Learn": ("check", "train", "tune", "reproduce", "explain"),
     "Prove": ("gate", "card", "data", "sign", "signer", "verify", "audit"),
-    "Let out": ("models", "show", "approve", "promote", "rollback", "rollout", "traffic", "deprecate", "retire", "delivery"),
+    "Let out": ("models", "show", "approve", "promote", "rollback", "rollout", "release", "traffic", "deprecate", "retire", "delivery"),
     "Answer": ("serve", "ask", "predict", "export", "key"),
     "Watch": ("console", "monitor", "journal", "errors", "worklist", "retrain", "schedule"),
     "Run it": ("job", "cluster", "registry"),

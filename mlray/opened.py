@@ -48,8 +48,9 @@ class Registry:
         mirrors: tuple[str, ...] = (),              # who is told of changes, through the outbox
         signers: str | Path | None = None,          # folder of those who are trusted to sign; default: `signers`, beside the store
         bytes_url: str = "",                        # where the bytes are kept, such as s3://bucket/folder; empty: in the folder
+        region: str = "",                           # whose `production` and `canary` are meant; empty: those of none
     ):
-        self._now, self.policy, self.mirrors = now, policy, mirrors
+        self._now, self.policy, self.mirrors, self.region = now, policy, mirrors, region
         self.lease: Lease | None = None # by which whoever acts by itself acts; see `mlray.lease`
         self.store = open_store(Path(store), bytes_url, hashlib.sha256(url.rpartition("@")[2].encode()).hexdigest()[:16])
         self.attestor = Attestor(self.store, Path(signers or Path(store).parent / "signers"))
@@ -107,7 +108,7 @@ def open_registry(
     presented: str | None = None, # an API key or a token; default: MLRAY_API_KEY
 ) -> Registry:
     "The registry of an environment, made if it is not there. Where `access = keys`, its caller is who bears the key."
-    registry = Registry(settings.registry_url, settings.home / "store", actor, policy=policy_of(settings), mirrors=settings.mirrors, signers=settings.signers, bytes_url=settings.store)
+    registry = Registry(settings.registry_url, settings.home / "store", actor, policy=policy_of(settings), mirrors=settings.mirrors, signers=settings.signers, bytes_url=settings.store, region=settings.region)
     if settings.access == "keys": registry.caller = _bearer(registry, settings, presented or os.environ.get("MLRAY_API_KEY") or "")
     return registry
 

@@ -21,18 +21,19 @@ from .deed import Ask, Deed
 from .errors import MlrayError, RegistryError
 from .registry import Registry, keys, version
 from .served import Served
+from .standing import in_region, kept_as, said_as
 from .traffic import Line, Traffic
 from .wire import Ending
 
 # %% ../nbs/39i_plan.ipynb #6ac21f27
-def _canary(c: Connection, name: str) -> tuple[float, bool]: # its share, and whether it listens along to what it does not answer
-    row = c.execute(EVENTS.select().where(EVENTS.c.action == "traffic", EVENTS.c.object == name).order_by(EVENTS.c.seq.desc()).limit(1)).first()
+def _canary(c: Connection, name: str, region: str) -> tuple[float, bool]: # its share, and whether it listens along to what it does not answer
+    row = c.execute(EVENTS.select().where(EVENTS.c.action == "traffic", EVENTS.c.object == in_region(name, region)).order_by(EVENTS.c.seq.desc()).limit(1)).first()
     return (float(row.details["canary"]), bool(row.details.get("listens"))) if row else (0.0, False)
 
 
 def share_of(registry: Registry, name: str) -> float:
     "The share of a model's canary."
-    with registry.database.change() as c: return _canary(c, name)[0]
+    with registry.database.change() as c: return _canary(c, name, registry.region)[0]
 
 
 def set_share(
@@ -43,9 +44,9 @@ def set_share(
     "Give the canary a share of the traffic. Raises `RegistryError`, and `Refused` for those who may not."
     if not 0 <= canary <= 1: raise RegistryError(f"A share is from 0 % to 100 %; found {canary:.0%}.")
     def do(deed: Deed) -> dict[str, float]:
-        if canary and not deed.connection.execute(ALIASES.select().where(ALIASES.c.name == name, ALIASES.c.alias == "canary")).first():
+        if canary and not deed.connection.execute(ALIASES.select().where(ALIASES.c.name == name, ALIASES.c.alias == kept_as("canary", registry.region))).first():
             raise RegistryError(f"There is no {name}@canary to give a share to. `mlray promote {name}/N --alias canary` makes one.")
-        deed.log("traffic", name, canary=canary)
+        deed.log("traffic", in_region(name, registry.region), canary=canary)
         return {"canary": canary}
     registry.act(Ask("traffic:set", name, name, {"canary": canary}), do)
 
@@ -69,17 +70,17 @@ class Plan:
     endings: Mapping[tuple[str, str], Ending] = field(default_factory=dict) # of model and version: those whose end was announced, or has come
 
 
-def _traffic(c: Connection, reference: str) -> Traffic:
+def _traffic(c: Connection, reference: str, region: str) -> Traffic:
     "What each alias of a model is for, now; a version given by its number stays."
     name, slash, number = reference.partition("/")
     if slash: return Traffic(name, number)
-    at = {r.alias: str(r.number) for r in c.execute(ALIASES.select().where(ALIASES.c.name == name))}
-    if "production" not in at: raise RegistryError(f"There is no {name}@production to serve. Promote a version first: `mlray promote {name}/1`.")
+    at = {said_as(r.alias, region): str(r.number) for r in c.execute(ALIASES.select().where(ALIASES.c.name == name))}
+    if "production" not in at: raise RegistryError(f"There is no {name}@{kept_as('production', region)} to serve. Promote a version first: `mlray promote {name}/1`.")
     retired = {str(r.number) for r in c.execute(VERSIONS.select().where(VERSIONS.c.name == name)) if r.retired}
-    past = {r.generation: r for r in c.execute(MOVES.select().where(MOVES.c.name == name, MOVES.c.alias == "production"))}
+    past = {r.generation: r for r in c.execute(MOVES.select().where(MOVES.c.name == name, MOVES.c.alias == kept_as("production", region)))}
     before = past.get(past[max(past)].under) if past else None
     previous = str(before.number) if before and str(before.number) not in retired | {at["production"]} else None
-    share, listens = _canary(c, name) if "canary" in at else (0.0, False)
+    share, listens = _canary(c, name, region) if "canary" in at else (0.0, False)
     return Traffic(name, at["production"], at.get("canary"), share, at["canary"] if listens else at.get("shadow"), previous)
 
 
@@ -92,7 +93,7 @@ def plan_of(
     for reference in references: version(registry, reference) # says what there is instead
     with registry.database.change() as c:
         seq = c.execute(EVENTS.select().with_only_columns(EVENTS.c.seq).order_by(EVENTS.c.seq.desc()).limit(1)).scalar() or 0
-        traffic = tuple(_traffic(c, r) for r in references)
+        traffic = tuple(_traffic(c, r, registry.region) for r in references)
         every = c.execute(VERSIONS.select()).all()
     digests, served = {(r.name, str(r.number)): r.digest for r in every}, {t.model for t in traffic}
     endings = {(r.name, str(r.number)): Ending(r.deprecated, r.sunset, r.successor, r.retired) for r in every if r.name in served and (r.deprecated or r.retired)}

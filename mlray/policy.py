@@ -84,6 +84,10 @@ class Policy:
     freeze_override: tuple[str, ...] = ("admin",)       # the roles that may let something out all the same, saying why
     guarded: tuple[str, ...] = ("production",)          # the aliases that this is asked for; evidence is asked for by others too
 
+    def guards(self, alias: str) -> bool:
+        "Whether all this is asked for an alias, in whichever region."
+        return alias.partition("@")[0] in self.guarded
+
 
 @dataclass(frozen=True)
 class Approval:
@@ -155,7 +159,7 @@ def gates_for(
     gates: Sequence[str] | None, # asked for besides; None where the alias is not guarded: those of the policy
 ) -> list[str]:
     "Whose passed verdict is asked for."
-    return list(dict.fromkeys((*(policy.gates if gates is None or alias in policy.guarded else ()), *(gates or ()))))
+    return list(dict.fromkeys((*(policy.gates if gates is None or policy.guards(alias) else ()), *(gates or ()))))
 
 
 def reasons(
@@ -168,7 +172,7 @@ def reasons(
     override: bool = False,             # let it out although nothing moves now; whether they may is asked before
 ) -> tuple[str, ...]: # none: it may go out
     "Why a version may not be let out."
-    guarded, why = alias in policy.guarded, []
+    guarded, why = policy.guards(alias), []
     if candidate.retired: why.append(f"it was retired on {candidate.retired[:10]}")
     elif candidate.sunset and now.date().isoformat() > candidate.sunset: why.append(f"it is deprecated, and its sunset was on {candidate.sunset}")
     why += _about_evidence(policy, candidate, gates_for(policy, alias, gates), now)

@@ -29,7 +29,7 @@ from .errors import Refused, RegistryError, suggest
 from .gate import Verdict
 from .opened import Registry, add_key, keys, open_registry, revoke_key
 from .policy import Policy, frozen, gates_for, reasons
-from .standing import candidate_for, held_by, move, served
+from .standing import ALIAS, candidate_for, held_by, kept_as, move, said_as, served
 from .statement import Conditions, bundle_statement, gate_statement
 
 _all_ = ["Policy", "Registry", "open_registry", "add_key", "keys", "revoke_key"] # of the rooms below, for those who look for them here
@@ -86,7 +86,7 @@ def versions(
     with registry.database.change() as c:
         rows = c.execute(VERSIONS.select().where(*([VERSIONS.c.name == name] if name else [])).order_by(VERSIONS.c.name, VERSIONS.c.number.desc())).all()
         found = c.execute(ALIASES.select()).all()
-    return tuple(_version(r, [a.alias for a in found if (a.name, a.number) == (r.name, r.number)]) for r in rows)
+    return tuple(_version(r, [said_as(a.alias, registry.region) for a in found if (a.name, a.number) == (r.name, r.number)]) for r in rows)
 
 
 def version(
@@ -190,7 +190,8 @@ def generation(
     alias: str = "production",
 ) -> int: # 0 while the alias does not exist
     "How often an alias has moved."
-    with registry.database.change() as c: return c.execute(ALIASES.select().with_only_columns(ALIASES.c.generation).where(ALIASES.c.name == name, ALIASES.c.alias == alias)).scalar() or 0
+    at = (ALIASES.c.name == name, ALIASES.c.alias == kept_as(alias, registry.region))
+    with registry.database.change() as c: return c.execute(ALIASES.select().with_only_columns(ALIASES.c.generation).where(*at)).scalar() or 0
 
 # %% ../nbs/33_registry.ipynb #54b3bd52
 def promote(
@@ -203,11 +204,11 @@ def promote(
     once: str | None = None,                # a key with which it is done once, however often it is asked for
 ) -> int: # the alias's new generation
     "Point an alias at a version. Raises `Refused` when role or policy say no, `Conflict` when the alias has moved."
-    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", alias): raise RegistryError(f"{alias!r} is no name for an alias: small letters, digits, - and _, such as canary.")
-    policy, now = registry.policy, registry._now()
+    if not re.fullmatch(ALIAS, alias): raise RegistryError(f"{alias!r} is no name for an alias: small letters, digits, - and _, such as canary; production@eu is that of a region.")
+    policy, now, alias = registry.policy, registry._now(), kept_as(alias, registry.region)
 
     def do(deed: Deed) -> dict[str, Any]:
-        candidate, guarded = candidate_for(deed.connection, found.name, found.number, alias), alias in policy.guarded
+        candidate, guarded = candidate_for(deed.connection, found.name, found.number, alias), policy.guards(alias)
         why = reasons(policy, candidate, alias, registry.actor, now, gates, override is not None)
         if policy.signature: why += tuple(f"{doubt}. `mlray sign {found}` signs it" for doubt in unsigned(deed.connection, registry.attestor, found.name, found.digest, gates_for(policy, alias, gates)))
         if override is not None and not set(registry.caller.roles) & set(policy.freeze_override): why += (f"{registry.actor} is no {' or '.join(policy.freeze_override)}, and may not let anything out in a freeze",)
@@ -230,6 +231,7 @@ def rollback(
     once: str | None = None,    # a key with which it is done once, however often it is asked for
 ) -> tuple[Version, int]: # what the alias points at now, and its new generation
     "Point an alias at what it pointed at before. Raises `RegistryError` when there is nothing before."
+    alias = kept_as(alias, registry.region)
     def do(deed: Deed) -> dict[str, Any]:
         c = deed.connection
         past = {r.generation: r for r in c.execute(MOVES.select().where(MOVES.c.name == name, MOVES.c.alias == alias))}

@@ -19,7 +19,7 @@ from .display import Table, table
 from .errors import Refused, RegistryError
 from .policy import Approval
 from .registry import Registry, Version, version
-from .standing import approvals_of
+from .standing import ALIAS, approvals_of, kept_as
 
 # %% ../nbs/33c_release.ipynb #387bde62
 def approve(
@@ -30,8 +30,8 @@ def approve(
     once: str | None = None,    # a key with which it is done once, however often it is asked for
 ) -> Approval:
     "Stand for a version. Raises `Refused` when role or policy say no."
-    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", alias): raise RegistryError(f"{alias!r} is no name for an alias: small letters, digits, - and _, such as production.")
-    caller, policy = registry.caller, registry.policy
+    if not re.fullmatch(ALIAS, alias): raise RegistryError(f"{alias!r} is no name for an alias: small letters, digits, - and _, such as production; production@eu is that of a region.")
+    caller, policy, alias = registry.caller, registry.policy, kept_as(alias, registry.region)
 
     def do(deed: Deed) -> dict[str, Any]:
         c = deed.connection
@@ -58,6 +58,7 @@ def withdraw(
     once: str | None = None,
 ) -> tuple[int, ...]: # the rows of the audit that gave it
     "Take back one's word. Raises `RegistryError` when there is none that counts."
+    alias = kept_as(alias, registry.region)
     def do(deed: Deed) -> dict[str, Any]:
         mine = [a.seq for a in approvals_of(deed.connection, found.name, found.number, alias) if a.counts and a.actor == registry.actor]
         if not mine: raise RegistryError(f"{registry.actor} has given no approval of {found} for {alias} that still counts. `mlray show {found}` lists them.")

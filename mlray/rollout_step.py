@@ -34,12 +34,12 @@ from .rollout import Decision, Hold, Mean, Promote, RollBack, decision_from
 from .rollout_run import Progress, Standing, apart_of, begin, done, gauges, next_step
 from .settings import Settings
 from .spec import RunSpec
-from .standing import candidate_for
+from .standing import candidate_for, in_region, kept_as, said_as
 from .windows import Window, Windows, count_new
 
 # %% ../nbs/38l_rollout_step.ipynb #32572f5a
-def _last(c: Connection, name: str) -> Standing | None:
-    row = c.execute(EVENTS.select().where(EVENTS.c.action == "rollout", EVENTS.c.object.startswith(f"{name}/", autoescape=True)).order_by(EVENTS.c.seq.desc()).limit(1)).first()
+def _last(c: Connection, name: str, region: str) -> Standing | None:
+    row = c.execute(EVENTS.select().where(EVENTS.c.action == "rollout", EVENTS.c.object.startswith(f"{in_region(name, region)}/", autoescape=True)).order_by(EVENTS.c.seq.desc()).limit(1)).first()
     return Standing(**{**row.details["standing"], "visits": tuple(row.details["standing"]["visits"])}) if row else None
 
 
@@ -48,42 +48,42 @@ def standing_of(
     name: str, # of a model
 ) -> Standing | None: # None: it never had a rollout
     "Where a model's rollout stands, or how the last one ended."
-    with registry.database.change() as c: return _last(c, name)
+    with registry.database.change() as c: return _last(c, name, registry.region)
 
 
 def running(registry: Registry) -> dict[str, Standing]:
-    "The rollouts that are not over, by model."
+    "The rollouts of this region that are not over, by model."
     with registry.database.change() as c:
-        names = dict.fromkeys(r.object.rpartition("/")[0] for r in c.execute(EVENTS.select().with_only_columns(EVENTS.c.object).where(EVENTS.c.action == "rollout").order_by(EVENTS.c.seq)))
-        found = {n: _last(c, n) for n in names}
+        every = dict.fromkeys(r.object.rpartition("/")[0].partition("@") for r in c.execute(EVENTS.select().with_only_columns(EVENTS.c.object).where(EVENTS.c.action == "rollout").order_by(EVENTS.c.seq)))
+        found = {n: _last(c, n, where) for n, _, where in every if where == registry.region}
     return {n: s for n, s in found.items() if s is not None and not s.over}
 
 
-def _at(c: Connection, name: str) -> dict[str, str]: # alias → version
-    return {r.alias: str(r.number) for r in c.execute(ALIASES.select().where(ALIASES.c.name == name))}
+def _at(c: Connection, name: str, region: str) -> dict[str, str]: # alias → version
+    return {said_as(r.alias, region): str(r.number) for r in c.execute(ALIASES.select().where(ALIASES.c.name == name))}
 
 
-def _share(c: Connection, name: str) -> float:
-    row = c.execute(EVENTS.select().where(EVENTS.c.action == "traffic", EVENTS.c.object == name).order_by(EVENTS.c.seq.desc()).limit(1)).first()
+def _share(c: Connection, name: str, region: str) -> float:
+    row = c.execute(EVENTS.select().where(EVENTS.c.action == "traffic", EVENTS.c.object == in_region(name, region)).order_by(EVENTS.c.seq.desc()).limit(1)).first()
     return float(row.details["canary"]) if row else 0.0
 
 # %% ../nbs/38l_rollout_step.ipynb #b9b73b2e
 def _write(registry: Registry, before: Standing | None, after: Standing, did: str, why: str, listens: bool, because: Sequence[str] = (), share: bool = True, once: str | None = None) -> Standing:
-    about = f"{after.name}/{after.canary}"
+    about, where = f"{after.name}/{after.canary}", in_region(after.name, registry.region)
 
     def do(deed: Deed) -> dict[str, Any]:
-        if (found := _last(deed.connection, after.name)) != before: raise Conflict(f"The rollout of {about} has gone on meanwhile: {found.over or f'{found.share:g} of the requests' if found else 'there is none'}. Look again: `mlray rollout status {after.name}`.")
-        if before is None or did == "begin": _startable(deed.connection, after)
-        if share: deed.log("traffic", after.name, canary=0.0 if after.over else after.share, **({"listens": True} if listens and not after.over else {}))
-        deed.log("rollout", about, did=did, why=why, standing={**asdict(after), "visits": list(after.visits)}, **({"because": list(because)} if because else {}))
+        if (found := _last(deed.connection, after.name, registry.region)) != before: raise Conflict(f"The rollout of {about} has gone on meanwhile: {found.over or f'{found.share:g} of the requests' if found else 'there is none'}. Look again: `mlray rollout status {after.name}`.")
+        if before is None or did == "begin": _startable(deed.connection, after, registry.region)
+        if share: deed.log("traffic", where, canary=0.0 if after.over else after.share, **({"listens": True} if listens and not after.over else {}))
+        deed.log("rollout", f"{where}/{after.canary}", did=did, why=why, standing={**asdict(after), "visits": list(after.visits)}, **({"because": list(because)} if because else {}))
         return {}
 
-    registry.act(Ask("rollout:step", about, after.name, {"did": did, "share": after.share}, once), do)
+    registry.act(Ask("rollout:step", f"{where}/{after.canary}", after.name, {"did": did, "share": after.share}, once), do)
     return after
 
 
-def _startable(c: Connection, new: Standing) -> None:
-    at, about = _at(c, new.name), f"{new.name}/{new.canary}"
+def _startable(c: Connection, new: Standing, region: str) -> None:
+    at, about = _at(c, new.name, region), f"{new.name}/{new.canary}"
     if "production" not in at: raise RegistryError(f"There is no {new.name}@production that {about} could be compared with. `mlray promote {about}` lets it out.")
     if at["production"] == new.canary: raise RegistryError(f"{about} is {new.name}@production already. Take another version for a rollout.")
     if at.get("canary") != new.canary: raise RegistryError(f"{about} is not {new.name}@canary. `mlray promote {about} canary` makes it that, and starts its rollout.")
@@ -96,7 +96,7 @@ def start(
     once: str | None = None, # a key with which it is done once, however often it is asked for
 ) -> Standing:
     "Begin a rollout; one that runs for another version is over with it. Raises `RegistryError` where there is nothing to compare with."
-    with registry.database.change() as c: before, at = _last(c, found.name), _at(c, found.name)
+    with registry.database.change() as c: before, at = _last(c, found.name, registry.region), _at(c, found.name, registry.region)
     first = begin(spec, str(found.number), at.get("production", ""), int(registry._now().timestamp()))
     after = replace(first, fence=before.fence + 1 if before else 1)
     return _write(registry, before, after, "begin", "in shadow first" if not after.share else "the first step", bool(spec.rollout.shadow), once=once)
@@ -114,7 +114,7 @@ def stop(
 
 # %% ../nbs/38l_rollout_step.ipynb #a96ad8c8
 def _gone(registry: Registry, standing: Standing) -> tuple[str, str, bool] | None: # how it ended, why, and whether the canary's share is to end too
-    with registry.database.change() as c: at, share = _at(c, standing.name), _share(c, standing.name)
+    with registry.database.change() as c: at, share = _at(c, standing.name, registry.region), _share(c, standing.name, registry.region)
     if at.get("production") == standing.canary: return "promoted", "it is in production", True
     if at.get("production") != standing.champion: return "abandoned", f"{standing.name}@production is {standing.name}/{at.get('production')} now, and not {standing.name}/{standing.champion}, with which it was compared", True
     if at.get("canary") != standing.canary: return "abandoned", f"{standing.name}@canary is {standing.name}/{at.get('canary')} now", False
@@ -124,8 +124,9 @@ def _gone(registry: Registry, standing: Standing) -> tuple[str, str, bool] | Non
 
 def _forbidden(registry: Registry, standing: Standing) -> tuple[str, ...]:
     "What the policy has against it in production; asked without acting, so that the audit is not full of it."
-    with registry.database.change() as c: candidate = candidate_for(c, standing.name, int(standing.canary), "production")
-    return reasons(registry.policy, candidate, "production", registry.actor, registry._now())
+    alias = kept_as("production", registry.region)
+    with registry.database.change() as c: candidate = candidate_for(c, standing.name, int(standing.canary), alias)
+    return reasons(registry.policy, candidate, alias, registry.actor, registry._now())
 
 
 def carry_out(
@@ -141,7 +142,7 @@ def carry_out(
         if against := _forbidden(registry, standing): return standing, f"everything is shown, and the policy does not let it out: {'; '.join(against)}"
         seen = generation(registry, standing.name)
         if _gone(registry, standing): raise Conflict(f"The rollout of {standing.name}/{standing.canary} has gone on meanwhile. Look again.")
-        promote(registry, version(registry, f"{standing.name}/{standing.canary}"), expect=seen, once=f"rollout {standing.name}/{standing.canary} {standing.fence}")
+        promote(registry, version(registry, f"{standing.name}/{standing.canary}"), expect=seen, once=f"rollout {in_region(standing.name, registry.region)}/{standing.canary} {standing.fence}")
     return _write(registry, standing, after, decision.action, decision.why, bool(spec.rollout.shadow), decision.because), ""
 
 # %% ../nbs/38l_rollout_step.ipynb #d4f7c85b
@@ -249,7 +250,7 @@ class Controller:
             now = self.registry._now().timestamp()
             if self.due.get(name, 0.0) > now or self.only not in (None, name): continue
             every = age_of(self.spec(standing).rollout.every).total_seconds()
-            lease = take(self.registry, lease_of(name), self.holder, max(self.lease_s, 3 * every), "rollout:step", name)
+            lease = take(self.registry, lease_of(in_region(name, self.registry.region)), self.holder, max(self.lease_s, 3 * every), "rollout:step", name)
             if lease is None: continue
             self.leases[name], self.due[name] = lease, now + every
             try: found.append(_one(self.registry, self.settings, name, lease, self.spec, self.source))
@@ -286,10 +287,10 @@ def progress(
     "How the newest rollout of a model goes. Raises `RegistryError` where there was none."
     standing = standing_of(registry, name)
     if standing is None: raise RegistryError(f"{name} has had no rollout. `mlray promote {name}/N canary` starts one.")
-    with registry.database.change() as c: rows = c.execute(EVENTS.select().where(EVENTS.c.action == "rollout", EVENTS.c.object == f"{name}/{standing.canary}").order_by(EVENTS.c.seq)).all()
+    with registry.database.change() as c: rows = c.execute(EVENTS.select().where(EVENTS.c.action == "rollout", EVENTS.c.object == f"{in_region(name, registry.region)}/{standing.canary}").order_by(EVENTS.c.seq)).all()
     first = max(i for i, r in enumerate(rows) if r.details["did"] == "begin")
     steps = tuple((r.created, r.details["did"], 0.0 if r.details["standing"]["over"] not in ("", "promoted") else 1.0 if r.details["standing"]["over"] else r.details["standing"]["share"], r.actor, r.details["why"]) for r in rows[first:])
-    path, lease = settings.home / "rollouts" / f"{name}.json", holder_of(registry, lease_of(name))
+    path, lease = settings.home / "rollouts" / f"{name}.json", holder_of(registry, lease_of(in_region(name, registry.region)))
     last = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     mine = last.get("canary") == standing.canary and last.get("decision")
     return Progress(standing, steps, lease.holder if lease else "", decision_from(last["decision"]) if mine else None, last.get("at", "") if mine else "")

@@ -34,6 +34,7 @@ class Releases(BaseModel):
     freeze_zone: str = "UTC"                # on whose clock
     freeze_override: tuple[str, ...] = ("admin",) # the roles that may all the same, saying why
     guarded: tuple[str, ...] = ("production",) # the aliases for which all this is asked
+    region: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9-]{0,31})?$")] = "" # where several clusters share a registry: whose `production` and `canary` this environment has; empty: those of none
     access: Literal["open", "keys"] = "open" # who may change the registry: whoever reaches it, or who bears a key with a role for it (MLRAY_API_KEY)
     oidc_issuer: str = ""                   # an identity provider whose tokens are believed as keys are; empty: none
     oidc_audience: str = ""                 # whom its tokens must be for

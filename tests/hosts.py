@@ -5,9 +5,11 @@ stands for a network's file system. The laptop is a host, too, without an sshd. 
 """
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,11 +136,26 @@ class Hosts:
         "A command on a host, while others run."
         return subprocess.Popen(self.words(name, *command, **(variables or {})), stdin=subprocess.DEVNULL, text=True, **named)
 
-    def processes(self, name: str) -> list[str]:
-        "Command lines of what runs on a host, but for its init and its sshd."
+    def _inside(self, name: str) -> list[tuple[int, str]]:
         space, found = os.readlink(f"/proc/{self.inits[name]}/ns/pid"), []
         for p in Path("/proc").glob("[0-9]*"):
             try:
-                if os.readlink(p / "ns/pid") == space and int(p.name) != self.inits[name]: found.append((p / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
+                if os.readlink(p / "ns/pid") == space and int(p.name) != self.inits[name]: found.append((int(p.name), (p / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()))
             except OSError: continue
-        return sorted(c for c in found if c and not c.startswith(("sshd:", "/usr/sbin/sshd", "sleep 3600")))
+        return [(pid, c) for pid, c in found if c and not c.startswith(("sshd:", "/usr/sbin/sshd", "sleep 3600"))]
+
+    def processes(self, name: str) -> list[str]:
+        "Command lines of what runs on a host, but for its init and its sshd."
+        return sorted(c for _, c in self._inside(name))
+
+    def signal(self, name: str, number: str) -> None:
+        "A signal to all that runs on a host, such as STOP."
+        for pid, _ in self._inside(name):
+            with suppress(ProcessLookupError): os.kill(pid, getattr(signal, f"SIG{number}"))
+
+    def crash(self, name: str) -> None:
+        "End all that runs on a host, without a word to it; its disk stays, and its sshd answers."
+        while left := self._inside(name):
+            for pid, _ in left:
+                with suppress(ProcessLookupError): os.kill(pid, 9)
+            time.sleep(0.1)

@@ -5,8 +5,8 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,12 @@ class Postgres:
     port: int
     password: str
     bin: Path
+    folder: Path                            # of its files
+    user: Mapping[str, str]                 # who runs it, as `subprocess` takes it
+
+    def call(self, *command: str | Path) -> None: subprocess.run([self.bin / command[0], *command[1:]], check=True, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **self.user)
+    def start(self) -> None: self.call("pg_ctl", "-D", self.folder / "data", "-w", "-l", self.folder / "log", "-o", f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder} -c fsync=off", "start")
+    def stop(self) -> None: self.call("pg_ctl", "-D", self.folder / "data", "-w", "-m", "immediate", "stop")
 
     def uri(self, database: str = "postgres", user: str = "mlray", password: str | None = None) -> str:
         return f"postgresql://{user}:{password or self.password}@127.0.0.1:{self.port}/{database}"
@@ -43,15 +49,14 @@ def postgres() -> Iterator[Postgres]:
     if where is None: pytest.skip("PostgreSQL is not installed (no initdb): apt-get install postgresql")
     root = os.geteuid() == 0 # PostgreSQL refuses to run as root
     as_user = {"user": "nobody" if "postgres" not in {u.pw_name for u in pwd.getpwall()} else "postgres"} if root else {}
-    folder, server = Path(tempfile.mkdtemp(prefix="pg-")), Postgres(free_port(), secrets.token_hex(12), where)
+    folder = Path(tempfile.mkdtemp(prefix="pg-"))
+    server = Postgres(free_port(), secrets.token_hex(12), where, folder, as_user)
     (folder / "password").write_text(server.password)
     if root: [shutil.chown(p, as_user["user"]) for p in (folder, folder / "password")]
-
-    def call(*command: str | Path) -> None: subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **as_user)
-    call(where / "initdb", "-D", folder / "data", "-U", "mlray", "-A", "scram-sha-256", "--pwfile", folder / "password", "-E", "UTF8", "--locale=C", "--no-sync")
+    server.call("initdb", "-D", folder / "data", "-U", "mlray", "-A", "scram-sha-256", "--pwfile", folder / "password", "-E", "UTF8", "--locale=C", "--no-sync")
     try:
-        call(where / "pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log", "-o", f"-p {server.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off", "start")
+        server.start()
         yield server
     finally:
-        subprocess.run([where / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop"], cwd=folder, capture_output=True, **as_user)
+        with suppress(subprocess.CalledProcessError): server.stop()
         shutil.rmtree(folder, ignore_errors=True)

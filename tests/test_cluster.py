@@ -98,6 +98,7 @@ BAD = { # file, complaint, what is done to it
     "no token file": ("aws", "token_file", at("file_mounts", "~/.ray/auth_token", drop=True)),
     "token for all to read": ("azure", "token_file", rewritten("setup_commands", "chmod 600", "chmod 644")),
     "no keepalive": ("local", "keepalive", rewritten("head_start_ray_commands", "RAY_grpc_client_keepalive_timeout_ms=10000", "")),
+    "a proxy that nobody misses": ("local", "proxy_health", rewritten("head_start_ray_commands", "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=1", "")),
     "workers that do not find the head": ("local", "address", rewritten("worker_start_ray_commands", "RAY_HEAD_IP", "RAY__IP")),
     "open dashboard": ("aws", "dashboard", rewritten("head_start_ray_commands", "127.0.0.1", "0.0.0.0")),
     "open port": ("aws", "port", at("provider", "security_group", "IpPermissions", value=[OPEN])),

@@ -114,18 +114,22 @@ def write_project(share: Path) -> None:
     (project / "settings.ini").write_text(f"[local]\n[lab]\njobs = http://localhost:8265\nhome = {share}/home\nhost = 0.0.0.0\nworkers = 3\nreplicas = 3\ntracking = disabled\ncollective_timeout_s = 20\nhealth_timeout_s = 10\ngates = quality fairness\n")
 
 
+def image(share: Path) -> tuple[list[Path], dict[str, str]]:
+    "What every host has from the beginning: the interpreter and its packages, the code, and the folder that all of them see."
+    prefix, bare = Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()
+    shared = [p for p in (prefix, bare, ROOT, DATA, share) if p]
+    return shared, {"PATH": f"{prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true",
+                    "RAY_memory_monitor_refresh_ms": "0"} # the memory it sees is all the machine's, and others use it, too
+
+
 @contextmanager
 def raised(folder: Path) -> Iterator[Lab]:
     "Hosts, `ray up`, and the job server's port on the laptop."
     share = folder / "share"
     write_project(share)
-    prefix, bare = Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()
-    shared = [p for p in (prefix, bare, ROOT, DATA, share) if p]
-    variables = {"PATH": f"{prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true",
-                 "RAY_memory_monitor_refresh_ms": "0"} # the memory it sees is all the machine's, and others use it, too
-    with Hosts(folder / "hosts", shared, variables) as hosts:
+    with Hosts(folder / "hosts", *image(share)) as hosts:
         hosts.start(*NODES)
-        for n in NODES: hosts.run(n, "ln", "-s", str(prefix), "/root/.mlray-env")
+        for n in NODES: hosts.run(n, "ln", "-s", str(Path(sys.prefix).resolve()), "/root/.mlray-env")
         hosts.run("laptop", "mv", str(share / "project"), "/root/project")
         (share / "local.yaml").write_text(launcher(hosts))
         hosts.run("laptop", "bash", "-c", "umask 077; ray get-auth-token --generate")
