@@ -74,7 +74,11 @@ class Settings(Releases):
     host: str = "127.0.0.1"                 # HTTP
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     grpc_port: Annotated[int, Field(ge=1, le=65535)] | None = None # the Open Inference Protocol over gRPC; empty: not served
-    replicas: Annotated[int, Field(ge=1)] = 1
+    replicas: Annotated[int, Field(ge=1)] = 1 # gateways
+    replicas_max: Annotated[int, Field(ge=1)] | None = None # so many under load; `replicas = 1..3` says both; empty: as many as always
+    replica_ongoing: Annotated[float, Field(gt=0)] = 8 # requests at once in one of them, before there are more
+    replicas_up_s: Annotated[float, Field(ge=0)] = 5 # so long there are too many requests before there are more replicas
+    replicas_down_s: Annotated[float, Field(ge=0)] = 60 # and too few, before there are fewer
     console: bool = True                    # whether the service has its pages for people at /console
     journal: bool = False                   # whether each answer is recorded before it is given
     journal_full: Literal["refuse", "answer-without"] = "refuse" # what becomes of an answer that cannot be recorded
@@ -95,14 +99,26 @@ class Settings(Releases):
     @model_validator(mode="before")
     @classmethod
     def _range(cls, given: Any) -> Any:
-        least, dots, most = str(given.get("workers", "")).partition("..") if isinstance(given, dict) else ("", "", "")
-        return given | {"workers": most, "workers_min": least} if dots else given
+        if not isinstance(given, dict): return given
+        (least, several, most), (few, more, many) = (str(given.get(key, "")).partition("..") for key in ("workers", "replicas"))
+        return given | ({"workers": most, "workers_min": least} if several else {}) | ({"replicas": few, "replicas_max": many} if more else {})
 
     @field_validator("workers_min")
     @classmethod
     def _no_more(cls, least: int | None, known: ValidationInfo) -> int | None:
         if least and least > known.data.get("workers", least): raise ValueError("should be no more than workers")
         return least
+
+    @field_validator("replicas_max")
+    @classmethod
+    def _no_fewer(cls, most: int | None, known: ValidationInfo) -> int | None:
+        if most and most < known.data.get("replicas", most): raise ValueError("should be no less than replicas")
+        return most
+
+    @property
+    def most_replicas(self) -> int:
+        "Gateways, under load."
+        return self.replicas_max or self.replicas
 
     @property
     def registry_url(self) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from mlray.access import new_key
 from mlray.commands import deploy_versions
+from mlray.haproxy import servers_up
 from mlray.openapi import example_row
 from mlray.registry import Registry, Version, add_key, bundle_of, open_registry, promote, register, rollback
 from mlray.run import train
@@ -118,6 +119,13 @@ def ours(word: str) -> list[psutil.Process]:
     return found
 
 
+def whole(word: str, before: list[psutil.Process]) -> bool:
+    "Whether another has come for the one that was killed, and HAProxy knows both gateways."
+    import ray
+    if word != "haproxy": return len(ours(word)) >= len(before)
+    return sum("Gateway" in name for name in servers_up(ray.get_runtime_context().get_node_id()) or ()) >= 2
+
+
 def test_versions_change_and_nobody_is_lost(stack):
     with Load(stack.settings.url, stack.key, stack.rows) as load:
         stack.answering(load)
@@ -148,23 +156,24 @@ def test_updates_that_fail_change_nothing(stack):
     assert set(said) == {"200"}
 
 
-@pytest.mark.parametrize(("word", "lost"), [("Predictor", 0.0), ("ServeController", 0.0), ("Gateway", 0.005), ("haproxy", 1.0)]) # the share of requests: HAProxy has no second one before it, so all are lost until Ray has started another
-def test_what_serves_is_killed(stack, word, lost):
-    told = Counter()
+@pytest.mark.parametrize(("word", "times", "lost", "most_s"), [ # the share of requests, and seconds until a hundred are answered in a row
+    ("Predictor", 5 * TIMES // 2, 0.0, 60), ("ServeController", TIMES, 0.0, 60), ("Gateway", TIMES, 0.005, 60), ("haproxy", TIMES, 0.1, 8)]) # HAProxy has no second one before it: what is within it is lost, and what comes until its stand-in stands
+def test_what_serves_is_killed(stack, word, times, lost, most_s):
+    told: list[float] = []
     with Load(stack.settings.url, stack.key, stack.rows) as load:
         stack.answering(load)
         load.taken()
-        for _ in range(TIMES):
-            victims = ours(word)
+        for _ in range(times):
+            victims = sorted(ours(word), key=lambda p: p.create_time(), reverse=True) # of HAProxy, the newest: those before it only finish what they have begun
             assert victims, f"no process of this cluster is called {word}"
             began = time.monotonic()
             victims[0].send_signal(signal.SIGKILL)
             psutil.wait_procs(victims[:1], timeout=10)
             stack.answering(load)
-            told["seconds"] += time.monotonic() - began
+            told.append(time.monotonic() - began)
             end = time.monotonic() + 60
-            while len(ours(word)) < len(victims) and time.monotonic() < end: time.sleep(0.2)
+            while not whole(word, victims) and time.monotonic() < end: time.sleep(0.2)
         said = load.taken()
     failed = sum(n for s, n in said.items() if s != "200")
-    print(f"\n{TIMES} × SIGKILL {word}, {CLIENTS} clients: {dict(said)}; {failed} of {sum(said.values())} lost; a hundred answers in a row again after {told['seconds'] / TIMES:.1f} s on average")
-    assert failed <= lost * sum(said.values()) and told["seconds"] / TIMES < 60
+    print(f"\n{times} × SIGKILL {word}, {CLIENTS} clients: {dict(said)}; {failed} of {sum(said.values())} lost; a hundred answers in a row again after {sum(told) / times:.1f} s on average, {max(told):.1f} s at most; load {os.getloadavg()[0]:.0f}")
+    assert failed <= lost * sum(said.values()) and max(told) < most_s
