@@ -23,6 +23,7 @@ from tests.conftest import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.xdist_group("ray")]
 CLIENTS, TIMES = int(os.environ.get("MLRAY_TEST_CLIENTS", "24")), int(os.environ.get("MLRAY_TEST_KILLS", "4"))
+UPDATES = max(12, TIMES)
 
 
 @dataclass
@@ -130,12 +131,12 @@ def test_versions_change_and_nobody_is_lost(stack):
     with Load(stack.settings.url, stack.key, stack.rows) as load:
         stack.answering(load)
         load.taken()
-        for i in range(3 * TIMES):
+        for i in range(UPDATES):
             promote(stack.registry, stack.versions[(i + 1) % 2])
             stack.follows(stack.versions[(i + 1) % 2])
             stack.answering(load)
         said = load.taken()
-    print(f"\n{3 * TIMES} rolling updates, {CLIENTS} clients: {dict(said)}")
+    print(f"\n{UPDATES} rolling updates, {CLIENTS} clients: {dict(said)}")
     assert set(said) == {"200"}
 
 
