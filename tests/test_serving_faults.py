@@ -32,6 +32,7 @@ class Load:
     url: str
     key: str
     rows: dict[str, dict]
+    timeout_s: float = 30
     said: Counter = field(default_factory=Counter)
     ended: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -44,10 +45,10 @@ class Load:
 
     def __exit__(self, *_) -> None:
         self.ended.set()
-        for t in self.threads: t.join(40)
+        for t in self.threads: t.join(self.timeout_s + 10)
 
     def client(self, name: str) -> None:
-        with httpx.Client(base_url=self.url, timeout=30, headers={"authorization": f"Bearer {self.key}"}) as client:
+        with httpx.Client(base_url=self.url, timeout=self.timeout_s, headers={"authorization": f"Bearer {self.key}"}) as client:
             while not self.ended.is_set():
                 try: said = str(client.post(f"/v1/models/{name}:predict", json={"instances": [self.rows[name]]}).status_code)
                 except httpx.HTTPError as error: said = type(error).__name__

@@ -93,17 +93,17 @@ def until(true, seconds: float, what: str) -> float:
 def test_replicas_come_and_go_with_the_load(diabetes, tmp_path):
     "Gateways 1 → 3 → 1; predictors of a model that is apart 0 → 3 → 0; all that was asked is answered."
     here = house(tmp_path / "house", diabetes, replicas="1..3", replica_ongoing=3, replicas_up_s=2, replicas_down_s=4)
-    here.version("near", slow(20), serve=diabetes.spec.serve.model_dump(mode="json") | {"timeout_s": 60})
-    here.version("far", slow(20), serve=diabetes.spec.serve.model_dump(mode="json") | {"placement": "apart", "timeout_s": 60, "min_replicas": 0, "max_replicas": 3, "target_ongoing": 3, "up_delay_s": 2, "down_delay_s": 4})
+    here.version("near", slow(20), serve=diabetes.spec.serve.model_dump(mode="json") | {"timeout_s": 120})
+    here.version("far", slow(20), serve=diabetes.spec.serve.model_dump(mode="json") | {"placement": "apart", "timeout_s": 120, "min_replicas": 0, "max_replicas": 3, "target_ongoing": 3, "up_delay_s": 2, "down_delay_s": 4})
     with served(here, "near", "far"):
         rows, told = {"near": here.row, "far": here.row}, {}
         assert replicas("Gateway") == 1 and replicas("Predictor-far") == 0
-        with Load(here.settings.url, here.key, rows) as load:
+        with Load(here.settings.url, here.key, rows, timeout_s=150) as load: # for as long as a first predictor may take to start on a busy machine
             told["gateways 1 → 3"] = until(lambda: replicas("Gateway") == 3, 120, "three gateways")
             told["predictors 0 → 3"] = until(lambda: replicas("Predictor-far") == 3, 120, "three predictors")
             until(lambda: load.said["200"] > 2000, 120, "two thousand answers")
         loaded = load.taken()
-        with httpx.Client(timeout=60, headers=here.headers) as client, ThreadPoolExecutor(1) as one: # a little goes on while they go
+        with httpx.Client(timeout=150, headers=here.headers) as client, ThreadPoolExecutor(1) as one: # a little goes on while they go
             ended, few = threading.Event(), Counter()
 
             def trickle() -> None:
@@ -114,7 +114,7 @@ def test_replicas_come_and_go_with_the_load(diabetes, tmp_path):
                 told["predictors 3 → 0"] = until(lambda: replicas("Predictor-far") == 0, 120, "no predictor")
             finally:
                 ended.set()
-                going.result(90)
+                going.result(160)
             began = time.monotonic()
             again = here.ask(client, "far")
             told["an answer from 0"] = time.monotonic() - began
