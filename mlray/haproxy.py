@@ -127,6 +127,7 @@ def _beside(binary: str, path: Path, proxy: int, manager: int) -> None:
     copy, own = _stand_in(path)
     text = re.sub(r"(?m)^(\s*stats socket )\S+", rf"\g<1>{own}", path.read_text())
     if not _ROUTED.search(text): return
+    text = re.sub(r"(?m)^\s*(load-server-state-from-file|server-state-\w+) .*\n", "", text) # who was well when HAProxy last began anew is long past
     with open(path.with_name("stand-in.lock"), "w") as alone: # several may have ended at once: those before the last finish what they have begun
         fcntl.flock(alone, fcntl.LOCK_EX)
         if _standing(path): return

@@ -240,6 +240,25 @@ def _predictors(plan: Plan, kind: type[Predictor], settings: Settings) -> dict[s
         made[name] = predictor.bind(mine, settings)
     return made
 
+# %% ../nbs/43_serve_on_ray.ipynb #4f667e1b
+def _listed(settings: Settings) -> bool:
+    "Whether HAProxy knows the replicas; until then, it asks a proxy of Serve's, and is about to begin anew. On a host without HAProxy nobody can tell, and nobody waits."
+    import ray
+    up = servers_up(ray.get_runtime_context().get_node_id())
+    return up is None or sum(f"_{settings.namespace}-Gateway-" in name for name in up) >= settings.replicas
+
+
+def _wait_for(settings: Settings, seconds: float = 30) -> None:
+    "Until the proxy in front has heard of the replicas."
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        try:
+            if httpx.get(f"{settings.url}/readyz", timeout=2, verify=False).status_code == 200 and (_listed(settings) or time.monotonic() - began > 10): return
+        except httpx.HTTPError: pass
+        time.sleep(0.05)
+    shared = "" if settings.ray == "local" else " A cluster has one proxy for all its environments: give them the same host and port, and each a `route` of its own."
+    raise ServingError(f"The service did not answer at {settings.url} within {seconds:g} s.{shared} Ray's logs are in /tmp/ray/session_latest/logs/serve.")
+
 # %% ../nbs/43_serve_on_ray.ipynb #fabe0d00
 def _worker(settings: Settings) -> Any:
     "Who does jobs: nobody until there is one, and nobody again after it."
@@ -282,25 +301,6 @@ def deploy(
     try: serve.run(bound(plan, references, settings, gateway, console), name=settings.namespace, route_prefix=settings.route)
     except RuntimeError as error: raise ServingError(f"The service did not start: {str(error).strip().splitlines()[-1]}") from error
     _wait_for(settings)
-
-
-def _listed(settings: Settings) -> bool:
-    "Whether HAProxy knows the replicas; until then, it asks a proxy of Serve's, and is about to begin anew. On a host without HAProxy nobody can tell, and nobody waits."
-    import ray
-    up = servers_up(ray.get_runtime_context().get_node_id())
-    return up is None or sum(f"_{settings.namespace}-Gateway-" in name for name in up) >= settings.replicas
-
-
-def _wait_for(settings: Settings, seconds: float = 30) -> None:
-    "Until the proxy in front has heard of the replicas."
-    began = time.monotonic()
-    while time.monotonic() - began < seconds:
-        try:
-            if httpx.get(f"{settings.url}/readyz", timeout=2, verify=False).status_code == 200 and (_listed(settings) or time.monotonic() - began > 10): return
-        except httpx.HTTPError: pass
-        time.sleep(0.05)
-    shared = "" if settings.ray == "local" else " A cluster has one proxy for all its environments: give them the same host and port, and each a `route` of its own."
-    raise ServingError(f"The service did not answer at {settings.url} within {seconds:g} s.{shared} Ray's logs are in /tmp/ray/session_latest/logs/serve.")
 
 
 def undeploy(settings: Settings) -> None:
