@@ -123,7 +123,8 @@ def _beside(binary: str, path: Path, proxy: int, manager: int) -> None:
     while not _gone(proxy, 1):
         if _gone(node, 0): return
     admin = path.with_name("admin.sock")
-    if _said(admin, "show info") or _gone(manager, 0.1) or _gone(node, 0): return
+    wanted = not _gone(manager, 0) and _gone(manager, 0.1) # who stops HAProxy goes after it; one that was killed went before
+    if wanted or _said(admin, "show info") or _gone(node, 0): return
     copy, own = _stand_in(path)
     text = re.sub(r"(?m)^(\s*stats socket )\S+", rf"\g<1>{own}", path.read_text())
     if not _ROUTED.search(text): return

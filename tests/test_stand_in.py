@@ -16,7 +16,7 @@ from mlray.haproxy import _said, _standing
 from tests.conftest import free_port
 
 MANAGER = "import json, subprocess, sys\nfor line in sys.stdin: print(subprocess.Popen([sys.executable, '-c', 'from mlray.haproxy import main; main()', *json.loads(line)]).pid, flush=True)"
-NODE = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {MANAGER!r}]).wait()" # all ends with it, as with a raylet
+NODE = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {MANAGER!r}]).wait()\ntime.sleep(600)" # all ends with it, as with a raylet
 
 
 def until(true: Callable[[], object], seconds: float = 60) -> None:
@@ -73,5 +73,19 @@ def test_a_stand_in_answers_until_the_next_one_does(proxy):
     os.kill(third, signal.SIGKILL) # and once more
     until(lambda: proxy.who() == "third")
     for process in (psutil.Process(proxy.node.pid), *psutil.Process(proxy.node.pid).children()): process.kill()
+    proxy.node.wait(10)
+    until(lambda: not proxy.who())
+
+
+def test_a_stand_in_answers_when_who_started_haproxy_is_killed(proxy):
+    pid = proxy.start("first")
+    until(lambda: proxy.who() == "first")
+    (manager,) = [p for p in psutil.Process(proxy.node.pid).children() if p.pid != pid]
+    manager.kill()
+    until(lambda: not manager.is_running() or manager.status() == psutil.STATUS_ZOMBIE)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: proxy.who() == "first")
+    assert _standing(proxy.path)
+    proxy.node.kill()
     proxy.node.wait(10)
     until(lambda: not proxy.who())
