@@ -186,6 +186,7 @@ Modules:
 - `mlray.runbook`: What to type when this model is let out, looked after, in trouble, or at its end
 - `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
 - `mlray.samples`: Real rows that are there without a download
+- `mlray.scaling_on_ray`: How many replicas there are, on Ray Serve
 - `mlray.schedule`: A command at its times, as cron, Kubernetes, GitHub or Airflow write it
 - `mlray.schedule_cli`: The command that hands a job to the scheduler a team has
 - `mlray.schema`: The JSON Schema of a spec, so that an editor completes and corrects while one writes

@@ -41,7 +41,7 @@ def serve_environment() -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_HAPROXY_BINARY_PATH": found,
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response", "RAY_SERVE_HAPROXY_RETRIES": "3",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mlray.front_on_ray:in_front", "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0", "RAY_SERVE_HAPROXY_NBTHREAD": str(max(min((os.cpu_count() or 1) // 4, 4), 1)),
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1", "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30", "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()), "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()), "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(2**24), # bytes: no larger than a body in Arrow
     }
 

@@ -47,7 +47,7 @@ def ray_service(
     del config["applications"][0]["runtime_env"] # the pod's own: a volume, a secret
     made["spec"]["serveConfigV2"] = yaml.safe_dump(config, sort_keys=False)
     workers = made["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    for group in workers: group |= {"replicas": max(group["replicas"], settings.replicas), "minReplicas": max(group["minReplicas"], 1), "maxReplicas": max(group["maxReplicas"], settings.replicas)}
+    for group in workers: group |= {"replicas": max(group["replicas"], settings.replicas), "minReplicas": max(group["minReplicas"], 1), "maxReplicas": max(group["maxReplicas"], settings.most_replicas)}
     for group in (made["spec"]["rayClusterConfig"]["headGroupSpec"], *workers):
         for container in group["template"]["spec"]["containers"]: container["image"] = image or container["image"]
     return made

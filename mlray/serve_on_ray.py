@@ -29,6 +29,7 @@ from .asgi import Headers, Receive, Scope, asked_of, headers_of, headers_of_repl
 from .bundle import load_bundle
 from .errors import ServingError
 from .gathering import Gathering
+from .haproxy import servers_up
 from .job_desk import Worker, minded
 from .journal import Feedback, Journal
 from .keeping import open_recorder
@@ -38,6 +39,7 @@ from .openapi import describe
 from .plan import Model, Plan, loaded
 from .registry_on_ray import at_hand, watcher_of
 from .routes import PUBLIC, Routes
+from .scaling_on_ray import IN_FRONT, Ongoing, gateways, predictors
 from .served import Served
 from .service import DEFERRED, Service, admitted, in_process
 from .settings import Settings
@@ -122,6 +124,7 @@ class Standing:
         console: Callable[[Settings], Callable[[Request], Awaitable[Response]]] | None = None, # makes the pages for people; None: there are none
     ):
         settings, self.routes, self.meters = settings or Settings(), Routes(), Meters(uuid4().hex[:8])
+        self.ahead = Ongoing() # requests that are answered in front of Serve
         self.settings, self.prefix = settings, settings.route.rstrip("/")
         self.console = console(settings) if console else None
         self.scoring = Scoring(handles or {}, self.meters)
@@ -129,7 +132,7 @@ class Standing:
         recorder, issuer = open_recorder(settings), issuer_of(settings)
         self.shadow = Shadow(self.meters, settings.shadow_queued, self.scoring.listening, recorder)
         feedback = Journal[Feedback](settings.home / "journal" / "feedback" / "segments", sync_s=settings.journal_sync_s) if recorder else None
-        self.service = Service({}, (), recorder, feedback, issuer.caller if issuer else None, self.scoring, self.shadow, self.meters, Rates(settings.rate / settings.replicas if settings.rate else None), desk=self.desk)
+        self.service = Service({}, (), recorder, feedback, issuer.caller if issuer else None, self.scoring, self.shadow, self.meters, Rates(settings.rate / settings.most_replicas if settings.rate else None), desk=self.desk)
         self.use(plan)
         if references:
             self.watcher = watcher_of(settings, references, plan.seq, self.use, self.meters.of("unheard").set)
@@ -147,6 +150,10 @@ class Standing:
         self.meters.tell(plan.traffic)
         if self.service.models: self.meters.of("changes").inc()
         self.service, self.openapi = service, openapi
+
+    def record_autoscaling_stats(self) -> dict[str, float]: # as Serve asks
+        "What its own count has not."
+        return {IN_FRONT: self.ahead.mean()}
 
     def check_health(self) -> None:
         "A healthy replica is one that can predict."
@@ -228,11 +235,29 @@ def _predictors(plan: Plan, kind: type[Predictor], settings: Settings) -> dict[s
         mine = [m for m in plan.models if m.name == name]
         spec = load_bundle(mine[0].path, mine[0].digest).spec.serve
         if spec.placement == "together": continue
-        scaling = {"min_replicas": spec.min_replicas, "max_replicas": max(spec.max_replicas, spec.min_replicas), "target_ongoing_requests": spec.target_ongoing, "upscale_delay_s": spec.up_delay_s, "downscale_delay_s": spec.down_delay_s}
-        predictor: Any = serve.deployment(kind, name=f"Predictor-{name}", autoscaling_config=scaling, max_ongoing_requests=64, max_queued_requests=1024, health_check_period_s=5,
+        predictor: Any = serve.deployment(kind, name=f"Predictor-{name}", **predictors(spec), max_ongoing_requests=64, max_queued_requests=1024, health_check_period_s=5,
                                           graceful_shutdown_wait_loop_s=0.1, graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": 0.5})
         made[name] = predictor.bind(mine, settings)
     return made
+
+# %% ../nbs/43_serve_on_ray.ipynb #4f667e1b
+def _listed(settings: Settings) -> bool:
+    "Whether HAProxy knows the replicas; until then, it asks a proxy of Serve's, and is about to begin anew. On a host without HAProxy nobody can tell, and nobody waits."
+    import ray
+    up = servers_up(ray.get_runtime_context().get_node_id())
+    return up is None or sum(f"_{settings.namespace}-Gateway-" in name for name in up) >= settings.replicas
+
+
+def _wait_for(settings: Settings, seconds: float = 30) -> None:
+    "Until the proxy in front has heard of the replicas."
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        try:
+            if httpx.get(f"{settings.url}/readyz", timeout=2, verify=False).status_code == 200 and (_listed(settings) or time.monotonic() - began > 10): return
+        except httpx.HTTPError: pass
+        time.sleep(0.05)
+    shared = "" if settings.ray == "local" else " A cluster has one proxy for all its environments: give them the same host and port, and each a `route` of its own."
+    raise ServingError(f"The service did not answer at {settings.url} within {seconds:g} s.{shared} Ray's logs are in /tmp/ray/session_latest/logs/serve.")
 
 # %% ../nbs/43_serve_on_ray.ipynb #fabe0d00
 def _worker(settings: Settings) -> Any:
@@ -253,7 +278,7 @@ def bound(
 ) -> Any: # an application of Ray Serve
     "The gateway, as Serve runs it."
     from ray import serve
-    deployment: Any = serve.deployment(gateway, name="Gateway", num_replicas=settings.replicas, max_ongoing_requests=64, max_queued_requests=settings.max_queued, health_check_period_s=5,
+    deployment: Any = serve.deployment(gateway, name="Gateway", **gateways(settings), max_ongoing_requests=64, max_queued_requests=settings.max_queued, health_check_period_s=5,
                                   graceful_shutdown_wait_loop_s=0.1, graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": 0.5})
     settings = settings.model_copy(update={"home": settings.home.resolve()})
     return deployment.bind(plan, list(references), settings, _predictors(plan, gateway.predictor, settings), _worker(settings), console)
@@ -276,18 +301,6 @@ def deploy(
     try: serve.run(bound(plan, references, settings, gateway, console), name=settings.namespace, route_prefix=settings.route)
     except RuntimeError as error: raise ServingError(f"The service did not start: {str(error).strip().splitlines()[-1]}") from error
     _wait_for(settings)
-
-
-def _wait_for(settings: Settings, seconds: float = 30) -> None:
-    "Until the proxy in front has heard of the replicas."
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if httpx.get(f"{settings.url}/readyz", timeout=2, verify=False).status_code == 200: return
-        except httpx.HTTPError: pass
-        time.sleep(0.05)
-    shared = "" if settings.ray == "local" else " A cluster has one proxy for all its environments: give them the same host and port, and each a `route` of its own."
-    raise ServingError(f"The service did not answer at {settings.url} within {seconds:g} s.{shared} Ray's logs are in /tmp/ray/session_latest/logs/serve.")
 
 
 def undeploy(settings: Settings) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from mlray.access import new_key
 from mlray.commands import deploy_versions
+from mlray.haproxy import servers_up
 from mlray.openapi import example_row
 from mlray.registry import Registry, Version, add_key, bundle_of, open_registry, promote, register, rollback
 from mlray.run import train
@@ -22,6 +23,7 @@ from tests.conftest import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.xdist_group("ray")]
 CLIENTS, TIMES = int(os.environ.get("MLRAY_TEST_CLIENTS", "24")), int(os.environ.get("MLRAY_TEST_KILLS", "4"))
+UPDATES = max(12, TIMES)
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Load:
     url: str
     key: str
     rows: dict[str, dict]
+    timeout_s: float = 30
     said: Counter = field(default_factory=Counter)
     ended: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -42,10 +45,10 @@ class Load:
 
     def __exit__(self, *_) -> None:
         self.ended.set()
-        for t in self.threads: t.join(40)
+        for t in self.threads: t.join(self.timeout_s + 10)
 
     def client(self, name: str) -> None:
-        with httpx.Client(base_url=self.url, timeout=30, headers={"authorization": f"Bearer {self.key}"}) as client:
+        with httpx.Client(base_url=self.url, timeout=self.timeout_s, headers={"authorization": f"Bearer {self.key}"}) as client:
             while not self.ended.is_set():
                 try: said = str(client.post(f"/v1/models/{name}:predict", json={"instances": [self.rows[name]]}).status_code)
                 except httpx.HTTPError as error: said = type(error).__name__
@@ -118,16 +121,23 @@ def ours(word: str) -> list[psutil.Process]:
     return found
 
 
+def whole(word: str, before: list[psutil.Process]) -> bool:
+    "Whether another has come for the one that was killed, and HAProxy knows both gateways."
+    import ray
+    if word != "haproxy": return len(ours(word)) >= len(before)
+    return sum("Gateway" in name for name in servers_up(ray.get_runtime_context().get_node_id()) or ()) >= 2
+
+
 def test_versions_change_and_nobody_is_lost(stack):
     with Load(stack.settings.url, stack.key, stack.rows) as load:
         stack.answering(load)
         load.taken()
-        for i in range(3 * TIMES):
+        for i in range(UPDATES):
             promote(stack.registry, stack.versions[(i + 1) % 2])
             stack.follows(stack.versions[(i + 1) % 2])
             stack.answering(load)
         said = load.taken()
-    print(f"\n{3 * TIMES} rolling updates, {CLIENTS} clients: {dict(said)}")
+    print(f"\n{UPDATES} rolling updates, {CLIENTS} clients: {dict(said)}")
     assert set(said) == {"200"}
 
 
@@ -148,23 +158,24 @@ def test_updates_that_fail_change_nothing(stack):
     assert set(said) == {"200"}
 
 
-@pytest.mark.parametrize(("word", "lost"), [("Predictor", 0.0), ("ServeController", 0.0), ("Gateway", 0.005), ("haproxy", 1.0)]) # the share of requests: HAProxy has no second one before it, so all are lost until Ray has started another
-def test_what_serves_is_killed(stack, word, lost):
-    told = Counter()
+@pytest.mark.parametrize(("word", "times", "lost", "most_s"), [ # the share of requests, and seconds until a hundred are answered in a row
+    ("Predictor", 5 * TIMES // 2, 0.0, 60), ("ServeController", TIMES, 0.0, 60), ("Gateway", TIMES, 0.005, 60), ("haproxy", TIMES, 0.1, 8)]) # HAProxy has no second one before it: what is within it is lost, and what comes until its stand-in stands
+def test_what_serves_is_killed(stack, word, times, lost, most_s):
+    told: list[float] = []
     with Load(stack.settings.url, stack.key, stack.rows) as load:
         stack.answering(load)
         load.taken()
-        for _ in range(TIMES):
-            victims = ours(word)
+        for _ in range(times):
+            victims = sorted(ours(word), key=lambda p: p.create_time(), reverse=True) # of HAProxy, the newest: those before it only finish what they have begun
             assert victims, f"no process of this cluster is called {word}"
             began = time.monotonic()
             victims[0].send_signal(signal.SIGKILL)
             psutil.wait_procs(victims[:1], timeout=10)
             stack.answering(load)
-            told["seconds"] += time.monotonic() - began
+            told.append(time.monotonic() - began)
             end = time.monotonic() + 60
-            while len(ours(word)) < len(victims) and time.monotonic() < end: time.sleep(0.2)
+            while not whole(word, victims) and time.monotonic() < end: time.sleep(0.2)
         said = load.taken()
     failed = sum(n for s, n in said.items() if s != "200")
-    print(f"\n{TIMES} × SIGKILL {word}, {CLIENTS} clients: {dict(said)}; {failed} of {sum(said.values())} lost; a hundred answers in a row again after {told['seconds'] / TIMES:.1f} s on average")
-    assert failed <= lost * sum(said.values()) and told["seconds"] / TIMES < 60
+    print(f"\n{times} × SIGKILL {word}, {CLIENTS} clients: {dict(said)}; {failed} of {sum(said.values())} lost; a hundred answers in a row again after {sum(told) / times:.1f} s on average, {max(told):.1f} s at most; load {os.getloadavg()[0]:.0f}")
+    assert failed <= lost * sum(said.values()) and max(told) < most_s
