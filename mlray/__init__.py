@@ -87,6 +87,7 @@ Modules:
 - `mlray.feedback`: What became of an answer: labels, corrections, ratings, clicks, any number; late, early, twice, or never
 - `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
 - `mlray.first_look`: A file with rows, looked at for the first time: how it is written, and a spec to begin with
+- `mlray.first_screen`: What `mlray --help` says: the commands in the order of a model's life
 - `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
 - `mlray.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
 - `mlray.front_on_ray`: Requests that are answered in front of what Ray Serve puts around a replica

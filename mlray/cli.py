@@ -12,10 +12,9 @@ __all__ = ['app', 'On', 'Spec', 'Overrides', 'Port', 'Workers', 'check', 'train'
 # %% ../nbs/59_cli.ipynb #2580d77e
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from .backup_cli import backup_app
 from .batch_cli import batch_app
@@ -37,8 +36,9 @@ from mlray.commands import (
 )
 from .console_cli import console_app
 from .delivery_cli import delivery_app
-from .errors import MlrayError, suggest
+from .errors import MlrayError
 from .export_cli import export_app
+from .first_screen import Chapters
 from .lab_cli import lab_app
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
@@ -54,14 +54,7 @@ if TYPE_CHECKING:
     from mlray.spec import RunSpec
 
 # %% ../nbs/59_cli.ipynb #cf6950d2
-class _Commands(TyperGroup):
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name = args[0] if args else ""
-        if not name.startswith("-") and name not in self.commands: raise MlrayError(f"There is no command {name!r}. {suggest(name, self.commands)}")
-        return super().resolve_command(ctx, args)
-
-
-app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
+app = typer.Typer(cls=Chapters, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
                   help="From a notebook to a Ray Serve route, with the proof that the model may be there.\n\n"
                        "A first run: mlray demo. A day: check, train, gate, promote, serve, ask.")
 

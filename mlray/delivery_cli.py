@@ -40,6 +40,6 @@ def delivered(name: str | None, days: float, settings: "Settings") -> "list[Deli
 
 @delivery_app.command("delivery")
 def show_delivery(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A model (default: all).")] = None, days: Annotated[float, typer.Option("--days", min=1, help="So far back.")] = 90, env: Env = None, as_json: Json = False) -> None:
-    "Lead time, release frequency, failures and recovery of releases, cost per thousand answers."
+    "How releases go: lead time, frequency, failures, recovery, cost per thousand answers."
     found = delivered(name, days, settings_of(env))
     shown(as_json, [d.as_dict() for d in found], *found, *([] if found else ["There is no model yet. Train one with `mlray train SPEC`."]))

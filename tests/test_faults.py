@@ -242,7 +242,7 @@ def kill_worker() -> bool:
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("ray")
+@pytest.mark.xdist_group("faults")
 def test_a_worker_lost_too_often_leaves_its_last_checkpoint(ray_cluster, job, undisturbed, tmp_path):
     from mlray.train_on_ray import RayBackend
     with Killer(tmp_path / "run", 5, kill_worker) as killer, pytest.raises(TrainingError, match=r"(?s)lost 1 times.*--resume"):

@@ -140,7 +140,7 @@ def test_each_holder_keeps_a_promise_of_its_own(folder, settings):
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("ray")
+@pytest.mark.xdist_group("federation")
 def test_apart_is_as_good_as_together(ray_cluster, folder, settings):
     "Within 0.01 AUC of training on all rows; and a holder that is killed on the way changes no bit."
     from mlray.federate_on_ray import federate
@@ -168,7 +168,7 @@ def test_apart_is_as_good_as_together(ray_cluster, folder, settings):
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("ray")
+@pytest.mark.xdist_group("federation")
 def test_a_number_apart_and_again(ray_cluster, folder, settings):
     "Holders learn a number on the scale of the contract; the version can be made again to the bit, and what has changed is named where it cannot."
     from mlray.federate_on_ray import federate, reproduce_federated

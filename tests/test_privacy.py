@@ -153,7 +153,7 @@ def test_encoders_do_not_depend_on_rows(private, settings):
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("ray")
+@pytest.mark.xdist_group("federation")
 def test_two_workers_keep_the_same_promise(ray_cluster, job, tmp_path):
     "One worker gives the bits of this process; two draw other batches, and spend as much."
     from mlray.train_on_ray import RayBackend

@@ -15,8 +15,10 @@ import polars as pl
 import pytest
 import typer.main
 import yaml
+from typer.testing import CliRunner
 
 from mlray.cli import app
+from mlray.first_screen import CHAPTERS
 from mlray.spec import RunSpec, parse_spec
 from tests.conftest import ROOT, free_port
 
@@ -61,6 +63,14 @@ def test_commands_exist_with_their_options(page):
         except (Exception, SystemExit) as error:
             spoken_of = type(error).__name__ == "MissingParameter" and len(words) <= 2 # `mlray train` in a sentence
             if not spoken_of: raise AssertionError(f"{page.name}: mlray {shlex.join(words)}: {error}") from error
+
+
+def test_the_first_screen_has_every_command_in_one_chapter():
+    told = [name for names in CHAPTERS.values() for name in names]
+    assert sorted(told) == sorted(typer.main.get_command(app).commands)
+    said = CliRunner().invoke(app, ["--help"], terminal_width=80).output
+    assert all(len(line) <= 80 and "..." not in line for line in said.splitlines())
+    assert all(re.search(rf"^  {name} +\w", said, re.M) for name in told)
 
 
 def test_what_a_spec_can_say():
