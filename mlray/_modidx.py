@@ -2760,6 +2760,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mlray.source.query_sql': ('source.html#query_sql', 'mlray/source.py'),
                               'mlray.source.read_source': ('source.html#read_source', 'mlray/source.py'),
                               'mlray.source.reading': ('source.html#reading', 'mlray/source.py'),
+                              'mlray.source.remote': ('source.html#remote', 'mlray/source.py'),
                               'mlray.source.scan_delta': ('source.html#scan_delta', 'mlray/source.py'),
                               'mlray.source.scan_files': ('source.html#scan_files', 'mlray/source.py'),
                               'mlray.source.wanted': ('source.html#wanted', 'mlray/source.py')},

@@ -34,7 +34,7 @@ from .journal import Journal
 from .keeping import Recorder, read_keys
 from .rows import flat
 from .settings import Settings
-from .source import REMOTE, reading, scan_delta
+from .source import reading, remote, scan_delta
 from .threshold import group_names
 
 # %% ../nbs/38j_batch.ipynb #d52e03c9
@@ -100,7 +100,7 @@ def _absent(where: str, contract: Contract, there: Sequence[str]) -> None:
 
 
 def _table(path: str) -> pl.LazyFrame:
-    far: Any = REMOTE if "://" in path else None
+    far: Any = remote(path) if "://" in path else None
     if path.endswith(("#delta",)) or "#delta=" in path: return scan_delta(path.partition("#delta=")[0], int(path.partition("#delta=")[2]))[0]
     return pl.scan_parquet(path, glob=bool(far), storage_options=far) if Path(path.partition("?")[0]).suffix in (".parquet", ".pq") else pl.scan_ipc(path, glob=bool(far), storage_options=far)
 

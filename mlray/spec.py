@@ -140,7 +140,8 @@ def _check_mitigation(spec: "RunSpec", asked: Mitigation) -> None:
         if asked.method == "thresholds" and spec.contract[name].role != "feature": raise ValueError(f"mitigation.by: a line for each group needs {name!r} in every request, so it must be a feature; it has the role {spec.contract[name].role!r}")
     if asked.method == "thresholds" and isinstance(spec.model.threshold, Threshold): raise ValueError("mitigation: the method thresholds chooses the lines itself; leave model.threshold out")
     if asked.method != "exponentiated_gradient": return
-    if not spec.model.estimator: raise ValueError("mitigation: exponentiated_gradient fits many models one after another, which takes an estimator, such as model.estimator: lightgbm:LGBMClassifier. A network takes reweighing, or thresholds")
+    instead = {"demographic_parity": "A network takes reweighing, which aims at this constraint, or thresholds, which keep it", "equalized_odds": "No method for a network keeps equalized_odds: thresholds keep equal_opportunity or false_positive_rate_parity, one of the two"}.get(asked.constraint, "A network takes thresholds, which keep this constraint")
+    if not spec.model.estimator: raise ValueError(f"mitigation: exponentiated_gradient fits up to {asked.rounds} models and ships their mixture, which takes an estimator, such as model.estimator: lightgbm:LGBMClassifier. {instead}")
     if spec.train.class_weight is not None or any(c.role == "weight" for c in spec.contract.values()): raise ValueError("mitigation: exponentiated_gradient weighs rows itself; leave out train.class_weight and the column with role weight, or take reweighing")
 
 # %% ../nbs/01_spec.ipynb #bc2bdc1a

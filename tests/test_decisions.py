@@ -148,7 +148,8 @@ def test_reweighing_makes_group_and_label_independent():
 @pytest.mark.parametrize(("override", "said"), [
     ("model.threshold={maximise: f2}", "model.threshold.maximise: Input should be 'accuracy'"), ("model.threshold={metric: precision}", "precision goes with at_least"), ("model.threshold={metric: selection_rate, at_least: 0.1}", "goes with at_most"),
     ("model.threshold={maximise: f1, cost: {false_negative: 2}}", "chosen in one of these ways"), ("model.threshold=1.5", "model.threshold: Input should be less than 1"), ("model.threshold={cost: {false_positive: 0, false_negative: 0}}", "must cost something"),
-    ("model.calibration=plat", "Input should be 'none', 'temperature', 'platt' or 'isotonic'"), ("mitigation={method: reweighing, by: [bmi]}", "'bmi' is not a sensitive column"), ("mitigation={method: exponentiated_gradient, by: [sex]}", "takes an estimator"),
+    ("model.calibration=plat", "Input should be 'none', 'temperature', 'platt' or 'isotonic'"), ("mitigation={method: reweighing, by: [bmi]}", "'bmi' is not a sensitive column"), ("mitigation={method: exponentiated_gradient, by: [sex]}", "takes an estimator"), ("mitigation={method: exponentiated_gradient, by: [sex], constraint: equalized_odds}", "No method for a network keeps equalized_odds"),
+    ("mitigation={method: exponentiated_gradient, by: [sex], constraint: equal_opportunity}", "A network takes thresholds, which"),
     ("mitigation={method: thresholds, by: [sex], constraint: equalized_odds}", "without a lottery"), ("mitigation={method: reweighing, by: [sex], constraint: equalized_odds}", "reweighing makes group and label independent"), ("mitigation={method: reweighing, by: []}", "mitigation.by")])
 def test_a_spec_that_decides_nothing_clear_is_a_letter(override, said):
     with pytest.raises(SpecError, match=said): read_spec(SPEC, [override])

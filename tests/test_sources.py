@@ -40,7 +40,7 @@ contract:
 
 def mlray(folder, *words: str, **environ: str) -> subprocess.CompletedProcess:
     "The command, in a process and an environment of its own."
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLRAY_"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "AZURE_", "GOOGLE_", "MLRAY_"))}
     return subprocess.run([sys.executable, "-c", "from mlray.cli import main; main()", *words], cwd=folder, env=kept | environ, capture_output=True, text=True, timeout=120)
 
 
@@ -287,6 +287,101 @@ def test_a_bucket_that_does_not_answer_is_a_letter_without_secrets(source, chang
     began, found = time.monotonic(), check_at(settings.root, source, **s3[0] | change)
     assert found.returncode == code and found.stdout == "" and "7391" not in found.stderr and "Traceback" not in found.stderr, found.stderr
     assert re.search(said, found.stderr) and time.monotonic() - began < 60
+
+
+# Google Cloud Storage: files are read by its XML interface, which is that of S3, so that moto answers for it; what is asked, and in which words, is Google's client's own. Azure has an emulator of Microsoft's.
+
+def written(folder, kind: str) -> list:
+    "The rows in two files."
+    paths = [folder / f"part-{i}.{kind}" for i in range(2)]
+    for i, path in enumerate(paths): {"parquet": ROWS[20 * i:20 * (i + 1)].write_parquet, "csv": ROWS[20 * i:20 * (i + 1)].write_csv}[kind](path)
+    return paths
+
+
+def google(address: str) -> str: return json.dumps({"gcs_base_url": address, "disable_oauth": True, "client_email": "", "private_key": "key-7391", "private_key_id": ""})
+
+
+def named(source: dict, settings) -> tuple[str, str | None]: # fingerprint; the source's own name for its rows
+    frame, version = read_source(Source(**source), Csv(), ["row", "x", "y"], settings)
+    return fingerprint(check(Contract(parse_spec(SPEC).contract), frame).good).digest, version
+
+
+def test_rows_at_google(s3, settings, monkeypatch):
+    environ, client = s3
+    for kind in ("parquet", "csv"):
+        for path in written(settings.root, kind): client.upload_file(str(path), "rows", f"google/{path.name}", ExtraArgs={"ACL": "public-read"})
+        with monkeypatch.context() as key:
+            key.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", google(environ["AWS_ENDPOINT_URL"]))
+            assert named({"file": f"gs://rows/google/part-*.{kind}"}, settings) == named({"file": f"part-*.{kind}"}, settings) == (fingerprint(ROWS).digest, None)
+        with monkeypatch.context() as public:
+            for name, value in {"GOOGLE_BASE_URL": environ["AWS_ENDPOINT_URL"], "GOOGLE_ALLOW_HTTP": "true", "GOOGLE_SKIP_SIGNATURE": "true"}.items(): public.setenv(name, value)
+            assert named({"file": f"gs://rows/google/part-1.{kind}"}, settings) == (fingerprint(ROWS[20:]).digest, None)
+            with pytest.raises(DataError, match="not found"): named({"file": f"gs://rows/google/none.{kind}"}, settings)
+    checked = check_at(settings.root, {"file": "gs://rows/google/part-*.csv"}, GOOGLE_SERVICE_ACCOUNT_KEY=google(environ["AWS_ENDPOINT_URL"]))
+    assert checked.returncode == 0 and json.loads(checked.stdout)["train"]["fingerprint"] == fingerprint(ROWS).digest, checked.stderr
+
+
+def test_a_delta_table_at_google(s3, settings, tmp_path, monkeypatch):
+    deltalake = pytest.importorskip("deltalake", reason="pip install 'mlray[delta]'")
+    environ, client = s3
+    for part in (ROWS[:30], ROWS[30:]): deltalake.write_deltalake(str(tmp_path / "events"), part.to_arrow(), mode="append")
+    for path in (tmp_path / "events").rglob("*.*"): client.upload_file(str(path), "rows", f"google/{path.relative_to(tmp_path)}", ExtraArgs={"ACL": "public-read"})
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", google(environ["AWS_ENDPOINT_URL"]))
+    assert named({"delta": "gs://rows/google/events"}, settings) == (fingerprint(ROWS).digest, "delta:1")
+    assert named({"delta": "gs://rows/google/events", "version": 0}, settings) == (fingerprint(ROWS[:30]).digest, "delta:0")
+
+
+def test_a_bucket_at_google_that_does_not_answer_is_a_letter(settings, monkeypatch):
+    monkeypatch.setenv("NO_GCE_CHECK", "true") # asks no metadata server whether this is a machine of Google's
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(settings.home))
+    with pytest.raises(DataError, match=r"^gs://rows/a\.parquet cannot be read: .*Set GOOGLE_APPLICATION_CREDENTIALS"): named({"file": "gs://rows/a.parquet"}, settings)
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", google("http://127.0.0.1:9"))
+    with pytest.raises(Unavailable, match="Try again") as letter: named({"file": "gs://rows/a.parquet"}, settings)
+    assert "7391" not in str(letter.value)
+
+
+AZURITE = os.environ.get("MLRAY_AZURITE", "") # the program azurite-blob
+
+
+@pytest.fixture
+def azure(tmp_path):
+    "The environment that leads to Microsoft's emulator, with a container."
+    import base64
+    import hmac
+    from email.utils import formatdate
+
+    import httpx
+
+    from mlray.cluster_on_ray import free_port
+    account, key, port = "devstoreaccount1", "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==", free_port() # the emulator's own, the same everywhere
+    server = subprocess.Popen([AZURITE, "--silent", "--inMemoryPersistence", "--blobPort", str(port), "--skipApiVersionCheck", "--disableTelemetry"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-12-02"}
+    signed = "\n".join(["PUT", *[""] * 11, *(f"{k}:{v}" for k, v in headers.items()), f"/{account}/{account}/rows", "restype:container"])
+    signature = base64.b64encode(hmac.digest(base64.b64decode(key), signed.encode(), "sha256")).decode()
+    transport = httpx.HTTPTransport(retries=8) # it takes seconds to come up
+    with httpx.Client(transport=transport) as client:
+        made = client.put(f"http://127.0.0.1:{port}/{account}/rows?restype=container", headers=headers | {"Authorization": f"SharedKey {account}:{signature}", "Content-Length": "0"})
+    assert made.status_code == 201, made.text
+    yield {"AZURE_STORAGE_ACCOUNT_NAME": account, "AZURE_STORAGE_ACCOUNT_KEY": key, "AZURE_STORAGE_USE_EMULATOR": "true", "AZURITE_BLOB_STORAGE_URL": f"http://127.0.0.1:{port}"}
+    server.terminate()
+    server.wait()
+
+
+@pytest.mark.chaos
+@pytest.mark.skipif(not AZURITE, reason="MLRAY_AZURITE names no emulator: npm install azurite, and node_modules/.bin/azurite-blob")
+def test_rows_at_azure(azure, settings, monkeypatch):
+    for name, value in azure.items(): monkeypatch.setenv(name, value)
+    for i in range(2):
+        ROWS[20 * i:20 * (i + 1)].write_parquet(f"az://rows/part-{i}.parquet")
+        ROWS[20 * i:20 * (i + 1)].write_csv(f"az://rows/part-{i}.csv")
+    for source in ("az://rows/part-*.parquet", "az://rows/part-*.csv", "az://rows/part-1.parquet"):
+        found = check_at(settings.root, {"file": source}, **azure)
+        assert found.returncode == 0, found.stderr
+        assert json.loads(found.stdout)["train"]["fingerprint"] == fingerprint(ROWS if "*" in source else ROWS[20:]).digest
+    nobody = check_at(settings.root, {"file": "az://rows/none.csv"}, **azure | {"AZURE_STORAGE_ACCOUNT_KEY": "c2VjcmV0LTczOTE="})
+    assert nobody.returncode == 2 and "c2VjcmV0" not in nobody.stderr and "Traceback" not in nobody.stderr
+    assert "Set AZURE_STORAGE_ACCOUNT_NAME" in check_at(settings.root, {"file": "az://rows/none.csv"}).stderr
 
 
 class InParts(BaseHTTPRequestHandler):

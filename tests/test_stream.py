@@ -1,7 +1,11 @@
 """Tables that do not fit into memory: the same rows, the same encoders and, where one window holds all, the same bits; through killed workers, within bounds."""
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +13,13 @@ import numpy as np
 import polars as pl
 import psutil
 import pytest
+from safetensors.numpy import load
 
 from mlray.errors import ContractError, SpecError
+from mlray.registry import bundle_of, open_registry, version
 from mlray.rows import read_rows
-from mlray.run import LocalBackend, make_job
-from mlray.spec import RunSpec, parse_spec
+from mlray.run import LocalBackend, make_job, train
+from mlray.spec import RunSpec, parse_spec, read_spec
 from tests.test_ray import same
 
 SPEC = """
@@ -113,6 +119,39 @@ def test_a_streamed_run_outlives_its_workers(ray_cluster, spec, settings):
     assert killed and any("a worker was lost" in n for n in notes) and same(epoch.state.now, undisturbed.state.now)
     two = list(RayBackend(2).train(replace(windows, train=windows.train.model_copy(update={"epochs": 3})), "two", settings.home))[-1]
     assert abs(two.state.best_loss - undisturbed.state.history[2]["valid_loss"]) < 0.01, "each of two workers has seen its half of the rows"
+
+
+CHANGES = ("train.epochs=12", "train.patience=12")
+
+
+@pytest.mark.chaos
+@pytest.mark.ray
+def test_a_killed_driver_of_a_streamed_run_is_taken_up_by_the_same_command(spec, settings, tmp_path):
+    (settings.root / "loans.yaml").write_text(SPEC.format(folder=tmp_path / "loans"))
+
+    def command(home: Path, *more: str) -> subprocess.Popen:
+        environment = os.environ | {"MLRAY_HOME": str(home), "MLRAY_TRACKING": "disabled", "MLRAY_OBJECT_STORE_MB": "200", "MLRAY_WORKERS": "1"}
+        words = ["train", "loans.yaml", *CHANGES, "--on", "ray", "--json", *more]
+        return subprocess.Popen([sys.executable, "-c", "from mlray.cli import main; main()", *words], cwd=settings.root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    killed = command(tmp_path / "home")
+    found = lambda pattern: list((tmp_path / "home/runs").glob(pattern))
+    while not found("loans-*/epoch-00000003-*") and killed.poll() is None: time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL and not found("loans-*/epoch-00000012-*"), "it had ended, so nothing was shown"
+    killed.communicate()
+    encoded = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in found("loans-*/rows/*.safetensors")}
+    behind = found("streamed-*")
+    process, known = command(tmp_path / "home", "--resume"), dict[str, tuple[int, int]]()
+    while process.poll() is None and not found("loans-*/epoch-00000011-*"): time.sleep(0.005)
+    known = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in found("loans-*/rows/*.safetensors")}
+    out, err = process.communicate(timeout=900)
+    assert process.returncode in (0, 1), err # 1: the verdict did not pass, which is not the matter here
+    assert len(encoded) == 2 and known == encoded and behind and not found("*"), "rows were not encoded again, and nothing is left"
+    whole = train(in_memory(read_spec(settings.root / "loans.yaml", CHANGES)), settings).version
+    kept = open_registry(settings.model_copy(update={"home": tmp_path / "home"}))
+    resumed, undisturbed = (load((bundle_of(registry, made).path / "weights.safetensors").read_bytes()) for registry, made in ((kept, version(kept, json.loads(out)["version"])), (open_registry(settings), whole)))
+    assert resumed.keys() == undisturbed.keys() and all(np.array_equal(resumed[n], undisturbed[n]) for n in undisturbed), "one window: the weights of a run in memory that nobody disturbed"
 
 
 @pytest.mark.ray
