@@ -13,7 +13,9 @@ __all__ = ['stderr', 'settings_of', 'tracker_of', 'backend_on', 'propose_contrac
 
 # %% ../nbs/58_commands.ipynb #d3866d23
 import json
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,14 +51,19 @@ def settings_of(env: str | None, **changes: Any) -> "Settings":
     return amended(read_settings(env), **{k: v for k, v in changes.items() if v is not None})
 
 
-def tracker_of(settings: "Settings", quiet: bool = False) -> "Tracker":
-    "Who hears of a run; with `quiet` no person does."
-    from mlray.progress import ProgressTracker
+def tracker_of(settings: "Settings", quiet: "bool | Tracker" = False) -> "Tracker":
+    "Who hears of a run; with `quiet` no person does, or whoever it is."
+    from mlray.progress import ProgressTracker, ToldTracker
     from mlray.tracking import NullTracker, Trackers
-    person: Tracker = NullTracker() if quiet else ProgressTracker(stderr())
+    person: Tracker = quiet if not isinstance(quiet, bool) else ToldTracker(_at_once) if os.environ.get("MLRAY_TOLD") else NullTracker() if quiet else ProgressTracker(stderr())
     if settings.tracking == "disabled": return person
     from mlray.track_on_wandb import WandbTracker
     return Trackers((person, WandbTracker(settings.home / "runs", settings.project, settings.tracking)))
+
+
+def _at_once(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 @contextmanager
@@ -103,7 +110,7 @@ def lineage_to(settings: "Settings") -> "Lineage":
     return lineage_of(settings.project, lambda text: stderr().print(f"  {text}", markup=False))
 
 
-def train_run(spec: "RunSpec", settings: "Settings", on: str, resume: bool = False, quiet: bool = False) -> "Run":
+def train_run(spec: "RunSpec", settings: "Settings", on: str, resume: bool = False, quiet: "bool | Tracker" = False) -> "Run":
     "One run, from rows to a version."
     from mlray.trace_on_openlineage import traced_training
     with traced_training(lineage_to(settings), spec) as came:
@@ -111,7 +118,7 @@ def train_run(spec: "RunSpec", settings: "Settings", on: str, resume: bool = Fal
         return run
 
 
-def _train(spec: "RunSpec", settings: "Settings", on: str, resume: bool, quiet: bool) -> "Run":
+def _train(spec: "RunSpec", settings: "Settings", on: str, resume: bool, quiet: "bool | Tracker") -> "Run":
     if spec.data.train.holders:
         from mlray.cluster_on_ray import cluster
         with cluster(settings):
@@ -132,7 +139,7 @@ def supply_of(spec: "RunSpec", settings: "Settings", on: str) -> Iterator["Suppl
         yield InMemory()
 
 # %% ../nbs/58_commands.ipynb #d97dc9a7
-def tune_run(spec: "RunSpec", settings: "Settings", on: str, quiet: bool = False) -> "Tuned":
+def tune_run(spec: "RunSpec", settings: "Settings", on: str, quiet: "bool | Tracker" = False) -> "Tuned":
     "A search on Ray, and the version that comes of it."
     if spec.search is None: raise SpecError(f"{spec.name} has no `search`. Say where to look, such as `search: {{trials: 20, space: {{train.learning_rate: {{low: 1.0e-4, high: 0.1, log: true}}}}}}`.")
     from mlray.cluster_on_ray import cluster
