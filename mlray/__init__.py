@@ -232,6 +232,7 @@ Modules:
 - `mlray.triggers`: One run for each trigger, whoever looks, and whoever dies
 - `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
+- `mlray.vega`: Plots that can be looked at closely: zoomed, dragged, read point by point
 - `mlray.vouching`: What the commands `sign`, `verify`, `signer` and `audit` do
 - `mlray.warm_kernels`: Kernels that have their imports behind them: one process loads the libraries once, and each gate's kernel is a copy of it
 - `mlray.watch_cli`: The commands that follow a model in production: retrain, worklist, errors

@@ -18,10 +18,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .errors import ExplanationError, GateError, ServingError, SpecError, suggest
+from .errors import ExplanationError, GateError, ServingError, SettingsError, SpecError, suggest
 
 if TYPE_CHECKING:
 
@@ -235,12 +236,15 @@ def plan_for(references: Sequence[str], settings: "Settings") -> "Plan":
 
 def deploy_versions(references: Sequence[str], settings: "Settings") -> None:
     "Put models up, inside a cluster; returns when they answer."
+    from mlray.console import seal_text
     from mlray.console_acts import console_of
     if settings.traces:
         from mlray.trace_on_opentelemetry import deploy_traced as deploy
     else:
         from mlray.grpc_on_ray import deploy_both as deploy
-    deploy(plan_for(references, settings), references, settings, console=console_of if settings.console else None)
+    sealed = ""
+    with suppress(SettingsError): sealed = seal_text(settings) # a replica on another node would make one of its own; where there can be none, the console says so to whoever signs in
+    deploy(plan_for(references, settings), references, settings, console=partial(console_of, sealed=sealed) if settings.console else None)
     if settings.journal: # without one there is nothing to decide by
         from mlray.watch_on_ray import watch_rollouts
         watch_rollouts(settings)

@@ -14,6 +14,7 @@ from mlray.errors import MlrayError, SettingsError, SpecError, Unavailable
 from mlray.registry import bundle_of, open_registry, version
 from mlray.settings import Settings, read_settings, shipped
 from mlray.spec import read_spec
+from mlray.submit_on_ray import token_here
 from mlray.tracking import MemoryTracker
 from tests.conftest import free_port
 
@@ -46,6 +47,14 @@ def head(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLRAY_")} | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     running = subprocess.Popen([sys.executable, "-c", start], cwd=tmp_path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert running.stdout.readline().strip() == "up"
+    from ray.job_submission import JobSubmissionClient
+    end = time.monotonic() + 400
+    while True: # what starts jobs comes up after what takes them
+        try: JobSubmissionClient(f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {token_here()}"}).submit_job(entrypoint="true")
+        except RuntimeError:
+            assert time.monotonic() < end, "the cluster takes no job"
+            time.sleep(2)
+        else: break
     yield f"http://127.0.0.1:{port}"
     running.communicate("", timeout=120)
 

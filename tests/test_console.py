@@ -8,6 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from mlray.access import ROLES, Caller, new_key
+from mlray.console import seal_text
 from mlray.console_acts import console_of
 from mlray.console_alone import app_of
 from mlray.errors import Refused, SettingsError
@@ -193,3 +194,11 @@ def test_who_answers_now_is_counted_from_the_journal(house):
     promote(house.registry, version(house.registry, "diabetes/1"))
     text = house.browser("viewer").get("/console/traffic/live").text
     assert "<html" not in text and "100%" in text and "Requests a minute" in text and "diabetes/1 production" in text
+
+
+def test_a_session_holds_at_every_replica(house, tmp_path):
+    sealed = seal_text(house.settings)
+    apart = [TestClient(app_of(console_of(house.settings.model_copy(update={"home": tmp_path / f"node{i}", "registry": f"sqlite:///{house.settings.home / 'registry.db'}"}), sealed=sealed)), base_url="http://127.0.0.1", follow_redirects=False) for i in range(2)]
+    assert apart[0].post("/console/login", data={"key": house.keys["viewer"]}).status_code == 303
+    apart[1].cookies = apart[0].cookies
+    assert [client.get("/console").status_code for client in apart] == [200, 200] and not list(tmp_path.glob("node*/console.key"))
