@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from .display import Displayed, Table, table
 from .errors import MlrayError, SpecError, Unavailable
 from .gate import Verdict
-from .score import Measure
 from .registry import Version
+from .score import Measure
 
 if TYPE_CHECKING:
     from mlray.run import Run

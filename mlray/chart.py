@@ -41,7 +41,8 @@ class Chart:
 
     def altair(self) -> Any:
         "The same as Altair's chart, to be changed further. Raises `MlrayError`."
-        try: import altair
+        try:
+            import altair
         except ImportError as error: raise MlrayError("Altair is not installed: `pip install altair`, in the environment that this notebook runs in.") from error
         if not self.moving: raise MlrayError("This chart has nothing that could be changed: it is a bar of a table, or has too many points.")
         return altair.LayerChart.from_dict({k: v for k, v in self.moving.items() if k != "$schema"})

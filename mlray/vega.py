@@ -68,7 +68,7 @@ def intervals(
     "Points on bars, one above the other."
     values = [{"name": n, "value": _known(v), "low": _known(a), "high": _known(b)} for n, v, a, b in rows]
     name = _at("name", kind="nominal", sort=None, axis={"labelLimit": 260})
-    seen = [{"field": "name", "type": "nominal", "title": " "}, *({"field": f, "type": "quantitative", "format": ".4~g"} for f in ("value", "low", "high"))]
+    seen = [{"field": "name", "type": "nominal"}, *({"field": f, "type": "quantitative", "format": ".4~g"} for f in ("value", "low", "high"))]
     bars = {"mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.5, "color": COLOURS[0]}, "encoding": {"y": name, "x": _at("low"), "x2": {"field": "high"}, "tooltip": seen}}
     dots = {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 1, "color": COLOURS[0]}, "params": _zoom("x"), "encoding": {"y": name, "x": _at("value"), "tooltip": seen}}
     return _plot(title, width - 200, {"step": 20}, values, [*([_across(reference)] if reference is not None else []), bars, dots])
@@ -91,7 +91,7 @@ def lines(
     shade = {"condition": {"param": "chosen", "value": 1}, "value": 0.15}
     of = {"field": "of", "type": "nominal", "title": None, "sort": None, "legend": {"orient": "top", "symbolType": "stroke", "labelLimit": 260} if len(names) > 1 else None}
     both = {"x": _at("x", across), "y": _at("y", up), "color": of | {"scale": {"domain": names, "range": [COLOURS[i % 6] for i in range(len(names))]}}, "opacity": shade}
-    seen = [{"field": "of", "type": "nominal", "title": " "}, {"field": "x", "type": "quantitative", "title": across or "x", "format": ".4~g"}, {"field": "y", "type": "quantitative", "title": up or "y", "format": ".4~g"}]
+    seen = [{"field": "of", "type": "nominal", "title": "line"}, {"field": "x", "type": "quantitative", "title": across or "x", "format": ".4~g"}, {"field": "y", "type": "quantitative", "title": up or "y", "format": ".4~g"}]
     path = {"mark": {"type": "line", "strokeWidth": 2}, "params": [*_zoom("x", "y"), {"name": "chosen", "select": {"type": "point", "fields": ["of"]}, "bind": "legend"}],
             "encoding": both | {"strokeDash": of | {"scale": {"domain": names, "range": [dashes[i % 6] for i in range(len(names))]}}}}
     dots = {"mark": {"type": "point", "filled": True, "size": 36 if len(values) <= 30 * max(len(names), 1) else 12}, "encoding": both | {"tooltip": seen}}
@@ -114,7 +114,7 @@ def front(
     "Points in the plane, and some of them in colour."
     values = [*({"x": _known(x), "y": _known(y), "what": "", "best": False} for x, y in points), *({"x": _known(x), "y": _known(y), "what": w, "best": True} for x, y, w in best)]
     where = {"x": _at("x", across, scale={"type": "log"} if log else {}), "y": _at("y", up)}
-    seen = [{"field": "what", "type": "nominal", "title": " "}, {"field": "x", "type": "quantitative", "title": across or "x", "format": ".4~g"}, {"field": "y", "type": "quantitative", "title": up or "y", "format": ".4~g"}]
+    seen = [{"field": "what", "type": "nominal", "title": "point"}, {"field": "x", "type": "quantitative", "title": across or "x", "format": ".4~g"}, {"field": "y", "type": "quantitative", "title": up or "y", "format": ".4~g"}]
     colour = {"condition": {"test": "datum.best", "value": COLOURS[0]}, "value": "gray"}
     dots = {"mark": {"type": "point", "filled": True, "opacity": 1}, "params": _zoom("x", "y"), "encoding": where | {"color": colour, "size": {"condition": {"test": "datum.best", "value": 70}, "value": 30}, "tooltip": seen}}
     words = {"transform": [{"filter": "datum.best"}], "mark": {"type": "text", "dy": -10, "color": "gray"}, "encoding": where | {"text": {"field": "what", "type": "nominal"}}}
