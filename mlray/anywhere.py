@@ -57,7 +57,7 @@ class Trained(Displayed):
         "The verdict, and the measures."
         return (self.verdict.table(), self.table())
 
-
+# %% ../nbs/58x_anywhere.ipynb #70b1d0c2
 @dataclass(frozen=True)
 class Searched(Displayed):
     "What came of a search elsewhere."
@@ -78,7 +78,7 @@ class Searched(Displayed):
         "The trials, and what the best one came to."
         return (self.table(), *self.run.tables())
 
-
+# %% ../nbs/58x_anywhere.ipynb #70b1d0c5
 @dataclass(frozen=True)
 class Gated(Displayed):
     "What the gates of a version have found, here or elsewhere."
@@ -147,7 +147,7 @@ def heard(
             raise
         return following.result()
 
-
+# %% ../nbs/58x_anywhere.ipynb #70b1d0c6
 def answer(
     ending: "Ending",
     results: str,           # what the command printed: one JSON value, or nothing
@@ -204,7 +204,7 @@ def _place(on: str) -> str:
     if not isinstance(on, str) or not re.fullmatch(r"[\w-]+|\S+:\S+", on): raise SpecError(f"on={on!r} is not understood. It is 'local', 'ray', an environment of settings.ini that has `jobs`, or the address of a cluster's job server, such as 'http://head:8265'.")
     return on
 
-
+# %% ../nbs/58x_anywhere.ipynb #70b1d0c7
 def train(
     spec: "RunSpec | str | Path",           # what to run, or a YAML file
     settings: "Settings | None" = None,     # default: the environment of this folder
@@ -225,7 +225,7 @@ def train(
     from mlray.progress import ProgressTracker
     return train_run(read, _here(settings), "ray", resume, tracker or ProgressTracker())
 
-
+# %% ../nbs/58x_anywhere.ipynb #70b1d0c3
 def tune(
     spec: "RunSpec | str | Path",           # with a `search`, or a YAML file
     settings: "Settings | None" = None,     # default: the environment of this folder
@@ -241,7 +241,7 @@ def tune(
     from mlray.progress import ProgressTracker
     return tune_run(read, _here(settings), on, tracker or ProgressTracker())
 
-
+# %% ../nbs/58x_anywhere.ipynb #70b1d0c4
 def run_gates(
     version: Any,                           # name/3, name@alias, or what `train` and `tune` gave
     gates: Sequence[str] = (),              # by name; default: those of the settings

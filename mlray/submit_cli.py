@@ -248,7 +248,7 @@ def submit(
         server.submit(name, words, Path(folder), variables, {"command": f"mlray {' '.join(words)}", "who": user_here()})
     return name, f"{len(files)} files, {size / 1024:.0f} KiB"
 
-
+# %% ../nbs/58s_submit_cli.ipynb #70b1d0c1
 _both = typer.Typer(add_completion=False)
 
 

@@ -58,7 +58,7 @@ def _zoom(*along: str) -> list[dict[str, Any]]: return [{"name": "zoom", "select
 
 def _across(value: float) -> dict[str, Any]: return {"data": {"values": [{}]}, "mark": {"type": "rule", "strokeDash": [4, 3], "opacity": 0.6, "color": "gray"}, "encoding": {"x": {"datum": value}}}
 
-
+# %% ../nbs/03a_vega.ipynb #70b1d0b1
 def intervals(
     rows: Sequence[tuple[str, float, float, float]], # name, value, low, high; NaN where not known
     title: str = "",
@@ -73,7 +73,7 @@ def intervals(
     dots = {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 1, "color": COLOURS[0]}, "params": _zoom("x"), "encoding": {"y": name, "x": _at("value"), "tooltip": seen}}
     return _plot(title, width - 200, {"step": 20}, values, [*([_across(reference)] if reference is not None else []), bars, dots])
 
-
+# %% ../nbs/03a_vega.ipynb #70b1d0b2
 def lines(
     each: Mapping[str, Sequence[tuple[float, float]]], # name → points
     title: str = "",
@@ -101,7 +101,7 @@ def lines(
             "encoding": {"x": _at("x", across), "y": _at("low", up), "y2": {"field": "high"}}}
     return _plot(title, size[0] - 80, size[1] - 72, values, [*([bars] if spans else []), *([equal] if diagonal else []), *([_across(mark)] if mark is not None else []), path, dots])
 
-
+# %% ../nbs/03a_vega.ipynb #70b1d0b3
 def front(
     points: Sequence[tuple[float, float]],          # all of them
     best: Sequence[tuple[float, float, str]],       # those that matter, each with a word
