@@ -11,6 +11,7 @@ Modules:
 - `mlray.answer`: What one prediction looks like on the wire, for each kind of target
 - `mlray.answer_pieces`: What the script of an exported folder is made of: checks and encoders, in plain Python
 - `mlray.answer_script`: The script of an exported folder, made of the pieces that its model needs
+- `mlray.anywhere`: Train, tune and gate from a notebook: here, on Ray, or on a cluster
 - `mlray.archive`: Segments become Parquet by day, model and version; read exactly, kept for a time, erased by person
 - `mlray.arrow`: Rows in bulk: an Arrow IPC stream in, an Arrow IPC stream out
 - `mlray.asgi`: A request of HTTP as a server hands it over, read with as few steps as it takes
@@ -234,6 +235,7 @@ Modules:
 - `mlray.triggers`: One run for each trigger, whoever looks, and whoever dies
 - `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
 - `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
+- `mlray.vega`: Plots that can be looked at closely: zoomed, dragged, read point by point
 - `mlray.vouching`: What the commands `sign`, `verify`, `signer` and `audit` do
 - `mlray.warm_kernels`: Kernels that have their imports behind them: one process loads the libraries once, and each gate's kernel is a copy of it
 - `mlray.watch_cli`: The commands that follow a model in production: retrain, worklist, errors
@@ -254,7 +256,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     submod_attrs={
         "spec": ["read_spec"],
         "settings": ["read_settings"],
-        "run": ["train"],
+        "anywhere": ["train", "tune", "run_gates"],
         "evaluation": ["evaluate", "read_candidate"],
         "gate": ["judge"],
         "bundle": ["load_bundle", "predict"],

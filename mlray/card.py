@@ -61,10 +61,10 @@ def _plain_table(shown: Table) -> str:
 
 # %% ../nbs/38c_card.ipynb #66845e9b
 _STYLE = """:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1.5rem; background: Canvas; color: CanvasText; overflow-wrap: anywhere; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1.5rem; background: light-dark(#fff, #131518); color: light-dark(#1c2024, #eceef0); overflow-wrap: anywhere; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid GrayText; }
 div.wide { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9em; } th, td { padding: 0.25rem 0.75rem 0.25rem 0; border-bottom: 1px solid color-mix(in srgb, CanvasText 20%, Canvas); vertical-align: top; }
-pre { overflow-x: auto; padding: 0.5rem 0.75rem; background: color-mix(in srgb, CanvasText 8%, Canvas); } nav a { margin-right: 1rem; } a { color: LinkText; }
+pre { white-space: pre-wrap; border-radius: 6px; padding: 0.5rem 0.75rem; background: color-mix(in srgb, CanvasText 8%, Canvas); } nav a { margin-right: 1rem; } a { color: light-dark(#0b559f, #8dbdf5); }
 p.missing { border-left: 4px solid #b45309; padding-left: 0.75rem; }
 @media print { nav { display: none; } body { max-width: none; } }"""
 
@@ -105,7 +105,7 @@ class Paper:
         links = " ".join(f'<a href="#{k}">{escape(t)}</a>' for t, k in at.items())
         parts = [f"<h1>{escape(self.title)}</h1><p>{escape(self.source)}</p><nav>{links}</nav>"]
         for s in self.sections:
-            parts += [f'<h2 id="{at[s.title]}">{escape(s.title)}</h2>', *(f"<p>{escape(p)}</p>" for p in s.text), *(f'<div class="wide">{t._repr_html_()}</div>' for t in s.tables)]
+            parts += [f'<h2 id="{at[s.title]}">{escape(s.title)}</h2>', *(f"<p>{escape(p)}</p>" for p in s.text), *(f'<div class="wide" tabindex="0" role="group" aria-label="{escape(t.title or s.title)}">{t._repr_html_()}</div>' for t in s.tables)]
             parts += [f"<p>{escape(why)}:</p><pre>{escape(line)}</pre>" for why, line in s.commands] + [f'<p class="missing"><b>Missing:</b> {escape(m)}</p>' for m in s.missing]
         head = """<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
         return f'<!doctype html>\n<html lang="en"><head>{head}<title>{escape(self.title)}</title><style>{_STYLE}</style></head>\n<body><main>\n' + "\n".join(parts) + "\n</main></body></html>\n"

@@ -15,6 +15,7 @@ import shutil
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -98,6 +99,8 @@ def cluster(
     "A connection to the Ray of these settings. A cluster started here also ends here. Raises `Unavailable`."
     os.environ.update(_in_front(settings))
     for name, value in (serve_environment() | _QUIET | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(settings.health_timeout_s)}).items(): os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", message="IProgress not found") # Ray looks for widgets in a notebook; its bars are not shown here
+    logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
     import ray
     if ray.is_initialized():
         yield

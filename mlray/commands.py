@@ -13,13 +13,16 @@ __all__ = ['stderr', 'settings_of', 'tracker_of', 'backend_on', 'propose_contrac
 
 # %% ../nbs/58_commands.ipynb #d3866d23
 import json
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .errors import ExplanationError, GateError, ServingError, SpecError, suggest
+from .errors import ExplanationError, GateError, ServingError, SettingsError, SpecError, suggest
 
 if TYPE_CHECKING:
 
@@ -49,14 +52,19 @@ def settings_of(env: str | None, **changes: Any) -> "Settings":
     return amended(read_settings(env), **{k: v for k, v in changes.items() if v is not None})
 
 
-def tracker_of(settings: "Settings", quiet: bool = False) -> "Tracker":
-    "Who hears of a run; with `quiet` no person does."
-    from mlray.progress import ProgressTracker
+def tracker_of(settings: "Settings", quiet: "bool | Tracker" = False) -> "Tracker":
+    "Who hears of a run; with `quiet` no person does, or whoever it is."
+    from mlray.progress import ProgressTracker, ToldTracker
     from mlray.tracking import NullTracker, Trackers
-    person: Tracker = NullTracker() if quiet else ProgressTracker(stderr())
+    person: Tracker = quiet if not isinstance(quiet, bool) else ToldTracker(_at_once) if os.environ.get("MLRAY_TOLD") else NullTracker() if quiet else ProgressTracker(stderr())
     if settings.tracking == "disabled": return person
     from mlray.track_on_wandb import WandbTracker
     return Trackers((person, WandbTracker(settings.home / "runs", settings.project, settings.tracking)))
+
+
+def _at_once(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 @contextmanager
@@ -103,7 +111,7 @@ def lineage_to(settings: "Settings") -> "Lineage":
     return lineage_of(settings.project, lambda text: stderr().print(f"  {text}", markup=False))
 
 
-def train_run(spec: "RunSpec", settings: "Settings", on: str, resume: bool = False, quiet: bool = False) -> "Run":
+def train_run(spec: "RunSpec", settings: "Settings", on: str, resume: bool = False, quiet: "bool | Tracker" = False) -> "Run":
     "One run, from rows to a version."
     from mlray.trace_on_openlineage import traced_training
     with traced_training(lineage_to(settings), spec) as came:
@@ -111,7 +119,7 @@ def train_run(spec: "RunSpec", settings: "Settings", on: str, resume: bool = Fal
         return run
 
 
-def _train(spec: "RunSpec", settings: "Settings", on: str, resume: bool, quiet: bool) -> "Run":
+def _train(spec: "RunSpec", settings: "Settings", on: str, resume: bool, quiet: "bool | Tracker") -> "Run":
     if spec.data.train.holders:
         from mlray.cluster_on_ray import cluster
         with cluster(settings):
@@ -132,7 +140,7 @@ def supply_of(spec: "RunSpec", settings: "Settings", on: str) -> Iterator["Suppl
         yield InMemory()
 
 # %% ../nbs/58_commands.ipynb #d97dc9a7
-def tune_run(spec: "RunSpec", settings: "Settings", on: str, quiet: bool = False) -> "Tuned":
+def tune_run(spec: "RunSpec", settings: "Settings", on: str, quiet: "bool | Tracker" = False) -> "Tuned":
     "A search on Ray, and the version that comes of it."
     if spec.search is None: raise SpecError(f"{spec.name} has no `search`. Say where to look, such as `search: {{trials: 20, space: {{train.learning_rate: {{low: 1.0e-4, high: 0.1, log: true}}}}}}`.")
     from mlray.cluster_on_ray import cluster
@@ -228,12 +236,15 @@ def plan_for(references: Sequence[str], settings: "Settings") -> "Plan":
 
 def deploy_versions(references: Sequence[str], settings: "Settings") -> None:
     "Put models up, inside a cluster; returns when they answer."
+    from mlray.console import seal_text
     from mlray.console_acts import console_of
     if settings.traces:
         from mlray.trace_on_opentelemetry import deploy_traced as deploy
     else:
         from mlray.grpc_on_ray import deploy_both as deploy
-    deploy(plan_for(references, settings), references, settings, console=console_of if settings.console else None)
+    sealed = ""
+    with suppress(SettingsError): sealed = seal_text(settings) # a replica on another node would make one of its own; where there can be none, the console says so to whoever signs in
+    deploy(plan_for(references, settings), references, settings, console=partial(console_of, sealed=sealed) if settings.console else None)
     if settings.journal: # without one there is nothing to decide by
         from mlray.watch_on_ray import watch_rollouts
         watch_rollouts(settings)

@@ -64,6 +64,7 @@ ACTS: dict[str, Maker] = {"promote": promote, "rollback": rollback, "approve": a
 def console_of(
     settings: Settings,
     local: Caller | None = None, # whom the link of the terminal stands for; None: everybody signs in with a key
+    sealed: str = "", # the key of sessions, where several replicas share it; empty: that of the settings
 ) -> Console:
     "The whole console of an environment."
-    return Console(settings, {**PAGES, **LIVE_PAGES, **ACTS}, HouseStyle(settings, {**TEMPLATES, **LIVE_TEMPLATES}), local)
+    return Console(settings, {**PAGES, **LIVE_PAGES, **ACTS}, HouseStyle(settings, {**TEMPLATES, **LIVE_TEMPLATES}), local, sealed)

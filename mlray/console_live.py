@@ -71,7 +71,7 @@ def minutes_chart(
     for (number, arm), part in sorted(hour.partition_by("version", "arm", as_dict=True).items()):
         by = dict(part.select("ago", "requests").iter_rows())
         lines[f"{name}/{number} {arm}"] = [(float(-m), float(by.get(m, 0))) for m in range(MINUTES - 1, 0, -1)]
-    return line_chart(lines, "Requests a minute", "minutes from now", "", size=(1040, 280))
+    return line_chart(lines, "Requests a minute", "minutes from now", "", size=(880, 280))
 
 # %% ../nbs/49aa_console_live.ipynb #f78bef63
 def _sums(hour: pl.DataFrame, number: str, arm: str) -> tuple[int, int, int, float]: # requests, errors, refused, milliseconds
@@ -215,13 +215,13 @@ def journal_page(visit: Visit) -> Page:
 
 # %% ../nbs/49aa_console_live.ipynb #5c508c8f
 _SERVING = """{% if not serving %}<div class="empty"><p>No model is in production, so nobody is answered.</p><pre>mlray promote NAME/1</pre></div>{% endif %}
-{% for s in serving %}<h2><a href="/console/models/{{ s.name }}">{{ s.name }}</a></h2>{{ s.table|face }}{% if s.chart %}<figure>{{ s.chart|face }}</figure>{% elif not journal %}<div class="empty"><p>The journal is off in this environment, so nothing is known of single answers.</p><pre>journal = on</pre><p>in settings.ini, and serve again.</p></div>{% else %}<div class="empty"><p>Nobody has asked in the last hour.</p><pre>mlray ask {{ s.name }} '{…}'</pre></div>{% endif %}{% endfor %}
+{% for s in serving %}<h2><a href="/console/models/{{ s.name }}">{{ s.name }}</a></h2>{{ s.table|face }}{% if s.chart %}<figure tabindex="0" aria-label="Requests a minute">{{ s.chart|face }}</figure>{% elif not journal %}<div class="empty"><p>The journal is off in this environment, so nothing is known of single answers.</p><pre>journal = on</pre><p>in settings.ini, and serve again.</p></div>{% else %}<div class="empty"><p>Nobody has asked in the last hour.</p><pre>mlray ask {{ s.name }} '{…}'</pre></div>{% endif %}{% endfor %}
 """
 _TRAFFIC = """{% extends "layout" %}{% block content %}<h1>Traffic</h1><p class="soft">Who answers how much.</p><p class="live" id="line" hidden><span>Live</span><button class="plain" type="button">Pause</button></p><div id="live" data-live="/console/traffic/live" data-line="line">{% include "serving" %}</div>{% endblock %}
 """
 _WATCH = """{% extends "layout" %}{% block content %}<p class="crumbs"><a href="/console">Models</a> / <a href="/console/models/{{ v.name }}">{{ v.name }}</a> / <a href="/console/models/{{ v }}">{{ v }}</a></p><h1>How {{ v }} fares</h1>{% if not report %}<div class="empty"><p>Nothing was counted yet. Where the journal is on, this counts what is new and tells of what is wrong:</p><pre>mlray monitor {{ v }}</pre></div>{% else %}<ul class="pills"><li>{% if report.verdict.findings %}{{ pill(report.verdict.passed, "promises about groups " ~ ("kept" if report.verdict.passed else "broken")) }}{% else %}{{ pill(none, "no promise about groups to judge") }}{% endif %}</li><li>{{ pill(none if not report.drift.moved else false, report.drift.moved|length ~ " of " ~ report.drift.columns|length ~ " columns moved") }}</li>{% for t in loud %}<li>{{ pill(false, "alert: " ~ t.measure) }}</li>{% endfor %}</ul>
 {% if arms|length > 1 %}<ul class="sub">{% for a in arms %}<li>{% if a == arm %}<b>{{ a }}</b>{% else %}<a href="?arm={{ a|urlencode }}">{{ a }}</a>{% endif %}</li>{% endfor %}</ul>{% endif %}<ul class="plain">{% for text in report.sentences %}<li>{{ text|told }}</li>{% endfor %}</ul>
-{% if charts %}<h2>Over time</h2><div class="charts">{% for c in charts %}<figure>{{ c|face }}</figure>{% endfor %}</div>{% endif %}<h2>Measured</h2>{{ report|face }}{% endif %}{% endblock %}
+{% if charts %}<h2>Over time</h2><div class="charts">{% for c in charts %}<figure tabindex="0" aria-label="{{ c.words|truncate(60) }}">{{ c|face }}</figure>{% endfor %}</div>{% endif %}<h2>Measured</h2>{{ report|face }}{% endif %}{% endblock %}
 """
 _ALERTS = """{% extends "layout" %}{% block content %}<h1>Alerts</h1>{% for t in loud %}<article class="card"><p>{{ pill(false, t.measure) }} <a href="/console/models/{{ t.version }}/watch">{{ t.version }}</a>, since {{ t.since|moment }}</p><p>{{ t.what|told }}</p><p class="small"><b>What may be done:</b> {{ t.may|told }}</p><p class="small soft">{{ t.rows|told }}{% if t.examples %} · such as <span class="mono">{{ t.examples|join(", ") }}</span>{% endif %}{% if t.owner %} · {{ t.owner }}{% endif %}</p></article>{% else %}<p class="lead">{{ pill(true, "nothing is wrong that anybody watches") }}</p>{% endfor %}
 {% if past.rows %}<h2>History</h2>{{ past|face }}{% else %}<div class="empty"><p>No alert was ever told. A spec says what is watched (<code>monitor.alerts</code>), and this looks once:</p><pre>mlray monitor NAME</pre></div>{% endif %}{% endblock %}

@@ -20,6 +20,7 @@ from urllib.parse import quote
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from .chart import DARK, Chart
 from .console import HEADERS, Page, Session
 from .settings import Settings
 from .wire import Reply
@@ -53,7 +54,7 @@ button:hover { filter: brightness(1.12); } button.plain { background: none; colo
 .said, .letter { border: 1px solid var(--line); border-left: 5px solid var(--good); background: var(--card); padding: .75rem 1.1rem; border-radius: 6px; margin: 0 0 1.5rem; max-width: 52rem; } .letter { border-left-color: var(--bad); } .letter h1 { font-size: 1.3rem; } .empty { border: 1px dashed light-dark(#b3b9c0, #4a515a); border-radius: 10px; padding: 1.25rem 1.5rem; color: var(--soft); max-width: 52rem; } .empty p { max-width: none; }
 pre { background: var(--tint); padding: .6rem .9rem; border-radius: 6px; overflow-x: auto; margin: .4rem 0; color: var(--ink); } details > summary { cursor: pointer; padding: .35rem 0; font-weight: 560; } ul.plain { padding-left: 1.1rem; margin: .4rem 0; } .live { font-size: .88rem; color: var(--soft); display: flex; gap: .75rem; align-items: center; }
 .login { max-width: 26rem; margin: 12vh auto 0; } .login input { max-width: none; } .sub { display: flex; flex-wrap: wrap; gap: .2rem .9rem; margin: .75rem 0 0; padding: 0; list-style: none; } .missing { border-left: 4px solid var(--warn); padding-left: .75rem; } hr { border: 0; border-top: 1px solid var(--line); margin: 2rem 0; }
-@media (max-width: 40rem) { main { padding: 1.25rem 1rem 3rem; } h1 { font-size: 1.5rem; } .who { margin-left: 0; } }
+@media (max-width: 40rem) { main { padding: 1.25rem 1rem 3rem; } h1 { font-size: 1.5rem; } .who { margin-left: 0; } figure { overflow-x: auto; } figure svg.chart { max-width: none; } }
 @media print { header.top, form, .live { display: none; } body { background: none; } }
 """
 
@@ -76,7 +77,7 @@ for (const box of document.querySelectorAll("[data-live]")) {
 }
 """
 _MARK = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 20 20" width="20" height="20"><g fill="none" stroke="#2f7fd0" stroke-width="2.4" stroke-linecap="round"><path d="M3 16 10 4l7 12"/><path d="M6.6 11.5h6.8"/></g><circle cx="10" cy="4" r="2.2" fill="#d55e00"/></svg>'
-ASSETS = {"console.css": ("text/css; charset=utf-8", _CSS), "console.js": ("text/javascript; charset=utf-8", _SCRIPT), "mark.svg": ("image/svg+xml", _MARK)}
+ASSETS = {"console.css": ("text/css; charset=utf-8", _CSS + DARK), "console.js": ("text/javascript; charset=utf-8", _SCRIPT), "mark.svg": ("image/svg+xml", _MARK)}
 _EDITION = hashlib.sha256(json.dumps(ASSETS).encode()).hexdigest()[:10]
 
 # %% ../nbs/49ab_console_look.ipynb #acc42be2
@@ -107,7 +108,7 @@ def face(
     name: str = "",     # said to who does not see it; default: the title of the first table
 ) -> Markup:
     "A value as a notebook shows it."
-    html = value._repr_html_().replace(" style='text-align:right'", " class='right'").replace(" style='text-align:left'", "").replace('style="max-width:100%;font:12px sans-serif"', 'class="chart"')
+    html = (value.svg if isinstance(value, Chart) else value._repr_html_()).replace(" style='text-align:right'", " class='right'").replace(" style='text-align:left'", "").replace('style="max-width:100%;font:12px sans-serif"', 'class="chart"')
     if not html.startswith("<svg"): html = "".join(f"<div class='wide' tabindex='0' role='group' aria-label='{Markup.escape(name or _titled(part) or 'Table')}'><table>{part}" for part in html.split("<table>")[1:]).replace("</table>", "</table></div>")
     return Markup(html)
 

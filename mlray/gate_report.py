@@ -21,6 +21,7 @@ from xml.etree import ElementTree as xml
 
 import nbformat
 
+from .chart import DARK
 from .display import table
 from .gate import MIME, Finding
 from .gate_on_papermill import GateRun
@@ -118,13 +119,13 @@ def summary(
     return "\n".join([f"## {version}: {'✓ passed' if runs and all(r.verdict.passed for r in runs) else '✗ failed'}", "", head._repr_markdown_(), *more, ""])
 
 
-_STYLE = (":root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1.25rem;overflow-wrap:anywhere}h1,h2{line-height:1.25}a{color:LinkText}table{border-collapse:collapse;font-size:.9em}td,th{padding:.3em 1em .3em 0;border-bottom:1px solid #8886;vertical-align:top;text-align:left}"
+_STYLE = (":root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1.25rem;overflow-wrap:anywhere;background:light-dark(#fff,#131518);color:light-dark(#1c2024,#eceef0)}h1,h2{line-height:1.25}a{color:light-dark(#0b559f,#8dbdf5)}table{border-collapse:collapse;font-size:.9em}td,th{padding:.3em 1em .3em 0;border-bottom:1px solid #8886;vertical-align:top;text-align:left}"
           ".wide,pre,.output_html{overflow-x:auto}h1.passed,h1.failed{border-left:.3em solid;padding-left:.5em}h1.passed{border-color:#2a7d3f}h1.failed{border-color:#c0392b}.prompt{color:color-mix(in srgb,CanvasText 72%,Canvas);font-size:.8em}.input pre,.highlight pre{background:color-mix(in srgb,CanvasText 7%,Canvas);padding:.4em .7em;border-radius:6px;font-size:.8em}.anchor-link{display:none}")
 
 
 def _whole(title: str, body: str) -> str:
     "A page that needs nothing else."
-    return f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'><title>{escape(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
+    return f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'><title>{escape(title)}</title><style>{_STYLE}{DARK}</style></head><body>{body}</body></html>\n"
 
 
 def page_html(

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .bundle import Bundle
-from .chart import Chart, line_chart
+from .chart import DARK, Chart, line_chart
 from .column import age_of
 from .counts import Counts
 from .display import Displayed, Table, table
@@ -229,7 +229,8 @@ def monitor(
     return watched(bundle, version, recent, every)
 
 # %% ../nbs/38g_monitor.ipynb #1cf0bff5
-_STYLE = "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .6rem;border-bottom:1px solid #8884}"
+_STYLE = (":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;background:light-dark(#fff,#131518);color:light-dark(#1c2024,#eceef0);overflow-wrap:anywhere}h1{line-height:1.25}"
+          "table{border-collapse:collapse;margin:1rem 0}caption{margin-bottom:.3rem}td,th{padding:.2rem .6rem;border-bottom:1px solid #8884}.wide{overflow-x:auto}.charts{display:flex;flex-wrap:wrap;gap:1rem}p[role=alert]{border-left:.3em solid #c0392b;padding-left:.7em}")
 
 
 def page(
@@ -240,7 +241,8 @@ def page(
     told = "".join(f"<li>{escape(s)}</li>" for s in report.sentences)
     loud = "".join(f"<p role='alert'><b>{escape(a)}</b></p>" for a in alerts)
     title = escape(f"{report.version}: how it fares")
-    return f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>{loud}<ul>{told}</ul>{''.join(c.svg for c in report.charts())}{report._repr_html_()}</html>"
+    tables = "".join(f"<div class='wide' tabindex='0' role='group' aria-label='{escape(t.title or 'table', quote=True)}'>{t._repr_html_()}</div>" for t in report.tables())
+    return f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><title>{title}</title><style>{_STYLE}{DARK}</style><main><h1>{title}</h1>{loud}<ul>{told}</ul><div class='charts'>{''.join(c.svg for c in report.charts())}</div>{tables}</main></html>"
 
 
 def gauges(report: Watched) -> str:

@@ -263,7 +263,8 @@ class Run:
         measures = {n: said(m) for n, m in {**self.evaluation.scorecard.overall, **self.evaluation.fairness.measures}.items()}
         against = {n: {"production": finite(d.theirs), "difference": said(d.difference), "p_value": finite(d.p_value)} for n, d in self.comparison.overall.items()} if self.comparison else None
         return {"version": str(self.version), "digest": self.version.digest, "measures": measures, "verdict": self.verdict.as_dict(),
-                "drift": self.drift.as_dict() if self.drift else None, "comparison": against}
+                "drift": self.drift.as_dict() if self.drift else None, "comparison": against,
+                "made": {"spec": self.version.spec_id, "rows": self.version.rows_digest, "at": self.version.created, "by": self.version.actor}}
 
     def _repr_markdown_(self) -> str:
         parts = (f"**{self.version}**", self.verdict.table()._repr_markdown_(), self.comparison._repr_markdown_() if self.comparison else "", self.evaluation._repr_markdown_())

@@ -7,7 +7,7 @@ What goes along is small: the spec, the settings of the environment, modules of 
 
 # %% auto #0
 __all__ = ['job_app', 'Marked', 'Unmarked', 'elsewhere', 'destination', 'settings_there', 'modules_of', 'rows_of', 'pack',
-           'arrive', 'as_sent', 'look', 'attend', 'Errand', 'job']
+           'arrive', 'as_sent', 'look', 'attend', 'submit', 'Errand', 'job']
 
 # %% ../nbs/58s_submit_cli.ipynb #4e381940
 import io
@@ -228,6 +228,27 @@ def _sent(words: Sequence[str], spec: str | None, on_ray: bool, env: str) -> lis
     return [*kept, *(["--on", "ray"] if on_ray else []), "--env", env]
 
 # %% ../nbs/58s_submit_cli.ipynb #4ab19569
+def submit(
+    server: "JobServer",
+    words: Sequence[str],       # of the command, as they are given there
+    settings: "Settings",
+    spec: Path | None = None,   # of the command, if it takes one
+    read: "RunSpec | None" = None, # the same, read
+    told: bool = False,         # whether the run is to tell itself in lines, for a program
+) -> tuple[str, str]: # what the job is called, and what went along
+    "Pack a command and send it on its way. Raises `SpecError` and `Unavailable`."
+    from secrets import token_hex
+
+    from mlray.opened import user_here
+    name = f"{words[0]}-{read.name if read else settings.env}-{token_hex(4)}"
+    with TemporaryDirectory(prefix="errand-") as folder:
+        files = pack(Path(folder), settings, spec, read, words[0] == "gate", os.environ.get("MLRAY_API_KEY", ""))
+        size = sum((Path(folder) / f).stat().st_size for f in files)
+        variables = {"MLRAY_SENT": "1", "COLUMNS": str(shutil.get_terminal_size().columns), "LOGNAME": user_here()} | ({"MLRAY_TELL": "1"} if told else {})
+        server.submit(name, words, Path(folder), variables, {"command": f"mlray {' '.join(words)}", "who": user_here()})
+    return name, f"{len(files)} files, {size / 1024:.0f} KiB"
+
+# %% ../nbs/58s_submit_cli.ipynb #70b1d0c1
 _both = typer.Typer(add_completion=False)
 
 
@@ -259,9 +280,6 @@ class Errand(TyperCommand):
 
     def send(self, ctx: Any, on: str, detach: bool) -> int: # exit code
         "Pack, send, follow."
-        from secrets import token_hex
-
-        from mlray.opened import user_here
         from mlray.spec import read_spec
         from mlray.submit_on_ray import JobServer
         if ctx.params.get("junit"): raise SpecError("--junit writes a file where the gates run. Without --on it is written here; there it is among the pages, junit.xml.")
@@ -269,13 +287,9 @@ class Errand(TyperCommand):
         given = ctx.params.get("spec")
         read = read_spec(given, ctx.params.get("overrides") or ()) if given else None
         words = [*_path(ctx), *_sent(ctx.meta["mlray.words"], given, self.chooses, settings.env)]
-        server, name = JobServer(address, settings.jobs_ca), f"{ctx.info_name}-{read.name if read else settings.env}-{token_hex(4)}"
-        with TemporaryDirectory(prefix="errand-") as folder:
-            files = pack(Path(folder), settings, Path(given) if given else None, read, ctx.info_name == "gate", os.environ.get("MLRAY_API_KEY", ""))
-            size = sum((Path(folder) / f).stat().st_size for f in files)
-            variables = {"MLRAY_SENT": "1", "COLUMNS": str(shutil.get_terminal_size().columns), "LOGNAME": user_here()}
-            server.submit(name, words, Path(folder), variables, {"command": f"mlray {' '.join(words)}", "who": user_here()})
-        stderr().print(f"{name} on {address} ({len(files)} files, {size / 1024:.0f} KiB)", markup=False)
+        server = JobServer(address, settings.jobs_ca)
+        name, along = submit(server, words, settings, Path(given) if given else None, read)
+        stderr().print(f"{name} on {address} ({along})", markup=False)
         if not detach: return attend(server, name, on)
         shown(bool(ctx.params.get("as_json")), {"job": name, "on": address}, f"{name}\n{look(name, on)}")
         return 0

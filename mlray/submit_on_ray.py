@@ -121,7 +121,14 @@ class JobServer:
         about: Mapping[str, str],
     ) -> None:
         "Send a command on its way. Raises `Unavailable`, and `SettingsError` for a token or a certificate."
-        with _asked(self.address): self.client.submit_job(entrypoint=shlex.join(["mlray", *words]), submission_id=name, runtime_env={"working_dir": str(folder), "env_vars": dict(variables)}, metadata=dict(about))
+        last = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                with _asked(self.address): self.client.submit_job(entrypoint=shlex.join(["mlray", *words]), submission_id=name, runtime_env={"working_dir": str(folder), "env_vars": dict(variables)}, metadata=dict(about))
+            except Unavailable as error: # a head that is just coming up listens before it can start anything
+                if "No available agent" not in str(error) or time.monotonic() > last: raise
+                time.sleep(1)
+            else: return
 
     def ended(self, name: str) -> Ending | None: # None: it goes on
         "How a job ended."

@@ -60,4 +60,4 @@ class Tuned:
         return tuple(pareto_chart(self.trials, price, self.search.metric, self.search.direction) for by in self.fronts for price in by)
 
     def _repr_markdown_(self) -> str: return "\n\n".join([*(t._repr_markdown_() for t in self.tables()), self.run._repr_markdown_()])
-    def _repr_html_(self) -> str: return "".join([*(t._repr_html_() for t in (*self.tables(), self.run.verdict.table())), *(c._repr_html_() for c in self.charts())])
+    def _repr_html_(self) -> str: return "".join([*(t._repr_html_() for t in (*self.tables(), self.run.verdict.table())), *(c.svg for c in self.charts())])

@@ -6,8 +6,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +70,8 @@ class Looker:
         self.page.on("response", lambda r: self.wrong.append(f"{r.status} {r.url}") if r.status >= 500 else None)
         self.page.on("pageerror", lambda e: self.wrong.append(f"raised {e}"))
         self.page.on("console", lambda m: self.wrong.append(m.text) if m.type == "error" else None)
+
+    def told(self) -> str: return "\n".join(dict.fromkeys(self.wrong))
 
     def faults(self) -> list[str]:
         "What axe finds serious; through the debugger, because the pages let no foreign script in."
@@ -150,7 +155,7 @@ def test_the_console(project, chromium, axe):
         see.page.screenshot(path=PICTURES / "promoted.png")
         for name, at in {"models": "", "model": "/models/diabetes", "version": "/models/diabetes/1", "version-failed": "/models/diabetes/2", "watch": "/models/diabetes/1/watch", "card": "/models/diabetes/1/papers/card", "compliance": "/models/diabetes/1/papers/compliance",
                          "proof": "/models/diabetes/1/proof", "traffic": "/traffic", "alerts": "/alerts", "journal": "/journal", "data": "/data", "audit": "/audit"}.items(): see.look(base + at, name)
-        assert see.wrong == []
+        assert not see.wrong, see.told()
         see.page.goto(f"{base}/models/diabetes/2") # a refusal, in the registry's words
         see.page.locator("#alias").select_option("production")
         see.page.get_by_role("button", name="Promote diabetes/2").click()
@@ -176,7 +181,7 @@ def test_the_console(project, chromium, axe):
         apart = Looker(chromium, axe, bypass_csp=True) # an executed notebook stands in a sandbox, where axe cannot run either
         apart.context.add_cookies(see.context.cookies())
         apart.look(f"{base}/models/diabetes/1/gates/fairness", "gate")
-        assert apart.wrong == []
+        assert not apart.wrong, apart.told()
         asked = []
         see.page.on("request", lambda r: asked.append(r.url))
         see.page.goto(f"{base}/models/diabetes/1/gates/explanation")
@@ -190,14 +195,21 @@ def test_pages_that_are_files(project, chromium, axe):
         assert made.communicate(timeout=120) and made.returncode == 0
     if not (project / "monitor.html").is_file(): mlray("monitor", "diabetes/1", "--html", str(project / "monitor.html"), cwd=project).communicate(timeout=300)
     for path in [*sorted(out.glob("*.html")), project / "monitor.html", *sorted((project / ".mlray/gates/diabetes/1").glob("*.html"))]: see.look(path.as_uri(), f"file-{path.stem}")
-    assert see.wrong == []
+    assert not see.wrong, see.told()
 
 
 def test_the_documentation(chromium, axe, tmp_path):
     subprocess.run([sys.executable, "tests/site.py", str(tmp_path / "site")], cwd=ROOT, check=True, capture_output=True, timeout=600)
-    see = Looker(chromium, axe, bypass_csp=True)
-    for name in ("index", "tutorials/first_run", "run", "fairness", "explanations/glossary"): see.look((tmp_path / "site" / f"{name}.html").as_uri(), f"site-{Path(name).name}")
-    assert [w for w in see.wrong if "file://" not in w.split(" [")[0] or "serious" in w or "critical" in w] == []
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "site")) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        see = Looker(chromium, axe, bypass_csp=True)
+        for name in ("index", "tutorials/first_run", "run", "fairness", "explanations/glossary"): see.look(f"http://127.0.0.1:{server.server_port}/{name}.html", f"site-{Path(name).name}")
+        server.shutdown()
+    assert not see.wrong, see.told()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *words): pass
 
 
 # JupyterLab
@@ -223,34 +235,51 @@ def lab_of(root: Path):
         running.wait(60)
 
 
+def opened(page, url: str) -> None:
+    "A notebook, with its kernel."
+    page.goto(url)
+    page.wait_for_selector(".jp-Notebook", timeout=120_000)
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=120_000)
+    for button in page.locator(".jp-toast-button, .Toastify button").filter(has_text="No").all(): button.click() # no news
+    page.get_by_text("mlray | Idle").wait_for(timeout=120_000)
+
+
+def run_all(page) -> None:
+    "Every cell, to its end."
+    for _ in range(12): # "idle" may be said before the kernel listens, and what is sent then is lost
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        try: page.wait_for_function("() => [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].some(e => /[\\d*]/.test(e.textContent))", timeout=15_000)
+        except Exception: continue
+        break
+    page.wait_for_function("""() => { const all = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(e => e.textContent); return all.length && all.every(t => /\\[\\d+\\]/.test(t)); }""", timeout=400_000)
+
+
+def saved(page, notebook: Path, code: int) -> None:
+    "As it was executed, on the disk."
+    page.keyboard.press("Control+s")
+    end = time.monotonic() + 120
+    while True:
+        with suppress(json.JSONDecodeError): # it is being written
+            if sum(c.get("execution_count") is not None for c in json.loads(notebook.read_text())["cells"]) >= code: return
+        assert time.monotonic() < end, "the notebook was not saved as it was executed"
+        time.sleep(0.2)
+
+
 def test_the_first_run_in_jupyterlab(chromium, tmp_path):
     with lab_of(tmp_path) as (url, key):
         see = Looker(chromium, "")
         page, notebook = see.page, tmp_path / "tutorials/first_run.ipynb"
         page.set_viewport_size({"width": 1300, "height": 1100})
         page.on("response", lambda r: see.wrong.append(f"{r.status} {r.url}") if 400 <= r.status < 500 else None)
-        page.goto(f"{url}/tree/first_run.ipynb?token={key}&reset")
-        page.wait_for_selector(".jp-Notebook", timeout=120_000)
-        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=120_000)
-        for button in page.locator(".jp-toast-button, .Toastify button").filter(has_text="No").all(): button.click() # no news
+        opened(page, f"{url}/tree/first_run.ipynb?token={key}&reset")
         started = time.monotonic()
-        page.get_by_text("mlray | Idle").wait_for(timeout=120_000)
-        for _ in range(12): # "idle" may be said before the kernel listens, and what is sent then is lost
-            page.get_by_role("menuitem", name="Run", exact=True).click()
-            page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-            try: page.wait_for_function("() => [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].some(e => /[\\d*]/.test(e.textContent))", timeout=15_000)
-            except Exception: continue
-            break
+        run_all(page)
         cells = page.locator(".jp-Notebook .jp-Cell")
         source = json.loads((ROOT / "nbs/tutorials/first_run.ipynb").read_text())["cells"]
         code = [i for i, c in enumerate(source) if c["cell_type"] == "code"]
-        page.wait_for_function("""() => { const all = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(e => e.textContent); return all.length && all.every(t => /\\[\\d+\\]/.test(t)); }""", timeout=400_000)
         took = time.monotonic() - started
-        page.keyboard.press("Control+s")
-        end = time.monotonic() + 60
-        while sum(c.get("execution_count") is not None for c in json.loads(notebook.read_text())["cells"]) < len(code): # saved
-            assert time.monotonic() < end, "the notebook was not saved as it was executed"
-            time.sleep(0.2)
+        saved(page, notebook, len(code))
         shown = 0
         for i in range(cells.count()):
             cells.nth(i).scroll_into_view_if_needed()
@@ -269,4 +298,60 @@ def test_the_first_run_in_jupyterlab(chromium, tmp_path):
         assert not [o for o in outputs if o["output_type"] == "error"] and len(outputs) >= 10 and shown >= len(outputs) - 1, (shown, len(outputs))
         assert "by diabetes/1" in json.dumps(outputs), "the service has answered"
         print(f"{len(code)} cells in {took:.0f} s at a load of {os.getloadavg()[0]:.0f}; {shown} outputs to be seen")
-        assert see.wrong == []
+        assert not see.wrong, see.told()
+
+
+PLOTS = ("from mlray.chart import front_chart, interval_chart, line_chart\nfrom mlray.score import Measure",
+         'interval_chart([("women", .71, .66, .75), ("men", .78, .75, .81), ("too few", float("nan"), float("nan"), float("nan"))], "recall by group", .75)',
+         'line_chart({"train": [(e, 1 / e) for e in range(1, 30)], "valid": [(e, .2 + 1 / e) for e in range(1, 30)]}, "loss", "epoch", "loss")',
+         'front_chart([(700, .56), (1500, .505), (6000, .48), (270_000, .49)], [(700, .56, "1"), (6000, .48, "3")], "loss against size", "parameters", "loss", log=True)',
+         'from importlib.util import find_spec\n%load_ext mlray\nown = None\nif find_spec("altair") and find_spec("vl_convert"):\n    import altair\n    own = interval_chart([("women", .71, .66, .75)], "changed").altair().properties(title="one of my own")\nown')
+
+
+def test_plots_in_jupyterlab(chromium, tmp_path):
+    "They can be zoomed and read point by point, ask nobody, and are stored small and still."
+    notebook = tmp_path / "tutorials/plots.ipynb"
+    notebook.parent.mkdir()
+    cells = [{"cell_type": "code", "id": f"plot{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": source} for i, source in enumerate(PLOTS)]
+    notebook.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": {"name": "python3", "display_name": "mlray", "language": "python"}}, "nbformat": 4, "nbformat_minor": 5}))
+    with lab_of(tmp_path) as (url, key):
+        see = Looker(chromium, "")
+        page = see.page
+        opened(page, f"{url}/tree/plots.ipynb?token={key}&reset")
+        run_all(page)
+        plots = page.locator(".jp-RenderedVegaCommon5 canvas, .jp-RenderedVegaCommon5 svg.marks")
+        page.wait_for_function("() => document.querySelectorAll('.jp-RenderedVegaCommon5 canvas, .jp-RenderedVegaCommon5 svg.marks').length >= 3", timeout=120_000)
+        for i in range(plots.count()):
+            plot = plots.nth(i)
+            plot.scroll_into_view_if_needed()
+            box, before = plot.bounding_box(), plot.screenshot()
+            assert box["width"] > 300 and box["height"] > 60, f"plot {i} is not to be seen"
+            plot.hover(position={"x": box["width"] * 0.6, "y": box["height"] * 0.5})
+            page.mouse.wheel(0, -400)
+            end = time.monotonic() + 30
+            while plot.screenshot() == before:
+                assert time.monotonic() < end, f"plot {i} does not answer to the wheel"
+                time.sleep(0.1)
+            plot.dblclick(position={"x": box["width"] * 0.6, "y": box["height"] * 0.5})
+        plots.nth(0).scroll_into_view_if_needed()
+        box = plots.nth(0).bounding_box()
+        PICTURES.mkdir(exist_ok=True)
+        said = ""
+        for x, y in ((x, y) for y in range(26, 42, 4) for x in range(50, int(box["width"]), 8)): # along the first row, until the pointer meets its bar
+            page.mouse.move(box["x"] + x, box["y"] + y)
+            said = page.evaluate("() => document.querySelector('#vg-tooltip-element.visible')?.innerText || ''")
+            if "women" in said: break
+        page.screenshot(path=PICTURES / "lab-plots.png")
+        assert "women" in said and "0.71" in said, said
+        saved(page, notebook, len(PLOTS))
+        kept = [o for c in json.loads(notebook.read_text())["cells"] for o in c["outputs"] if "data" in o]
+        moving = plots.count()
+        assert len([o for o in kept if set(o["data"]) == {"text/html", "text/plain"} and "<svg" in "".join(o["data"]["text/html"])]) == moving >= 3, [set(o["data"]) for o in kept]
+        assert max(len(json.dumps(o)) for o in kept) < 20_000, "stored, a plot is small"
+        see.context.close()
+        again = Looker(chromium, "") # who opens the file runs nothing, and sees the same
+        opened(again.page, f"{url}/tree/plots.ipynb?token={key}&reset")
+        assert again.page.locator(".jp-OutputArea-output svg[role=img]").count() >= 3
+        again.page.screenshot(path=PICTURES / "lab-plots-stored.png")
+        print(f"{moving} plots, each zoomed; stored in {max(len(json.dumps(o)) for o in kept)} bytes at most; load {os.getloadavg()[0]:.0f}")
+        assert not see.wrong and not again.wrong, see.told() + again.told()

@@ -2,12 +2,15 @@
 import re
 import shutil
 import time
+from collections import Counter
 from html import unescape
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
 from mlray.access import ROLES, Caller, new_key
+from mlray.console import seal_text
 from mlray.console_acts import console_of
 from mlray.console_alone import app_of
 from mlray.errors import Refused, SettingsError
@@ -17,8 +20,10 @@ from mlray.keeping import pseudonyms, read_keys
 from mlray.ledger import audit
 from mlray.registry import add_evidence, add_key, open_registry, promote, revoke_key, version
 from mlray.routes import CONSOLE, PUBLIC
-from mlray.settings import Settings
-from mlray.spec import Rule
+from mlray.run import train
+from mlray.settings import Settings, shipped
+from mlray.spec import Rule, read_spec
+from tests.conftest import free_port
 
 PAGE = b'{"cells": [{"cell_type": "code", "id": "a", "execution_count": 1, "metadata": {}, "source": "1", "outputs": [{"output_type": "display_data", "metadata": {}, "data": {"text/html": "<script>top.stolen = 1</script><img src=http://evil/x.png>shown"}}]}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
 GOOD = judge({"roc_auc": 0.8}, [Rule(metric="roc_auc", at_least=0.7)])
@@ -193,3 +198,46 @@ def test_who_answers_now_is_counted_from_the_journal(house):
     promote(house.registry, version(house.registry, "diabetes/1"))
     text = house.browser("viewer").get("/console/traffic/live").text
     assert "<html" not in text and "100%" in text and "Requests a minute" in text and "diabetes/1 production" in text
+
+
+def test_a_session_holds_at_every_replica(house, tmp_path):
+    sealed = seal_text(house.settings)
+    apart = [TestClient(app_of(console_of(house.settings.model_copy(update={"home": tmp_path / f"node{i}", "registry": f"sqlite:///{house.settings.home / 'registry.db'}"}), sealed=sealed)), base_url="http://127.0.0.1", follow_redirects=False) for i in range(2)]
+    assert apart[0].post("/console/login", data={"key": house.keys["viewer"]}).status_code == 303
+    apart[1].cookies = apart[0].cookies
+    assert [client.get("/console").status_code for client in apart] == [200, 200] and not list(tmp_path.glob("node*/console.key"))
+
+
+@pytest.mark.chaos
+@pytest.mark.ray
+def test_behind_the_gateway(tmp_path):
+    "Ray Serve behind HAProxy, two replicas: who may sees, whoever may not is refused, a promotion is followed, what is answered appears."
+    from mlray.cluster_on_ray import cluster
+    from mlray.commands import deploy_versions
+    settings = Settings(root=tmp_path, home=tmp_path / "home", port=free_port(), object_store_mb=100, tracking="disabled", journal=True, replicas=2, gates=())
+    registry, keys = open_registry(settings), {}
+    runs = [train(read_spec(shipped("configs") / "diabetes.yaml", more), settings) for more in ([], ["description=the same again"])]
+    promote(registry, runs[0].version, gates=())
+    for role in ("viewer", "promoter", "predictor"):
+        key, keys[role] = new_key(role)
+        add_key(registry, key)
+    row = {n: v for n, v in runs[0].rows.parts.train.head(1).to_dicts()[0].items() if n in runs[0].rows.contract.features}
+    with cluster(settings):
+        deploy_versions(["diabetes"], settings)
+        with httpx.Client(base_url=settings.url, timeout=60) as viewer, httpx.Client(base_url=settings.url, timeout=60) as promoter:
+            def ask() -> tuple[int, str]:
+                reply = viewer.post("/v1/models/diabetes:predict", json={"instances": [row]}, headers={"Authorization": f"Bearer {keys['predictor']}"})
+                return reply.status_code, reply.json().get("version", "")
+            assert viewer.get("/console").headers["location"].startswith("/console/login") and viewer.post("/console/login", data={"key": keys["viewer"] + "x"}).status_code == 401
+            for who, client in (("viewer", viewer), ("promoter", promoter)): assert client.post("/console/login", data={"key": keys[who]}).status_code == 303
+            seen = Counter(client.get(at).status_code for client in (viewer, promoter) for at in ("/console", "/console/models/diabetes", "/console/models/diabetes/2", "/console/traffic", "/console/alerts") for _ in range(6))
+            assert seen == {200: 60}, "a session holds at every replica"
+            form = lambda client: {"csrf": re.search(r'name="csrf" value="([^"]+)"', client.get("/console").text)[1], "alias": "production", "expect": "1", "once": "press-1"}
+            assert ask() == (200, "1") and viewer.post("/console/models/diabetes/2/promote", data=form(viewer)).status_code == 403, "a viewer looks"
+            done = [promoter.post("/console/models/diabetes/2/promote", data=form(promoter)) for _ in range(3)]
+            assert [d.status_code for d in done] == [303] * 3 and len([e for e in audit(registry).entries if e.action == "promote" and e.object == "diabetes/2"]) == 1, "pressed three times, it acts once, whichever replica is asked"
+            assert "diabetes@production is diabetes/2 (generation 2)" in promoter.get(done[0].headers["location"]).text
+            end = time.monotonic() + 60
+            while not all(ask() == (200, "2") for _ in range(8)): assert time.monotonic() < end, "the replicas do not follow"
+            while "diabetes/2 production" not in viewer.get("/console/traffic/live").text: assert time.monotonic() < end + 60, "what was answered does not appear"
+            assert viewer.get("/console/traffic").headers["content-security-policy"].startswith("default-src 'none'")
