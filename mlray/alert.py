@@ -31,7 +31,7 @@ from .archive import journaled
 from .errors import Unavailable
 from .gate import less_is_better
 from .monitor import Known, Watched
-from .score import Z, Measure
+from .score import Measure, Z
 from .settings import Settings
 from .spec import Alert
 from .windows import Window
@@ -52,18 +52,13 @@ class Look:
 SEASON = 90 * 86400 # seconds in which an alert may be false as often as its level says
 
 
-def looks_of_a_season(
-    windows: Sequence[Window], # that are looked at
-) -> int:
+def looks_of_a_season(windows: Sequence[Window]) -> int:
     "As many as there are windows in it."
     return max(1, math.ceil(SEASON / min((w.end - w.start for w in windows if w.end > w.start), default=SEASON)))
 
 
-def standard_errors(
-    level: float,   # in a season
-    looks: int,     # that share it
-) -> float:
-    "How far beyond its bound a measure must be at each look; 95 % of each side at least."
+def standard_errors(level: float, looks: int) -> float:
+    "How far beyond its bound a measure must be at each of the looks that share a season's level; 1.96 at least."
     return max(Z, NormalDist().inv_cdf(1 - level / looks))
 
 
