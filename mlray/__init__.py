@@ -91,6 +91,7 @@ Modules:
 - `mlray.first_screen`: What `mlray --help` says: the commands in the order of a model's life
 - `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
 - `mlray.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
+- `mlray.forgotten`: Rows of a person that lie beside the journal: put aside, or accepted to learn from
 - `mlray.front_on_ray`: Requests that are answered in front of what Ray Serve puts around a replica
 - `mlray.gaps`: How far groups are apart, where answers are classes, labels or numbers
 - `mlray.garbage`: Bytes that no row names any more, taken away without taking a live one

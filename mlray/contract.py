@@ -245,9 +245,9 @@ def check(
     raw = frame.select(*contract.columns, *([UNREAD] if UNREAD in frame.columns and frame[UNREAD].is_not_null().any() else []))
     typed = raw.select(*contract.columns).with_row_index(_ROW).with_columns(read_columns(contract, raw.schema, missing))
     broken = _breaking(contract, raw, typed, missing, repeated)
-    bad = pl.repeat(False, raw.height, eager=True)
+    bad, personal = pl.repeat(False, raw.height, eager=True), frozenset({n for n, c in contract.columns.items() if c.personal} | ({UNREAD} if any(c.personal for c in contract.columns.values()) else set()))
     for rows in broken.values(): bad = bad | rows
-    problems = *(_problem(raw, *rule, rows, before) for rule, rows in broken.items()), *(stale(contract, typed, now) if now else ())
+    problems = *(_problem(raw, *rule, rows, before, personal) for rule, rows in broken.items()), *(stale(contract, typed, now) if now else ())
     return Checked(typed.filter(~bad).drop(_ROW), _with_reasons(raw, bad, broken, before), problems)
 
 # %% ../nbs/10_contract.ipynb #11292df8
@@ -258,9 +258,9 @@ def _given(raw: pl.DataFrame, name: str, missing: tuple[str, ...]) -> pl.Series:
     return column.is_not_null() & ~column.str.strip_chars().is_in(list(missing)).fill_null(False)
 
 
-def _problem(raw: pl.DataFrame, names: tuple[str, ...], rule: str, expected: str, rows: pl.Series, before: int) -> Problem:
-    first = rows.arg_true().head(3).to_list()
-    return Problem(", ".join(names), rule, expected, int(rows.sum()), tuple(f"row {before + i + 1}: {', '.join(repr(_plain(raw[n][i])) for n in names)}"[:60] for i in first))
+def _problem(raw: pl.DataFrame, names: tuple[str, ...], rule: str, expected: str, rows: pl.Series, before: int, personal: frozenset[str]) -> Problem:
+    first, told = rows.arg_true().head(3).to_list(), lambda n, i: "not told, personal" if n in personal else repr(_plain(raw[n][i]))
+    return Problem(", ".join(names), rule, expected, int(rows.sum()), tuple(f"row {before + i + 1}: {', '.join(told(n, i) for n in names)}"[:60] for i in first))
 
 
 def _plain(value: Any) -> Any: return value.to_list() if isinstance(value, pl.Series) else str(value) if hasattr(value, "isoformat") else value

@@ -7,7 +7,7 @@ profile. Nothing but the bundle is needed to explain an answer, years later as o
 
 # %% auto #0
 __all__ = ['FAR', 'METHODS', 'EXPLAINED', 'SHAKEN', 'ATTACKED', 'EXPOSED', 'scoring', 'deciding', 'tolerance_of', 'output_of',
-           'known_rows', 'explain', 'Wish', 'what_if', 'explain_rows', 'certainty', 'some_rows', 'needed',
+           'known_rows', 'explain', 'untold', 'Wish', 'what_if', 'explain_rows', 'certainty', 'some_rows', 'needed',
            'nonsense_share', 'shaken', 'behaved', 'exposed', 'asked_for']
 
 # %% ../nbs/35c_explanation.ipynb #ac08a615
@@ -96,6 +96,16 @@ def explain(
     if method == "lime": return lime_row(scoring(bundle), known, row, bundle.digest, output, perturbations)
     if method == "shap": return shapley(scoring(bundle), known, row, bundle.digest, output, pairs=max(2, perturbations // (2 * len(bundle.contract.features))))
     raise ExplanationError(f"There is no way {method!r} to explain. {suggest(method, METHODS)}")
+
+# %% ../nbs/35c_explanation.ipynb #36ce0f4c
+def untold(
+    bundle: Bundle,
+    found: Explanation | Counterfactual,
+) -> Any: # the same, for a page
+    "Leave out what personal columns say."
+    personal = {n for n, c in bundle.contract.columns.items() if c.personal}
+    if isinstance(found, Explanation): return replace(found, reasons=tuple(replace(r, said=f"{r.feature} (personal)") if r.feature in personal else r for r in found.reasons))
+    return replace(found, changes={n: ("not told", "another") if n in personal else c for n, c in found.changes.items()})
 
 # %% ../nbs/35c_explanation.ipynb #e94fcd19
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .column import Column
+from .column import Column, coarse, may_be_told
 from .contract import Contract
 from .display import Displayed, Table, table
 from .errors import ContractError
@@ -144,10 +144,12 @@ def _number(name: str, column: pl.Series, bins: int, personal: bool, most: int, 
     ends = (shaped[[0, -1]] - mean) / std if encode == "standard" else _edges((shaped - mean) / std, bins)
     edges = np.unique(down(ends * std + mean).astype(np.float32).astype(np.float64))
     edges = edges[np.concatenate([[True], np.diff(edges) > 1e-6 * (edges[-1] - edges[0])])]
+    if personal: edges = np.unique([np.float32(coarse(e)) for e in edges]).astype(np.float64)
     heights = _standing(values, edges) if encode == "quantile" else (up(np.maximum(edges, 0) if up is np.log1p else edges) - mean) / std
     curve = (tuple(map(float, edges)), tuple(map(float, heights))) if len(edges) > 1 else ((), ())
     common = _common(values, personal, most) if encode == "piecewise" else ()
-    return Number(name, float(np.float32(np.median(values))), *curve, tuple(map(float, common)))
+    middle = float(np.float32(np.median(values)))
+    return Number(name, float(np.float32(coarse(middle))) if personal else middle, *curve, tuple(map(float, common)))
 
 # %% ../nbs/12_features.ipynb #31c0e8f9
 def _floats_of(column: pl.Series, length: int) -> np.ndarray: # float64 [rows, length], NaN where missing
@@ -205,8 +207,14 @@ def learn(
     most = max(16, min(256, _MOST // max(len(numeric), 1)))
     return Features(
         tuple(_number(n, values(n), bins, whose(n) in personal, most, setting(whose(n)).encode or "piecewise") for n in numeric),
-        tuple(Category(n, tuple(values(n).drop_nulls().unique().sort())) for n in _among(kinds, "category") + [n for of in times for n in of.categories]),
+        tuple(Category(n, _words(column(n), n in personal, values(n))) for n in _among(kinds, "category") + [n for of in times for n in of.categories]),
         tuple(_array(n, values(n), column(n).length or 1) for n in _among(kinds, "array")), tuple(learn_text(n, values(n), setting(n)) for n in _among(kinds, "text")), times, derived, kept)
+
+
+def _words(column: Column, personal: bool, values: pl.Series) -> tuple[str, ...]:
+    "The categories that have a code; of a personal column those that may travel in a bundle, and all others count as unknown."
+    found = values.drop_nulls().alias("value").value_counts(name="rows").sort("value")
+    return tuple(v for v, n in found.iter_rows() if not personal or may_be_told(column.model_copy(update={"personal": True}), v, n))
 
 
 def _row_by_row(features: Features, frame: pl.DataFrame) -> None:

@@ -62,6 +62,7 @@ class Alert(Rule):
     clear: float | None = None          # over only when the measure has come back to here; None: to its bound
     minimum: Annotated[int, Field(ge=1)] = 200 # rows, or labels where the measure needs them, before anything is said
     looks: Annotated[int, Field(ge=1)] = 1 # windows in a row that break it, before it is said
+    false_alarms: Annotated[float, Field(gt=0, le=1)] = 0.05 # in ninety days of looks, at most, where the promise is kept, however barely; as a share of such seasons
     owner: str = ""
     runbook: str = ""                   # where it says what to do
     may: str = ""                       # what may be done, in a sentence

@@ -24,6 +24,8 @@ from .beside import beside, pairs
 from .column import age_of
 from .display import Displayed, table
 from .errors import DataError, MlrayError, suggest
+from .forgotten import forget_aside
+from .jobs import Shelf, forget_jobs
 from .keeping import new_epoch, pseudonyms, read_keys
 from .labelled import forget_rows
 from .monitor import gauges, monitor, page
@@ -77,7 +79,10 @@ def _erase(what: str, settings: Settings) -> tuple[dict[str, Any], Any]:
     named = journaled(folder).filter(pl.any_horizontal(pl.selectors.by_name("subject", *([f"column:{column}"] if is_column else []), require_all=False).is_in(list(marks)))).select("id").unique().collect()["id"]
     gone, said = erase(folder, marks), erase(feedback, frozenset(named.to_list())) if len(named) else 0
     learned = forget_rows(settings, marks | frozenset(named.to_list()))
-    return {"rows": gone, "requests": len(named), "feedback": said, "learned": learned}, f"{gone} rows of {len(named)} requests are erased, {said} rows of feedback, and {learned} rows that were kept to learn from. Windows hold counts only, and stay."
+    who, where = (value, column) if is_column else (what, "")
+    aside, jobs = forget_aside(settings, who, where), forget_jobs(Shelf(settings.home / "jobs"), who, where)
+    text = f"{gone} rows of {len(named)} requests are erased, {said} rows of feedback, {learned} rows that were kept to learn from, {aside} rows in quarantine or accepted, and {jobs} jobs. Windows, profiles and bundles hold counts only, and stay. Sources, and copies of this folder, are yours to see to."
+    return {"rows": gone, "requests": len(named), "feedback": said, "learned": learned, "aside": aside, "jobs": jobs}, text
 
 
 def _purge(older: str, settings: Settings) -> tuple[dict[str, Any], Any]:

@@ -30,7 +30,7 @@ from .errors import DataError
 from .feedback import label_codes, outcomes, truth
 from .journal import NO_NUMBER
 from .keeping import kept_as, seen_through
-from .profile import Histogram, Profile, count_numbers, count_values, counted
+from .profile import Histogram, Profile, count_column, count_numbers, count_values, counted
 from .rollout import latencies
 from .score import Measure, Z
 from .settings import Settings
@@ -153,7 +153,7 @@ def _features(contract: Contract, reference: Profile, live: pl.DataFrame) -> Pro
         if name not in live.columns: continue
         values, numeric = (live[name], False) if kept_as(contract.columns[name]) == "bucket" and contract.columns[name].type != "boolean" else counted(contract.columns[name], live[name])
         bins: Any = before.bins
-        found[name] = count_numbers(values, bins) if numeric else count_values(values, bins)
+        found[name] = count_column(contract.columns[name], values, numeric, bins)
     return Profile(live.height, found)
 
 
