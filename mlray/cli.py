@@ -40,6 +40,7 @@ from .delivery_cli import delivery_app
 from .errors import MlrayError, suggest
 from .export_cli import export_app
 from .lab_cli import lab_app
+from .optimise_cli import optimise_app
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 from .release_cli import registry_app, release_app
@@ -72,6 +73,7 @@ app.add_typer(serve_app)
 app.add_typer(delivery_app)
 app.add_typer(batch_app)
 app.add_typer(export_app)
+app.add_typer(optimise_app)
 app.add_typer(watch_app)
 app.add_typer(schedule_app)
 app.add_typer(proof_app)
