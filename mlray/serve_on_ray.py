@@ -28,7 +28,7 @@ from starlette.responses import Response
 from .asgi import Headers, Receive, Scope, asked_of, headers_of, headers_of_reply, id_of
 from .bundle import load_bundle
 from .errors import ServingError
-from .gathering import Gathering
+from .gathering import Gathering, Sending
 from .job_desk import Worker, minded
 from .journal import Feedback, Journal
 from .keeping import open_recorder
@@ -81,7 +81,7 @@ class Scoring:
 
     def __init__(self, handles: Mapping[str, Any], meters: Meters):
         self.handles, self.meters = dict(handles), meters
-        self.gathering = Gathering(meters.of("batch").observe)
+        self.gathering, self.sending = Gathering(meters.of("batch").observe), Sending(meters.of("batch").observe)
         self.threads: dict[str, ThreadPoolExecutor] = {arm: ThreadPoolExecutor(4, arm) for arm in ("production", "canary", "override")}
         self.models: dict[str, Model] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -96,10 +96,12 @@ class Scoring:
         "By a predictor; another one if the first has died, for scoring twice does no harm."
         from ray.exceptions import RayActorError
         self.loop = asyncio.get_running_loop()
-        for _ in range(5):
-            try: return await self.handles[model].score.remote(self.models[served.bundle.digest], rows, carried())
-            except RayActorError: self.meters.of("retried", model).inc()
-        return await self.handles[model].score.remote(self.models[served.bundle.digest], rows, carried())
+        async def ask(few: Rows) -> np.ndarray | None:
+            for _ in range(5):
+                try: return await self.handles[model].score.remote(self.models[served.bundle.digest], few, carried())
+                except RayActorError: self.meters.of("retried", model).inc()
+            return await self.handles[model].score.remote(self.models[served.bundle.digest], few, carried())
+        return await (self.sending.scores(served.bundle.digest, rows, ask) if rows.count <= _FEW else ask(rows))
 
     def listening(self, model: str, served: Served, rows: Rows) -> np.ndarray | None:
         "For the shadow's thread."
