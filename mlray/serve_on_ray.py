@@ -20,7 +20,6 @@ from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
-import httpx
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
@@ -29,7 +28,7 @@ from .asgi import Headers, Receive, Scope, asked_of, headers_of, headers_of_repl
 from .bundle import load_bundle
 from .errors import ServingError
 from .gathering import Gathering, Sending
-from .job_desk import Worker, minded
+from .job_desk import Tally, Worker, minded
 from .journal import Feedback, Journal
 from .keeping import open_recorder
 from .meters import Meters, carried
@@ -128,6 +127,7 @@ class Standing:
         self.console = console(settings) if console else None
         self.scoring = Scoring(handles or {}, self.meters)
         self.desk = minded(settings, worker.work.remote) if worker is not None else None
+        if self.desk: self.meters.kept.register(Tally(self.desk.shelf, self.meters.replica))
         recorder, issuer = open_recorder(settings), issuer_of(settings)
         self.shadow = Shadow(self.meters, settings.shadow_queued, self.scoring.listening, recorder)
         feedback = Journal[Feedback](settings.home / "journal" / "feedback" / "segments", sync_s=settings.journal_sync_s) if recorder else None
@@ -282,6 +282,7 @@ def deploy(
 
 def _wait_for(settings: Settings, seconds: float = 30) -> None:
     "Until the proxy in front has heard of the replicas."
+    import httpx # here and not above: a replica asks nobody, and the library is one of the dearest to load
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
