@@ -173,6 +173,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mlray.batch._head': ('batch.html#_head', 'mlray/batch.py'),
                              'mlray.batch._json_by_line': ('batch.html#_json_by_line', 'mlray/batch.py'),
                              'mlray.batch._reads': ('batch.html#_reads', 'mlray/batch.py'),
+                             'mlray.batch._reasons': ('batch.html#_reasons', 'mlray/batch.py'),
                              'mlray.batch._record': ('batch.html#_record', 'mlray/batch.py'),
                              'mlray.batch._recorder': ('batch.html#_recorder', 'mlray/batch.py'),
                              'mlray.batch._table': ('batch.html#_table', 'mlray/batch.py'),

@@ -281,8 +281,8 @@ def deploy(
 
 
 def _wait_for(settings: Settings, seconds: float = 30) -> None:
-    "Until the proxy in front has heard of the replicas."
-    import httpx # here and not above: a replica asks nobody, and the library is one of the dearest to load
+    "Until the proxy in front has heard of the replicas; those ask nobody, and so do not load what asks."
+    import httpx
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
