@@ -18,7 +18,17 @@ from typing import Any
 from .bundle import Bundle
 from .deed import Ask
 from .display import Displayed, Table, table
-from .evaluation import Beside, Candidate, asks_of_rows, comparing, evaluate_beside, read_candidate, results_of, rules_of, verdict_of
+from mlray.evaluation import (
+    Beside,
+    Candidate,
+    asks_of_rows,
+    comparing,
+    evaluate_beside,
+    read_candidate,
+    results_of,
+    rules_of,
+    verdict_of,
+)
 from .explanation import asked_for
 from .features import apply
 from .gate import Found, Verdict
