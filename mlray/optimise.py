@@ -73,7 +73,7 @@ _PASSES = 64 # times that rows go through the graph while ranges are measured
 def _reader(rows: Matrix, takes: list[str]) -> Any:
     from onnxruntime.quantization import CalibrationDataReader
 
-    class Reader(CalibrationDataReader): # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             at = range(0, len(rows), max(-(-len(rows) // _PASSES), 1))
             self.pieces = iter([{n: getattr(rows[a:a + at.step], n) for n in takes} for a in at])
