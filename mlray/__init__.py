@@ -142,6 +142,9 @@ Modules:
 - `mlray.open_inference`: The Open Inference Protocol v2: a tensor a column
 - `mlray.openapi`: The routes, described for people and programs
 - `mlray.opened`: A registry that is open, who acts in it, and the keys by which they are known
+- `mlray.optimise`: A bundle made smaller and quicker: integers for weights, and zeros for those that hardly matter
+- `mlray.optimise_cli`: `mlray optimise`: a version made smaller and quicker, if that costs nothing that its rules forbid
+- `mlray.optimised`: A smaller version of a version, registered only if the rules of its spec hold against the one it came from
 - `mlray.outbox`: What others are to be told, kept until they have heard it
 - `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
 - `mlray.page_script`: What an exported page runs: checks, encoders and answers in JavaScript, and a form made from the contract

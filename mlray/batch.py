@@ -30,6 +30,7 @@ from .bundle import Bundle, decide, load_bundle, predict
 from .contract import UNREAD, Contract, check, read_columns
 from .data import Csv
 from .errors import DataError, suggest
+from .explanation import explain, known_rows
 from .journal import Journal
 from .keeping import Recorder, read_keys
 from .rows import flat
@@ -258,6 +259,7 @@ class Work:
     csv: Csv
     journal: Settings | None = None # where answers are recorded; None: nowhere
     batch: str = ""     # names the batch in the journal
+    reasons: int = 0    # of each answer, so many; they take some hundredths of a second a row
 
 
 def part_files(out: Path, number: int) -> tuple[Path, Path]:
@@ -295,10 +297,18 @@ def _record(work: Work, bundle: Bundle, piece: Piece, rows: pl.DataFrame, settin
         _recorder(settings.home, settings.journal_full, settings.journal_sync_s).record(bundle, work.version.rpartition("/")[2], f"batch-{work.batch}-{piece.number:06}-{at // at_once:03}", few.select(bundle.contract.features).to_dict(as_series=False), said, arm="batch")
 
 
+def _reasons(bundle: Bundle, rows: pl.DataFrame, most: int) -> pl.Series:
+    "What weighs most in each answer, as `mlray explain` says it: the same for the same row, whatever stands beside it."
+    known = known_rows(bundle)
+    said = [[f"{r.said} ({r.weight:+.3g})" for r in explain(bundle, row, known=known).reasons[:most]] for row in rows.select(bundle.contract.features).iter_rows(named=True)]
+    return pl.Series("reasons", said, dtype=pl.List(pl.String))
+
+
 def finish(work: Work, piece: Piece) -> Finished:
     "Make the part of a piece. Raises `DataError`."
     bundle = _opened(work.bundle, work.digest)
     answers, refused, rows = answer_piece(bundle, work.version, read_piece(piece, bundle.contract, work.csv), work.csv.missing)
+    if work.reasons: answers = answers.with_columns(_reasons(bundle, rows, work.reasons))
     if work.journal: _record(work, bundle, piece, rows, work.journal)
     files, about = part_files(work.out, piece.number), {"mlray.version": work.version, "mlray.bundle": work.digest, "mlray.threshold": repr(bundle.threshold)}
     return Finished(piece.number, answers.height, refused.height, _written(answers, files[0], about), _written(refused, files[1], about) if refused.height else "")

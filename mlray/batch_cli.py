@@ -33,16 +33,17 @@ def predict_batch(
     journal: bool = False, # record each answer, as a service does
     settings: "Settings | None" = None, # None: those of the environment
     progress: Any = None, # shows how far it is; None: a bar on stderr, or a card in a notebook
+    reasons: int = 0,   # of each answer: what weighs most in it
 ) -> "Batch":
     "Answer every row of a source, here or on Ray; called again after a kill, it goes on."
     from mlray.batch_run import in_process, predict_file
     chosen = settings or settings_of(None)
-    if on == "local": return predict_file(reference, source, out, chosen, in_process, journal, progress)
+    if on == "local": return predict_file(reference, source, out, chosen, in_process, journal, progress, reasons)
     if on != "ray": raise SpecError(f"--on {on!r} is not understood. {suggest(on, ['local', 'ray'])}")
     from mlray.cluster_on_ray import cluster
     with cluster(chosen):
         from mlray.predict_on_ray import on_ray
-        return predict_file(reference, source, out, chosen, on_ray, journal, progress)
+        return predict_file(reference, source, out, chosen, on_ray, journal, progress, reasons)
 
 
 @batch_app.command()
@@ -50,9 +51,10 @@ def predict(reference: Annotated[str, typer.Argument(metavar="VERSION", help="na
             source: Annotated[str, typer.Argument(metavar="IN", help="CSV, Parquet, JSON lines or Arrow: a path, a glob or a URI; or a Delta table.")],
             out: Annotated[str, typer.Argument(metavar="OUT", help="A folder for Parquet files; or one file: .csv, .parquet, .jsonl.")],
             on: Annotated[str, typer.Option("--on", help="local, or ray.")] = "local",
-            journal: Annotated[bool, typer.Option("--journal", help="Record each answer, as a service does; `mlray monitor NAME --arm batch` reads it.")] = False, env: Env = None, as_json: Json = False) -> None:
+            journal: Annotated[bool, typer.Option("--journal", help="Record each answer, as a service does; `mlray monitor NAME --arm batch` reads it.")] = False,
+            reasons: Annotated[int, typer.Option("--explain", metavar="N", min=0, max=100, help="With the N strongest reasons of each answer, by LIME; some hundredths of a second a row.")] = 0, env: Env = None, as_json: Json = False) -> None:
     "Answer every row of a file. Killed, it goes on when given again; 1 where no row could be answered."
     from mlray.progress import CountProgress
-    done = predict_batch(reference, source, out, on, journal, settings_of(env), CountProgress(stderr()))
+    done = predict_batch(reference, source, out, on, journal, settings_of(env), CountProgress(stderr()), reasons)
     shown(as_json, done.as_dict(), done.table())
     if not done.answered: raise typer.Exit(1)

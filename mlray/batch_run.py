@@ -120,6 +120,7 @@ def _about(folder: Path) -> dict[str, Any] | None:
 def _same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     "Raise `DataError` unless a batch that was begun is the one that is asked for."
     if before["digest"] != now["digest"]: raise DataError(f"{folder} was begun with {before['version']}, and now {now['version']} is asked. Go on with {before['version']}, or name another folder.")
+    if before.get("reasons", 0) != now["reasons"]: raise DataError(f"{folder} was begun with {before.get('reasons', 0)} reasons for each answer, and now {now['reasons']} are asked. Go on as it was begun, or name another folder.")
     if before["names"] != now["names"]:
         odd = next((p for p, a, b in zip(now["source"], before["names"], now["names"], strict=False) if a != b), f"{len(now['names'])} files instead of {len(before['names'])}")
         raise DataError(f"{folder} was begun with other rows: {Path(odd).name} has changed since. Bring the old ones back, or name another folder.")
@@ -239,6 +240,7 @@ def predict_file(
     engine: Engine = in_process,
     journal: bool = False,  # record each answer, as a service does
     progress: Any = None,   # shows how far it is; None: a bar on stderr, or a card in a notebook
+    reasons: int = 0,       # of each answer, in a column of their own
 ) -> Batch:
     "Answer every row of a source. Killed, it goes on when called again. Raises `DataError`, `RegistryError`, `Unavailable`."
     began, settings = time.monotonic(), settings or read_settings(None)
@@ -251,12 +253,12 @@ def predict_file(
     with _alone(folder):
         before = _about(folder)
         given, seen = found(str(source), settings, (before or {}).get("seen"))
-        about = {"version": str(chosen), "digest": chosen.digest, "threshold": bundle.threshold, "source": list(given.paths), "names": list(given.names), "seen": seen}
+        about = {"version": str(chosen), "digest": chosen.digest, "threshold": bundle.threshold, "source": list(given.paths), "names": list(given.names), "seen": seen, "reasons": reasons}
         if before: _same(folder, before, about)
         pieces = cut([_fetched(p, folder) if "://" in p and Path(p.partition("?")[0]).suffix not in TABLES else p for p in given.paths], bundle.contract, bundle.spec.data.csv)
         if not before: _write(folder / _ABOUT, about)
         done = _finished(folder, len(pieces))
-        resumed = _answered(Work(bundle.path.resolve(), bundle.digest, str(chosen), folder.resolve(), bundle.spec.data.csv, settings.model_copy(update={"home": settings.home.resolve()}) if journal else None, _called(about)),
+        resumed = _answered(Work(bundle.path.resolve(), bundle.digest, str(chosen), folder.resolve(), bundle.spec.data.csv, settings.model_copy(update={"home": settings.home.resolve()}) if journal else None, _called(about), reasons),
                             pieces, done, engine, show)
         parts = [done[p.number] for p in pieces]
         refused_at = _delivered(target, folder, parts)

@@ -231,7 +231,8 @@ def _run(session: _Graph, rows: Matrix) -> np.ndarray:
     return session.run(["score"], {name: getattr(rows, name) for name in session.takes})[0]
 
 
-_CHUNK = 8192 # rows, times outputs, that go through the graph together, so that memory is bounded
+_CHUNK = 256 # rows that go through the graph together: what flows between its layers stays in the processor's cache, and the runtime keeps no more memory than they take
+_OUTPUTS = 8192 # outputs of them
 _CELLS = 2**18 # and numbers, codes and runs of text in them
 
 
@@ -243,7 +244,7 @@ def _session(path: Path, digest: str) -> _Graph:
 def _together(session: _Graph, rows: Matrix, outputs: int, features: Features) -> np.ndarray:
     "What a graph answers to any number of rows."
     if len(rows) == 1: return _run(session, rows)
-    chunk = max(min(_CHUNK // max(outputs, 1), _CELLS // max(sum(features.widths.values()), 1)), 1)
+    chunk = max(min(_CHUNK, _OUTPUTS // max(outputs, 1), _CELLS // max(sum(features.widths.values()), 1)), 1)
     return np.concatenate([_run(session, rows[at:at + chunk]) for at in range(0, max(len(rows), 1), chunk)])
 
 

@@ -40,6 +40,7 @@ from .errors import MlrayError
 from .export_cli import export_app
 from .first_screen import Chapters
 from .lab_cli import lab_app
+from .optimise_cli import optimise_app
 from .papers_cli import papers_app
 from .proof_cli import Env, Json, Reference, audit_app, proof_app, shown as _show
 from .region_cli import region_app
@@ -67,6 +68,7 @@ app.add_typer(region_app)
 app.add_typer(delivery_app)
 app.add_typer(batch_app)
 app.add_typer(export_app)
+app.add_typer(optimise_app)
 app.add_typer(watch_app)
 app.add_typer(schedule_app)
 app.add_typer(proof_app)

@@ -95,7 +95,8 @@ def repeatable(
     bundle: Bundle,
     version: str, # what to call it
 ) -> None:
-    "Raise `TrainingError` for a version whose noise nobody has kept."
+    "Raise `TrainingError` for a version whose noise nobody has kept, and for one that was not trained."
+    if "optimised" in bundle.provenance: raise TrainingError(f"{version} was not trained, but made from another version by `mlray optimise`. Reproduce that one ({bundle.provenance['parent'][:12]}; `mlray show {version}` names it), and optimise it again: the same bytes come of the same weights.")
     if (private := bundle.spec.train.privacy) and private.noise == "system":
         raise TrainingError(f"{version} was trained under differential privacy, with noise that nobody has kept; whoever could repeat it could take it off again. Where that is no concern, train with `train.privacy.noise=seed`.")
 

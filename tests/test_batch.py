@@ -20,6 +20,7 @@ from mlray.batch_cli import predict_batch
 from mlray.batch_run import in_process, predict_file
 from mlray.bundle import decide, predict
 from mlray.errors import DataError, RegistryError, Unavailable
+from mlray.explanation import explain
 from mlray.journal import line_of
 from mlray.registry import bundle_of, open_registry
 from mlray.samples import diabetes
@@ -46,6 +47,23 @@ def spoilt(frame: pl.DataFrame) -> pl.DataFrame:
 def written(frame: pl.DataFrame, path: Path) -> Path:
     getattr(frame, {".csv": "write_csv", ".parquet": "write_parquet", ".jsonl": "write_ndjson", ".arrow": "write_ipc"}[path.suffix])(path)
     return path
+
+
+def test_reasons_of_a_row_are_those_of_explain_wherever_it_stands(trained, monkeypatch, tmp_path):
+    "Cut otherwise, the same; refused rows have none; a batch that was begun without cannot go on with."
+    settings, run = trained
+    bundle, rows = bundle_of(open_registry(settings), run.version), written(spoilt(diabetes()).head(6), tmp_path / "rows.parquet")
+    monkeypatch.setattr(pieces_of, "_MOST", 2)
+    predict_file("diabetes/1", rows, tmp_path / "cut", settings, progress=QUIET(), reasons=3)
+    monkeypatch.setattr(pieces_of, "_MOST", 50)
+    predict_file("diabetes/1", rows, tmp_path / "whole.csv", settings, progress=QUIET(), reasons=3)
+    cut_, whole = answers(tmp_path / "cut"), pl.read_csv(tmp_path / "whole.csv")
+    assert cut_["row"].to_list() == [1, 2, 3, 5, 6] and cut_["reasons"].list.join("; ").to_list() == whole["reasons"].to_list()
+    row = next(diabetes().select(bundle.contract.features).slice(4, 1).iter_rows(named=True))
+    assert cut_["reasons"][3].to_list() == [f"{r.said} ({r.weight:+.3g})" for r in explain(bundle, row).reasons[:3]]
+    predict_file("diabetes/1", rows, tmp_path / "bare", settings, progress=QUIET())
+    assert "reasons" not in answers(tmp_path / "bare").columns
+    with pytest.raises(DataError, match="begun with 0 reasons"): predict_file("diabetes/1", rows, tmp_path / "bare", settings, progress=QUIET(), reasons=1)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl", ".arrow"])

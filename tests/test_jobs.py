@@ -1,6 +1,7 @@
 """What is answered later, and what is answered beside: jobs whose workers are killed, shadows that are stuck. Plain processes, no Ray; `-m chaos` runs it in full."""
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -19,8 +20,8 @@ from mlray.archive import journaled
 from mlray.arrow import ARROW, stream_of_answer
 from mlray.beside import beside, pairs
 from mlray.bundle import predict
-from mlray.job_desk import Desk, Worker, said_of, shelf_of
-from mlray.jobs import PART, sweep
+from mlray.job_desk import Desk, Tally, Worker, said_of, shelf_of
+from mlray.jobs import PART, claimed, keep, sweep
 from mlray.keeping import open_recorder
 from mlray.meters import Meters
 from mlray.open_inference import parts_of_answer
@@ -100,6 +101,30 @@ def after_kills(two, tmp_path: Path, kills: int) -> str:
     kept = journaled(settings.home / "journal", "diabetes").collect()
     assert kept.height == rows.height and kept.select("id", "row").n_unique() == rows.height and kept["caller"].unique().to_list() == [KEYS[0][0].id]
     return f"{kills} workers killed, the last at {told['done']} of {rows.height} rows: every row answered to the bit, and journaled once"
+
+
+def test_meters_tell_of_jobs_and_their_rows(two, tmp_path):
+    "Waiting, under way, done and cancelled, at each moment; what is swept is not told of any more."
+    settings, models, _, rows = fresh(two, tmp_path)
+    service = served(settings, models, Traffic("diabetes", "1"))
+    shelf = service.desk.shelf
+    service.meters.kept.register(Tally(shelf, "r"))
+    def told() -> dict[tuple[str, str], float]:
+        lines = [re.fullmatch(r'mlray_(job\w*)\{replica="r",state="(\w+)"\} (\S+)', line) for line in ask(service, "metrics").body.decode().splitlines()]
+        return {(m[1], m[2]): float(m[3]) for m in lines if m and float(m[3])}
+    assert told() == {}
+    job, other = (json.loads(ask(service, "submit", stream(rows[:n]), kind=ARROW).body)["id"] for n in (2 * PART + 5, 7))
+    assert told() == {("jobs", "queued"): 2, ("job_rows", "queued"): 2 * PART + 12}
+    ask(service, "cancel", job=other)
+    with claimed(shelf, job) as mine:
+        assert mine
+        keep(shelf, job, 0, b"answers")
+        assert told() == {("jobs", "running"): 1, ("job_rows", "running"): 2 * PART + 5, ("job_answered_rows", "running"): PART, ("jobs", "cancelled"): 1, ("job_rows", "cancelled"): 7}
+    shelf.part(job, 0).unlink()
+    Worker(settings).run()
+    assert told() == {("jobs", "done"): 1, ("job_rows", "done"): 2 * PART + 5, ("job_answered_rows", "done"): 2 * PART + 5, ("jobs", "cancelled"): 1, ("job_rows", "cancelled"): 7}
+    sweep(replace(shelf, now=lambda: time.time() + 2 * settings.jobs_kept_s))
+    assert told() == {}
 
 
 def test_a_worker_that_dies_is_followed_by_another(two, tmp_path): after_kills(two, tmp_path, 1)

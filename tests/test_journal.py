@@ -272,17 +272,31 @@ def test_no_record_no_answer(trained, tmp_path):
     recorder.journal.close()
 
 
-def test_asked_together_is_answered_as_alone(trained, tmp_path):
+class Handle:
+    "A predictor as a gateway holds one, but in this process."
+    def __init__(self, predictor): self.predictor = predictor
+    @property
+    def score(self): return self
+    def remote(self, *sent): return asyncio.ensure_future(self.predictor.score(*sent))
+
+
+@pytest.mark.parametrize("placement", ["together", "apart"])
+def test_asked_together_is_answered_as_alone(trained, tmp_path, placement):
     "Through the gateway, as a server of HTTP asks it: rows that are scored together have their answers to the bit, under their own ids; who goes away takes nobody along; all that was told is journaled."
+    from mlray.asgi import send_reply
     from mlray.front_on_ray import Front
     from mlray.plan import plan_of
     from mlray.registry import add_key
-    from mlray.serve_on_ray import Gateway
+    from mlray.serve_on_ray import Gateway, Predictor
     registry, (key, secret), draw = open_registry(trained[0]), new_key(), random.Random(5)
     add_key(registry, key)
     settings = trained[0].model_copy(update={"home": tmp_path, "journal": True})
-    front = Front(lambda *way: pytest.fail("this could have been answered here"))
-    gateway = front.gateway = Gateway(plan_of(registry, ["diabetes/1"]), (), settings)
+    async def behind(scope, receive, send): # where Serve stands: who waits for a predictor is counted there
+        assert placement == "apart", "this could have been answered in front"
+        await send_reply(*await gateway.answer(scope, receive), send)
+    front = Front(behind)
+    plan = plan_of(registry, ["diabetes/1"])
+    gateway = front.gateway = Gateway(plan, (), settings, {"diabetes": Handle(Predictor(plan.models, settings))} if placement == "apart" else None)
     bundle, rows = bundle_of(registry, trained[1].version), trained[1].rows.parts.test.select(trained[1].rows.contract.features).to_dicts()
     sent = {f"r-{i}": draw.choices(rows, k=draw.choice([1, 1, 1, 3])) for i in range(400)}
 
