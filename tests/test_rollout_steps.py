@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from mlray.access import new_key
 from mlray.cli import app
 from mlray.counts import tabulated
+from mlray.database import ALIASES
 from mlray.errors import Conflict, Refused, RegistryError
 from mlray.journal import Feedback, Journal
 from mlray.keeping import open_recorder
@@ -32,10 +33,14 @@ from mlray.registry import (
     open_registry,
     promote,
     register,
+    remove,
     rollback,
     version as named,
 )
+from mlray.retrain import due
+from mlray.retraining import known_of
 from mlray.rollout import latencies
+from mlray.rollout_policy import Retrain
 from mlray.rollout_run import Standing, gauges
 from mlray.rollout_step import (
     Controller,
@@ -189,6 +194,7 @@ def test_a_canary_that_is_its_champion_is_rolled_back_no_more_often_than_promise
             promise = {"by": ["sex"], "metric": "equal_opportunity_difference", "at_most": 0.3}
             spec = bundle_of(house.registry, house.version).spec
             spec = spec.model_validate(spec.model_dump(mode="json") | {"gates": {"fairness": [promise]}})
+        if "canary" not in house.version.aliases: promote(house.registry, house.version, "canary") # the last rollout took the alias with it
         start(house.registry, house.version, spec)
         controller = Controller(house.registry, house.settings, World(seed=i))
         controller._specs[house.canary] = spec # with the one promise that this world has rows for
@@ -256,6 +262,28 @@ def test_a_business_metric_decides(trained, tmp_path, clicks, over):
     replace_gates(house)
     standing = watched_with(house, World(clicks=clicks, requests=1000), 20)
     assert standing.over == over, standing
+
+
+@pytest.mark.parametrize(("world", "over"), [(World(canary=(0.3, 0.004)), "rolled back"), (World(), "promoted")])
+def test_the_alias_ends_with_its_rollout(trained, tmp_path, world, over):
+    "Otherwise a version that nobody hears is the canary for ever, and retraining waits for it."
+    house = housed(trained, tmp_path / "home", policy=FAIR).at_noon()
+    replace_gates(house)
+    waits = lambda: due(replace(known_of(house.registry, house.settings, "diabetes", house.now[0], look_only=True)[0], labels=500), Retrain(new_labels=100), ())
+    assert waits().said == "not yet" and f"{house.canary} is the canary" in waits().why[0]
+    assert watched_with(house, world).over == over and waits().said == "due"
+    gone = [e for e in audit(house.registry).entries if e.action == "remove"]
+    assert [(e.object, e.details) for e in gone] == [(house.canary, {"alias": "canary", "why": f"its rollout is over: {over}"})] and "canary" not in house.version.aliases
+    assert plan_of(house.registry, ["diabetes"]).traffic[0].canary is None and not audit(house.registry).faults
+    if over == "promoted": return
+    with pytest.raises(RegistryError, match="no diabetes@canary"): rollback(house.registry, "diabetes", "canary")
+    assert promote(house.registry, house.version, "canary", expect=0) == 2, "where it has been stays, and is counted on"
+    with pytest.raises(RegistryError, match="--remove WHY"): rollback(house.registry, "diabetes", "canary")
+    assert str(remove(house.registry, "diabetes", "canary", "a try by hand")) == house.canary and not audit(house.registry).faults
+    for alias, said in (("canary", "to take away"), ("production", "what answers")):
+        with pytest.raises(RegistryError, match=said): remove(house.registry, "diabetes", alias, "again")
+    with house.registry.database.change() as c: c.execute(ALIASES.insert().values(name="diabetes", alias="canary", number=2, generation=2))
+    assert [f.why for f in audit(house.registry).faults] == ["no row tells of alias diabetes canary 2 diabetes/2"], "an alias that somebody put back past the registry"
 
 
 # ---- people, policies, and other controllers ------------------------------------------------------------------------
