@@ -53,10 +53,12 @@ from mlray.rollout_step import (
     start,
     stop,
 )
+from mlray.meters import Meters
 from mlray.service import Service
+from mlray.shadow import Shadow
 from mlray.settings import Settings, amended
 from mlray.windows import Sum, Window
-from tests.canaries import gone_wrong, no_number, raises, same, slow, unfair
+from tests.canaries import gone_wrong, no_number, opposite, raises, same, slow, unfair
 
 ONE, TWO = 2, 3 # codes of the two groups of the diabetes model
 POLICY = {"steps": [0.5, 1.0], "every": "10s", "checks": [{"metric": "error_rate", "margin": 0.02}, {"metric": "invalid_rate", "margin": 0.02}, {"metric": "accuracy", "margin": 0.2, "higher_is_better": True}]}
@@ -81,12 +83,12 @@ class House:
     def version(self) -> Version: return named(self.registry, self.canary)
 
 
-def housed(trained, home: Path, added=None, policy=POLICY, **more) -> House:
+def housed(trained, home: Path, added=None, policy=POLICY, sections=None, **more) -> House:
     "A registry with a champion in production, and a canary made from it."
     settings = amended(trained[0], home=home, journal=True, gates=(), **more)
     registry, bundle = open_registry(settings), bundle_of(open_registry(trained[0]), trained[1].version)
     champion = register(registry, bundle, {})
-    canary = register(registry, gone_wrong(bundle, home.parent / f"bundle-{uuid4().hex[:6]}", added or same(), policy), {})
+    canary = register(registry, gone_wrong(bundle, home.parent / f"bundle-{uuid4().hex[:6]}", added or same(), policy, **(sections or {})), {})
     promote(registry, champion)
     promote(registry, canary, "canary")
     return House(settings, registry, str(champion), str(canary))
@@ -100,7 +102,9 @@ def asked(house: House, rows, requests: int) -> tuple[Counter, list]:
     key, text = new_key("predictor")
     add_key(house.registry, key)
     plan = plan_of(house.registry, ["diabetes"])
-    service = Service(loaded(plan), plan.keys, open_recorder(house.settings))
+    recorder = open_recorder(house.settings)
+    shadow = Shadow(Meters("test"), requests, recorder=recorder)
+    service = Service(loaded(plan), plan.keys, recorder, listen=shadow)
     features, found = bundle_of(house.registry, house.version).contract.features, Counter()
     bodies = [json.dumps({"instances": [{n: r[n] for n in features}]}).encode() for r in rows]
     for i in range(requests):
@@ -108,7 +112,8 @@ def asked(house: House, rows, requests: int) -> tuple[Counter, list]:
         said = json.loads(reply.body)
         found[reply.status, said.get("arm")] += 1
         if reply.status == 200: answers.append((said["request_id"], rows[i % len(rows)]["sex"], said["predictions"][0]["label"]))
-    service.recorder.journal.close()
+    shadow.end() # once it has answered what waits
+    recorder.journal.close()
     return found, answers
 
 
@@ -148,6 +153,31 @@ def test_the_journal_of_a_good_canary_lets_it_go_on(trained, tmp_path):
     assert seen.after.over != "rolled back" and known["error_rate"].canary == 0 and known["invalid_rate"].verdict == "within", seen.why
     assert known["equal_opportunity_difference[sex]"].canary is not None and known["demographic_parity_ratio[sex]"].canary is not None # labels, and decisions without any
     assert controller.look() == [] # not before it is time again
+
+
+UNHEARD = {"steps": [0.5, 1.0], "every": "1s", "start": "shadow", "fairness": {"groups": 6}}
+
+
+@pytest.mark.parametrize(("added", "because"), [(same(), set()), (raises(TWO), {"error_rate"}), (no_number(TWO), {"error_rate", "invalid_rate"}), (slow(300), {"latency"}), (unfair(ONE), {"demographic_parity_ratio[sex]"}), (opposite(), {"answer_shift"})], ids=["same", "raises", "no number", "slow", "unfair", "opposite"])
+def test_in_shadow_first_by_the_command_and_the_journal(trained, tmp_path, monkeypatch, added, because):
+    "What it would have answered stands in the journal beside what was, and that it could not as well; nobody hears it before that is enough."
+    house, rows = housed(trained, tmp_path / "home", added, UNHEARD, {"gates": {"fairness": [{"metric": "demographic_parity_ratio", "by": ["sex"], "at_least": 0.3}]}}), trained[1].rows.parts.train.to_dicts()
+    for name, value in {"HOME": house.settings.home, "JOURNAL": "on", "GATES": " "}.items(): monkeypatch.setenv(f"MLRAY_{name}", str(value))
+    (tmp_path / "settings.ini").write_text("[local]\n")
+    monkeypatch.chdir(tmp_path)
+    run = lambda *words: json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).stdout)
+    assert run("promote", house.canary, "canary")["rollout"] == {"share": 0.0, "champion": house.champion}
+    asked(house, rows, 1) # in the second in which it began, of which no window is counted
+    time.sleep(1.1)
+    found, _ = asked(house, rows, 900)
+    (acted,) = run("rollout", "run", "--once")
+    shown = run("rollout", "status", "diabetes")
+    findings = {f["metric"]: f for f in shown["decision"]["findings"]}
+    print(found, acted["why"], {n: (f["canary"], f["champion"], f["verdict"]) for n, f in findings.items()})
+    assert set(found) == {(200, "production")}, "somebody heard it, or an error of its"
+    assert {n for n, f in findings.items() if f["verdict"] == "worse"} == because
+    assert (acted["action"], acted["share"], acted["over"]) == (("roll back", 0.0, "rolled back") if because else ("promote", 0.5, ""))
+    assert findings["latency"]["champion"] is not None and {"error_rate", "invalid_rate", "answer_shift", "latency"} <= set(findings)
 
 
 # ---- on a clock of its own ------------------------------------------------------------------------------------------
