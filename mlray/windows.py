@@ -27,7 +27,9 @@ from .bundle import Bundle
 from .contract import Contract, groups, read_columns
 from .counts import Counts, count_rows, merged
 from .errors import DataError
-from .feedback import label_codes, outcomes, truth
+from .feedback import label_codes, label_sets, outcomes, truth
+from .gaps import Terms, class_terms, label_terms, number_terms
+from .group_sums import GroupSums, group_sums
 from .journal import NO_NUMBER
 from .keeping import kept_as, seen_through
 from .profile import Histogram, Profile, count_numbers, count_values, counted
@@ -87,17 +89,21 @@ class Window:
     answered: Counts | None = None  # by group, decision and score; the label is the decision
     labelled: Counts | None = None  # those whose label is known
     numbers: Mapping[str, Sum] = field(default_factory=dict) # what feedback says in numbers, and errors of a predicted number
+    answered_sums: GroupSums | None = None  # of classes, labels and numbers: what each group was answered
+    labelled_sums: GroupSums | None = None  # and how right that was
 
     def as_dict(self) -> dict[str, Any]:
         "JSON values."
         cells = lambda c: None if c is None else {"columns": c.columns, "classes": c.classes, "bins": c.bins, "cells": c.cells.to_dict(as_series=False)}
-        return {**vars(self), "profile": self.profile.as_dict(), "answers": self.answers.as_dict(), "answered": cells(self.answered), "labelled": cells(self.labelled), "numbers": {n: list(vars(s).values()) for n, s in self.numbers.items()}}
+        return {**vars(self), "profile": self.profile.as_dict(), "answers": self.answers.as_dict(), "answered": cells(self.answered), "labelled": cells(self.labelled), "numbers": {n: list(vars(s).values()) for n, s in self.numbers.items()},
+                **{n: s.as_dict() if (s := getattr(self, n)) is not None else None for n in ("answered_sums", "labelled_sums")}}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "Window":
         counts = lambda c: None if c is None else Counts(tuple(c["columns"]), pl.DataFrame(c["cells"], schema_overrides={n: pl.UInt16 for n in ("label", "decision", "bin")}), tuple(c["classes"]), c["bins"])
         return Window(**{**data, "latency": tuple(data["latency"]), "scoring": tuple(data.get("scoring", ())), "profile": Profile.from_dict(data["profile"]), "answers": Profile.from_dict(data["answers"]),
-                         "answered": counts(data["answered"]), "labelled": counts(data["labelled"]), "numbers": {n: Sum(*s) for n, s in data["numbers"].items()}})
+                         "answered": counts(data["answered"]), "labelled": counts(data["labelled"]), "numbers": {n: Sum(*s) for n, s in data["numbers"].items()},
+                         **{n: GroupSums.from_dict(s) if (s := data.get(n)) else None for n in ("answered_sums", "labelled_sums")}})
 
 # %% ../nbs/36c_windows.ipynb #9e0a37a0
 def _profiles(every: Sequence[Profile]) -> Profile:
@@ -117,7 +123,8 @@ def together(
         for n, s in w.numbers.items(): numbers[n] = numbers.get(n, Sum()) + s
     slow = lambda name: tuple(np.sum(found, axis=0).tolist()) if (found := [x for w in windows if (x := getattr(w, name))]) else ()
     return replace(windows[0], start=min(w.start for w in windows), end=max(w.end for w in windows), **{n: add(n) for n in ("requests", "errors", "refused", "lost", "invalid", "rows")}, latency=slow("latency"), scoring=slow("scoring"),
-                   profile=_profiles([w.profile for w in windows]), answers=_profiles([w.answers for w in windows]), answered=counts("answered"), labelled=counts("labelled"), numbers=numbers)
+                   profile=_profiles([w.profile for w in windows]), answers=_profiles([w.answers for w in windows]), answered=counts("answered"), labelled=counts("labelled"), numbers=numbers,
+                   answered_sums=counts("answered_sums"), labelled_sums=counts("labelled_sums"))
 
 # %% ../nbs/36c_windows.ipynb #dd6dd56e
 def live_rows(
@@ -173,19 +180,47 @@ def _counts(task: Task, by: pl.DataFrame, rows: pl.DataFrame, label: str | pl.Se
     return count_rows(frame, by.columns, "the label", "the decision", "the score" if score is not None else None, classes=task.names, bins=SCORE_BINS)
 
 
-def _labelled(bundle: Bundle, by: pl.DataFrame, rows: pl.DataFrame, said: pl.DataFrame) -> tuple[Counts | None, dict[str, Sum]]:
+def _terms(task: Task, rows: pl.DataFrame, label: np.ndarray | None = None) -> Terms:
+    "What each answer brings to the gates' promises about groups; without labels, only what was answered."
+    decided = _decided(task, rows)
+    if task.kind == "multiclass": terms = class_terms(decided if label is None else label, decided, task.outputs)
+    elif task.kind == "multilabel": terms = label_terms(decided if label is None else label, decided)
+    else: terms = number_terms(decided if label is None else label, decided)
+    return terms if label is not None else {n: t for n, t in terms.items() if n in ("demographic_parity", "mean_prediction")}
+
+
+def _decided(task: Task, rows: pl.DataFrame) -> np.ndarray:
+    "Answers as the gate has them."
+    if task.kind == "multiclass": return rows["answer:label"].replace_strict(list(task.names), list(range(task.outputs)), return_dtype=pl.Int64).to_numpy()
+    if task.kind == "multilabel": return _sets(task, rows["answer:labels"])
+    return rows["answer:value"].cast(pl.Float64).to_numpy()
+
+
+def _sets(task: Task, names: pl.Series) -> np.ndarray: # [rows, labels], 0 or 1
+    return np.stack([names.list.contains(n).to_numpy().astype(np.int64) for n in task.names], axis=1)
+
+
+def _sums(task: Task, by: pl.DataFrame, rows: pl.DataFrame, label: np.ndarray | None = None) -> GroupSums | None:
+    "The same, added up by group; two classes are counted instead."
+    return None if task.kind == "binary" or not by.width or not rows.height else group_sums(by, _terms(task, rows, label))
+
+# %% ../nbs/36c_windows.ipynb #62310918
+def _labelled(bundle: Bundle, by: pl.DataFrame, rows: pl.DataFrame, said: pl.DataFrame) -> tuple[Counts | None, dict[str, Sum], GroupSums | None]:
     "What labels and other feedback say of some rows."
     task, at = bundle.task, rows.select("id", "row").with_row_index("place")
     known = at.join(truth(said), on=["id", "row"], how="inner", maintain_order="left")
-    codes = label_codes(bundle.contract, task, known)
+    codes = label_sets(task, known) if task.kind == "multilabel" else label_codes(bundle.contract, task, known)
     known, codes = known.filter(codes.is_not_null()), codes.drop_nulls()
     told = at.join(outcomes(said), on=["id", "row"], how="inner")
     numbers = {kind: sum_of(part["number"].to_numpy()) for (kind,), part in told.partition_by("kind", as_dict=True).items()}
-    if not known.height: return None, numbers
-    part, label = rows[known["place"]], codes.to_numpy()
-    if task.classes: return _counts(task, by[known["place"]] if by.width else by, part, pl.Series([task.names[int(c)] for c in label])), numbers
+    if not known.height: return None, numbers, None
+    part, group = rows[known["place"]], by[known["place"]] if by.width else by
+    label = _sets(task, codes) if task.kind == "multilabel" else codes.to_numpy().astype(np.int64 if task.classes else np.float64)
+    sums = _sums(task, group, part, label)
+    if task.kind == "multilabel": return None, {**numbers, "hamming_loss": sum_of((label != _decided(task, part)).mean(1))}, sums
+    if task.classes: return _counts(task, group, part, pl.Series([task.names[c] for c in label])), numbers, sums
     error = part["answer:value"].cast(pl.Float64).to_numpy() - label
-    return None, {**numbers, "bias": sum_of(error), "mean_absolute_error": sum_of(np.abs(error)), "mean_squared_error": sum_of(error**2)}
+    return None, {**numbers, "bias": sum_of(error), "mean_absolute_error": sum_of(np.abs(error)), "mean_squared_error": sum_of(error**2)}, sums
 
 # %% ../nbs/36c_windows.ipynb #47ccc8a2
 def count_window(
@@ -201,10 +236,10 @@ def count_window(
     first, answered = rows.filter(pl.col("row").fill_null(0) == 0), rows.filter(pl.col("row").is_not_null())
     live = live_rows(bundle.contract, answered)
     by = live_groups(bundle.contract, live)
-    labelled, numbers = _labelled(bundle, by, answered, said)
+    labelled, numbers, sums = _labelled(bundle, by, answered, said)
     return replace(about, requests=first.height, errors=int((first["status"] >= 500).sum()), refused=int(first["status"].is_between(400, 499).sum()), lost=int(first["lost"].sum()), invalid=int((first["status"] == NO_NUMBER).sum()), rows=answered.height,
                    latency=latencies(first["seconds"].to_numpy()), scoring=latencies(spent) if len(spent) else (), profile=_features(bundle.contract, reference, live), answers=_answers(bundle.task, answered), answered=_counts(bundle.task, by, answered) if answered.height else None,
-                   labelled=labelled, numbers=numbers)
+                   labelled=labelled, numbers=numbers, answered_sums=_sums(bundle.task, by, answered), labelled_sums=sums)
 
 # %% ../nbs/36c_windows.ipynb #0825ad21
 _GRACE = 30 # seconds after its end in which a window may still receive a record
@@ -306,8 +341,8 @@ def _count_feedback_again(kept: Windows, bundle: Bundle, new: Sequence[str], sai
             path = kept.path(arm, start)
             if not path.is_file(): continue
             answered = rows.filter(pl.col("row").is_not_null())
-            labelled, numbers = _labelled(bundle, live_groups(bundle.contract, live_rows(bundle.contract, answered)), answered, said)
-            kept.store(replace(Window.from_dict(json.loads(path.read_bytes())), labelled=labelled, numbers=numbers))
+            labelled, numbers, sums = _labelled(bundle, live_groups(bundle.contract, live_rows(bundle.contract, answered)), answered, said)
+            kept.store(replace(Window.from_dict(json.loads(path.read_bytes())), labelled=labelled, numbers=numbers, labelled_sums=sums))
 
 
 def windows_since(
