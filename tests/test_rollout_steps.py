@@ -24,6 +24,7 @@ from mlray.journal import Feedback, Journal
 from mlray.keeping import open_recorder
 from mlray.lease import acting, holder_of, take
 from mlray.ledger import audit
+from mlray.meters import Meters
 from mlray.plan import loaded, plan_of, set_share, share_of
 from mlray.registry import (
     Registry,
@@ -53,10 +54,9 @@ from mlray.rollout_step import (
     start,
     stop,
 )
-from mlray.meters import Meters
 from mlray.service import Service
-from mlray.shadow import Shadow
 from mlray.settings import Settings, amended
+from mlray.shadow import Shadow
 from mlray.windows import Sum, Window
 from tests.canaries import gone_wrong, no_number, opposite, raises, same, slow, unfair
 
