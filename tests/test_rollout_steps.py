@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlray.access import new_key
+from mlray.archive import journaled
 from mlray.cli import app
 from mlray.counts import tabulated
 from mlray.database import ALIASES
@@ -292,6 +293,31 @@ def test_a_business_metric_decides(trained, tmp_path, clicks, over):
     replace_gates(house)
     standing = watched_with(house, World(clicks=clicks, requests=1000), 20)
     assert standing.over == over, standing
+
+
+@pytest.mark.parametrize(("earns", "over"), [((0.45, 0.15), "promoted"), ((0.15, 0.45), "rolled back"), ((0.3, 0.3), "")], ids=["more", "less", "as much"])
+def test_a_business_metric_decides_by_the_commands(trained, tmp_path, monkeypatch, earns, over):
+    "A/B to its end: half of the people each, what they bought comes back as feedback, and the new version has to be shown to sell more."
+    policy = {"steps": [0.5, 1.0], "every": "1s", "latency": None, "checks": [{"metric": "sale", "margin": 0.0, "higher_is_better": True, "demand": "better"}]}
+    house, rows = housed(trained, tmp_path / "home", same(), policy, {"gates": {}}), trained[1].rows.parts.train.to_dicts()
+    for name, value in {"HOME": house.settings.home, "JOURNAL": "on", "GATES": " "}.items(): monkeypatch.setenv(f"MLRAY_{name}", str(value))
+    (tmp_path / "settings.ini").write_text("[local]\n")
+    monkeypatch.chdir(tmp_path)
+    run = lambda *words: json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).stdout)
+    assert run("promote", house.canary, "canary")["rollout"]["share"] == 0.5
+    time.sleep(1.1) # the second in which it began is not counted
+    found, _ = asked(house, rows, 1000)
+    said, told = journaled(house.settings.home / "journal").collect(), Journal(house.settings.home / "journal/feedback/segments")
+    draw = np.random.default_rng(3)
+    for id, arm in said.select("id", "arm").iter_rows():
+        if draw.random() < 0.8: told.write(Feedback(id, time.time_ns(), kind="sale", number=float(draw.random() < earns[arm != "canary"]))) # of some nobody hears again
+    told.close()
+    (acted,) = run("rollout", "run", "--once")
+    finding = run("rollout", "status", "diabetes")["decision"]["findings"][0]
+    print(dict(found), acted["why"], finding["canary"], finding["champion"])
+    assert acted["over"] == over and finding["metric"] == "sale" and finding["verdict"] == {"promoted": "better", "rolled back": "worse", "": "undecided"}[over]
+    at = {a: str(v) for v in (named(house.registry, house.champion), house.version) for a in v.aliases}
+    assert at == {"promoted": {"production": house.canary}, "rolled back": {"production": house.champion}, "": {"production": house.champion, "canary": house.canary}}[over]
 
 
 @pytest.mark.parametrize(("world", "over"), [(World(canary=(0.3, 0.004)), "rolled back"), (World(), "promoted")])

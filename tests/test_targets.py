@@ -602,7 +602,8 @@ def test_a_gap_for_one_class_is_found_and_named(runs):
     bundle = replace(bundle, spec=bundle.spec.model_validate(bundle.spec.model_dump(mode="json") | {"gates": {"fairness": [promise]}}))
     alerts = (Alert(metric="equal_opportunity_difference", by=("sex",), at_most=0.45), Alert(metric="demographic_parity_difference", by=("sex",), at_most=0.3))
     sex = {f"r{start}-{i}": s for k, start in enumerate(HOURS) for i, s in enumerate(people["sex"][k::3])}
-    def unfair(said, hours=iter(HOURS)):
+    hours = iter(HOURS)
+    def unfair(said):
         start = next(hours)
         return said | {"label": ["middling" if v == "fast" and sex[f"r{start}-{i}"] == "group 2" else v for i, v in enumerate(said["label"])]}
     before, after = live(bundle, people), live(bundle, people, unfair)
