@@ -200,12 +200,12 @@ def raw(trained):
     return replace(bundle, spec=spec), pl.concat(vars(trained[1].rows.parts).values()).sample(fraction=1.0, shuffle=True, seed=1)
 
 
-def _journal(home: Path, bundle, people: pl.DataFrame, labelled: int, keys: Keys | None = None, subject=lambda i: "", wrong=()) -> None:
+def _journal(home: Path, bundle, people: pl.DataFrame, labelled: int, keys: Keys | None = None, subject=lambda i: "", wrong=(), at=lambda i: NOON + 60 * i) -> None:
     scores = predict(bundle, people, people.height)
     said, shown = answer_columns(predictions(bundle.task, scores, decide(bundle, scores))), kept(plan(bundle.contract, bundle.profile, keys or Keys({"1": b"key"})), people.to_dict(as_series=False))
     journal, told = Journal(home / "journal/segments"), Journal(home / "journal/feedback/segments")
     for i in range(people.height):
-        journal.write(Entry(f"r{i:04}", (NOON + 60 * i) * 10**9, "diabetes", "1", bundle.digest, rows=1, columns={n: [v[i]] for n, v in shown.items()}, answers={n: [v[i]] for n, v in said.items()}, subject=subject(i)))
+        journal.write(Entry(f"r{i:04}", at(i) * 10**9, "diabetes", "1", bundle.digest, rows=1, columns={n: [v[i]] for n, v in shown.items()}, answers={n: [v[i]] for n, v in said.items()}, subject=subject(i)))
         if i < labelled: told.write(Feedback(f"r{i:04}", (NOON + 60 * i + 5) * 10**9, number=float(people[bundle.contract.target][i]) if i not in wrong else 0.0, caller="shop"))
     journal.close(), told.close()
 
@@ -312,11 +312,13 @@ def test_from_labels_to_a_canary_by_the_commands(raw, tmp_path, monkeypatch, lab
     from mlray.settings import read_settings
     registry = open_registry(read_settings(env="local"))
     first = bundle_of(registry, version(registry, "diabetes/1"))
-    _journal(tmp_path / "home", first, people, 0)
+    now = int(time.time())
+    _journal(tmp_path / "home", first, people, 0, at=lambda i: now)
     told, draw = Journal(tmp_path / "home/journal/feedback/segments"), np.random.default_rng(1)
-    for i in range(people.height): told.write(Feedback(f"r{i:04}", (NOON + 60 * i + 5) * 10**9, number=float(people[first.contract.target][i] if labels == "true" else draw.choice([100.0, 200.0])), caller="shop"))
+    for i in range(people.height): told.write(Feedback(f"r{i:04}", (now + 1) * 10**9, number=float(people[first.contract.target][i] if labels == "true" else draw.choice([100.0, 200.0])), caller="shop"))
     told.close()
     done = run("retrain", "diabetes", code=0 if labels == "true" else 1)
+    assert done["decision"] == "due", done["why"]
     print(f"\n{labels} labels: {done['state']}, {done['version']}, {done['alias'] or 'no alias'}, gates {done['gates']}, {done['learned'][0]}, load {os.getloadavg()[0]:.0f}")
     (attempt,) = attempts(registry, "diabetes")
     assert (attempt.kind, attempt.state, attempt.result["version"]) == ("labels", done["state"], "diabetes/2") and done["version"] == "diabetes/2"
@@ -436,7 +438,7 @@ print(json.dumps([b.import_errors, {{d: [[t.task_id, t.bash_command, str(x.sched
     assert done.returncode == 0, done.stderr[-2000:]
     errors, found = json.loads(done.stdout.strip().splitlines()[-1])
     print(f"\nAirflow read {found}")
-    assert [Path(p).name for p in errors] == ["broken.py"] and "bash_commands" in str(errors), "what is wrong is found, and nothing else"
+    assert [Path(p).name for p in errors] == ["broken.py"] and "missing keyword argument 'bash_command'" in next(iter(errors.values())), "what is wrong is found, and nothing else"
     assert {d: [(task, times) for task, _, times in tasks] for d, tasks in found.items()} == {f"mlray-{w}-adult": [(w, "5 3 * * 1-5")] for w in given} and "'out dir'" in found["mlray-predict-adult"][0][1]
 
 
