@@ -102,6 +102,7 @@ Modules:
 - `mlray.gate_report`: What gates found, for those who read it elsewhere: JUnit, GitHub, a summary, pages
 - `mlray.gathering`: Requests that wait at the same moment are scored together
 - `mlray.gradient`: What the network itself says: what each feature adds to the logit
+- `mlray.group_sums`: Gaps between groups from sums alone, for traffic whose rows nobody keeps together
 - `mlray.grpc_on_ray`: gRPC in front of the service, on Ray Serve
 - `mlray.haproxy`: Close what is left open in front of a service
 - `mlray.harmless`: May a graph be run: one that only computes, of its inputs, within bounds

@@ -258,7 +258,7 @@ def _approvals(found: Dossier) -> Section:
     given = found.approvals
     lines = [(e.actor, e.created[:19], ", ".join(f"{k} {v}" for k, v in e.details.items()), e.seq) for e in given]
     asked = ", ".join(f"{k.replace('_', ' ')} {', '.join(v) if isinstance(v, list | tuple) else v}" for k, v in found.policy.items() if v not in (None, False, (), "", 0))
-    out = [(e.action, e.details.get("alias", ""), e.actor, e.created[:19], e.seq) for e in found.happened("promote", "rollback", "refuse", "withdraw", "deprecate", "retire")]
+    out = [(e.action, e.details.get("alias", ""), e.actor, e.created[:19], e.seq) for e in found.happened("promote", "rollback", "remove", "refuse", "withdraw", "deprecate", "retire")]
     return Section("Who let it out", (f"Production asks for: {asked or 'nothing'}.",), (*([table(["by", "when", "what", "row"], lines, "Approvals")] if lines else []), *([table(["what", "alias", "by", "when", "row"], out, "Releases")] if out else [])),
                    missing=() if lines else ("an approval: the audit has none of this version that holds",))
 

@@ -68,6 +68,7 @@ def _told(entries: Sequence[Entry]) -> dict[tuple[Any, ...], int]:
             said.pop(aliases.get((name, d["alias"]), ()), None)
             aliases[name, d["alias"]] = ("alias", name, d["alias"], new, e.object)
             said[aliases[name, d["alias"]]] = said["move", name, d["alias"], new, e.object, d.get("under", new - 1 or None)] = e.seq
+        if e.action == "remove": said.pop(aliases.pop((e.object.rpartition("/")[0], d["alias"]), ()), None)
         if e.action == "retire": said["retired", e.object] = e.seq
         said |= {told: e.seq for told in _told_of_governance(e)}
         if e.action == "deprecate": said = {k: v for k, v in said.items() if k[:2] != ("sunset", e.object) or v == e.seq}

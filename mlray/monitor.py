@@ -29,7 +29,9 @@ from .estimate import estimate_of_counts
 from .evaluation import Evaluation, rules_of
 from .fairness import FairnessReport, fairness_report, rates_named
 from .feedback import Labelled, who_was_labelled
+from .gaps import GapReport
 from .gate import Found, Verdict, judge
+from .group_sums import GroupSums, gap_report_of, rates_by_group
 from .keeping import seen_through
 from .profile import Profile
 from .rollout import EDGES
@@ -93,7 +95,7 @@ def shift_of_answers(
     return drift_report(_named(together(first).answers), _named(recent.answers)) if first and recent.answers.columns else None
 
 # %% ../nbs/38g_monitor.ipynb #e2783619
-_OF_DECISIONS = ("selection_rate", "demographic_parity")
+_OF_DECISIONS = ("selection_rate", "demographic_parity", "mean_prediction")
 
 
 def needs_labels(metric: str) -> bool:
@@ -107,8 +109,13 @@ def _fair(bundle: Bundle, counts: Counts | None) -> FairnessReport | None:
     return fairness_report(counts, bundle.spec.min_group, max([1, *(len(r.by) for r in rules)]), rates=rates_named(r.metric for r in rules), draws=200)
 
 
-def _of_groups(report: FairnessReport, evidence: int, keep: Any) -> dict[str, Known]:
-    measures = Evaluation(Scorecard(0, {}, {}), report).measures
+def _gaps(bundle: Bundle, sums: GroupSums | None) -> tuple[GapReport, Scorecard] | None: # and what single columns' groups get
+    "Of classes, labels and numbers, by the gate's own terms."
+    return None if sums is None else (gap_report_of(sums, bundle.spec.min_group, draws=200), Scorecard(0, {}, rates_by_group(sums)))
+
+
+def _of_groups(report: FairnessReport | GapReport, evidence: int, keep: Any, card: Scorecard | None = None) -> dict[str, Known]:
+    measures = Evaluation(card or Scorecard(0, {}, {}), report).measures
     return {n: Known(m, evidence) for n, m in measures.items() if n != "personal_columns" and keep(n)}
 
 
@@ -138,7 +145,7 @@ class Watched(Displayed):
     shift: DriftReport | None       # of answers; None: there are no earlier ones
     quality: Scorecard | None       # on labels; None: there are none
     labelled: Labelled | None
-    fairness: FairnessReport | None # on labels where there are any, else on decisions
+    fairness: FairnessReport | GapReport | None # on labels where there are any, else on decisions
     verdict: Verdict                # the gates' promises about groups
     waiting: tuple[str, ...] = ()   # promises that nothing can be said of yet
     history: tuple[Window, ...] = field(default=(), repr=False)
@@ -157,7 +164,7 @@ class Watched(Displayed):
 
     def table(self) -> Table:
         "What a manager asks first."
-        shown = ("requests", "error_rate", "refused_rate", "latency_p50_seconds", "latency_p99_seconds", "moved_share", "estimated_accuracy", "estimated_roc_auc", "accuracy", "roc_auc", "expected_calibration_error", "mean_absolute_error", "bias", *self.window.numbers)
+        shown = ("requests", "error_rate", "refused_rate", "latency_p50_seconds", "latency_p99_seconds", "moved_share", "estimated_accuracy", "estimated_roc_auc", "accuracy", "roc_auc", "expected_calibration_error", "hamming_loss", "mean_absolute_error", "bias", *self.window.numbers)
         lines = [(n, m.value, m.low, m.high, self.measures[n].evidence) for n in dict.fromkeys(shown) if n in self.measures and not isinstance(found := self.measures[n].found, Mapping) for m in [found if isinstance(found, Measure) else Measure(float(found))]]
         return table(["measure", "value", "95 % from", "to", "over"], lines, f"{self.version}, {self.since:%Y-%m-%d %H:%M} to {self.until:%Y-%m-%d %H:%M} UTC")
 
@@ -196,17 +203,19 @@ def watched(
     known = operations(window) | {k: Known(v, n) for k, v in drift.values.items() if k not in ("unmatched_columns",)} | ({k: Known(v, n) for k, v in shift.values.items() if "[" in k} if shift else {})
     answered, labelled = window.answered, window.labelled
     quality = scorecard_of_counts(labelled, draws=200) if labelled is not None and labelled.rows else None
-    labels = labelled.rows if labelled is not None else max((s.n for name, s in window.numbers.items() if name == "bias"), default=0)
+    labels = labelled.rows if labelled is not None else max((s.n for name, s in window.numbers.items() if name in ("bias", "hamming_loss")), default=0)
     if answered is not None and answered.bins and answered.rows: known |= {k: Known(m, n) for k, m in estimate_of_counts(answered).items()}
     if quality: known |= {k: Known(m, labels) for k, m in quality.overall.items()}
     of_answers, of_labels = _fair(bundle, answered), _fair(bundle, labelled)
     if of_answers: known |= _of_groups(of_answers, n, lambda name: not needs_labels(name))
     if of_labels: known |= _of_groups(of_labels, labels, needs_labels)
+    if all_ := _gaps(bundle, window.answered_sums): known |= _of_groups(all_[0], n, lambda name: not needs_labels(name), all_[1])
+    if some := _gaps(bundle, window.labelled_sums): known |= _of_groups(some[0], labels, needs_labels, some[1])
     verdict, waiting = judged_groups(bundle, known, labels, n)
     said = who_was_labelled(answered, labelled) if answered is not None and labelled is not None and answered.bins else None
     if said: known["labelled_share"] = Known(wilson(said.labels, max(said.answers, said.labels)), n)
     moment = lambda s: datetime.fromtimestamp(s, UTC)
-    return Watched(f"{bundle.name}/{version}", moment(window.start), moment(window.end), window, known, drift, shift, quality, said, of_labels or of_answers, verdict, waiting, tuple(history))
+    return Watched(f"{bundle.name}/{version}", moment(window.start), moment(window.end), window, known, drift, shift, quality, said, of_labels or of_answers or (some or all_ or (None,))[0], verdict, waiting, tuple(history))
 
 # %% ../nbs/38g_monitor.ipynb #8126997c
 def monitor(

@@ -170,7 +170,7 @@ def due(
     left, short = _budget(policy, history, now, orphan)
     if short: return NotYet((short,), fresh)
     if orphan: return Due((f"{orphan.holder} began this, for {orphan.kind}, and has not been heard of since {orphan.until.isoformat()[:19]}",), (), left / 60, orphan)
-    if evidence.canary and not any(c.kind == "request" for c in fresh): return NotYet((f"{evidence.canary} is the canary, and whether it cures this is not known yet. Promote it, or retire it",), fresh)
+    if evidence.canary and not any(c.kind == "request" for c in fresh): return NotYet((f"{evidence.canary} is the canary, and whether it cures this is not known yet. Promote it, or take it away: `mlray rollback {evidence.model} canary --remove WHY`",), fresh)
     last = max((a.ended for a in history if a.ended and a.kind != "resume" and a.state != "answered"), default=None)
     if last and now < last + age_of(policy.pause) and not any(c.kind == "request" for c in fresh): return NotYet((f"the last run ended {last.isoformat()[:16]}, and {policy.pause} lie between runs that nobody asked for",), fresh)
     return Due(tuple(c.why for c in fresh), fresh, left / 60)

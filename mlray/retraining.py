@@ -25,6 +25,7 @@ from .labelled import Learnable, labelled_rows, next_spec
 from .monitor import Watched, monitor
 from .registry import Registry, Version, bundle_of, generation, promote, versions
 from .retrain import Decision, Due, Evidence, due
+from .rollout_step import start
 from .run import Run
 from .settings import Settings
 from .spec import RunSpec
@@ -97,7 +98,7 @@ class Retrained(Displayed):
         if self.state == "failed": return f"{self.model}: the run failed: {self.why}"
         if self.why == SAME: return f"{self.version} came out again: {SAME}"
         if self.state == "refused": return f"{self.version} was trained, and did not pass: {', '.join(g for g, ok in (self.gates or {}).items() if not ok)}"
-        return f"{self.version} was trained and has passed its gates" + (f"; it is the {self.alias} now" if self.alias else f"; it is proposed: `mlray promote {self.version} canary`" + f" ({self.why})" * bool(self.why))
+        return f"{self.version} was trained and has passed its gates" + (f"; it is the {self.alias} now" if self.alias else f"; it is proposed: `mlray promote {self.version} canary`") + f" ({self.why})" * bool(self.why)
 
     def table(self) -> Table:
         lines = [("decision", self.decision.said), *(("why", w) for w in self.decision.why), *([("version", self.version)] if self.version else []), *(("learned from", s) for s in self.learned), *((f"gate {g}", "passed" if ok else "failed") for g, ok in (self.gates or {}).items())]
@@ -125,12 +126,14 @@ def _learned(settings: Settings, bundle: Bundle, now: datetime) -> Learnable | N
 
 
 def _let_out(registry: Registry, spec: RunSpec, made: Version, gates: tuple[str, ...], trigger: str) -> tuple[str, str]: # alias, or why not
-    "Make it the canary where the spec says so; the registry asks for its gates once more."
+    "Make it the canary where the spec says so, and begin its rollout; the registry asks for its gates once more."
     if spec.retrain.then != "canary": return "", ""
     running = next((v for v in versions(registry, spec.name) if "canary" in v.aliases and "production" not in v.aliases and v.number != made.number and not v.retired), None)
     if running: return "", f"{running} is the canary, and is not over"
     try: promote(registry, made, "canary", gates, generation(registry, spec.name, "canary"), once=f"retrain-{trigger}")
     except (Refused, Conflict) as error: return "", str(error)
+    try: start(registry, made, bundle_of(registry, made).spec, once=f"retrain-{trigger}-rollout")
+    except (RegistryError, Conflict) as error: return "canary", f"its rollout did not begin: {error}"
     return "canary", ""
 
 

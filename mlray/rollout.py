@@ -283,9 +283,9 @@ def decide(
     rules: Sequence[Rule] = (),     # the gates' promises; those with `by` are kept up here
 ) -> Promote | Hold | RollBack:
     "What to do with the canary now; at a share of 0 it is in shadow. Raises `SpecError` where the share is not a step, or a rule cannot be kept."
-    steps = (0.0, *policy.steps) if policy.shadow else policy.steps
+    steps = (0.0, *policy.steps) if policy.unheard else policy.steps
     if evidence.share not in steps: raise SpecError(f"{evidence.share:g} is not a step of this rollout. Steps: {', '.join(f'{s:g}' for s in steps)}.")
-    at, checks, slower = steps.index(evidence.share), policy.checks if evidence.share else policy.shadow, policy.latency if evidence.share else None
+    at, checks, slower = steps.index(evidence.share), policy.checks if evidence.share else policy.unheard, policy.latency if evidence.share or policy.start == "shadow" else None
     if evidence.share == 1: return Hold(1.0, "it has all requests; nothing is left to compare with", ())
     promises = [r for r in rules if r.by]
     weights = sum(c.weight for c in checks) + (slower.weight if slower else 0) + (policy.fairness.weight if promises else 0)

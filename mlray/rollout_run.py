@@ -73,7 +73,7 @@ def begin(
     now: int, # seconds since 1970
 ) -> Standing:
     "The first step: in shadow, where something is to be shown there."
-    first = 0.0 if spec.rollout.shadow else spec.rollout.steps[0]
+    first = 0.0 if spec.rollout.unheard else spec.rollout.steps[0]
     return Standing(spec.name, canary, champion, first, now, visits=(first,))
 
 # %% ../nbs/38i_rollout_run.ipynb #b31556cd
@@ -116,22 +116,20 @@ def done(
     return replace(standing, share=decision.share, since=now, fence=standing.fence + 1, visits=(*standing.visits, decision.share), over=over)
 
 # %% ../nbs/38i_rollout_run.ipynb #8aa9a69d
-_ANSWER = ("answer:label", "answer:score", "answer:value")
-
-
 def apart_of(
     canary: pl.DataFrame,   # journaled rows of the version that listened along
     champion: pl.DataFrame, # of the one that was heard
     spread: float = 1.0,    # of a number that is predicted: what counts as far
-) -> dict[str, Mean]: # `disagreement` of decisions, `answer_shift` of scores or numbers; without rows in common nothing
+) -> dict[str, Mean]: # `disagreement` of decisions, `answer_shift` of scores (of several the furthest) or numbers; without rows in common nothing
     "How far two versions are apart on the same rows."
-    have = lambda rows: rows.filter(pl.col("row").is_not_null()).select("id", "row", *(n for n in _ANSWER if n in rows.columns))
+    have = lambda rows: rows.filter(pl.col("row").is_not_null()).select("id", "row", pl.selectors.starts_with("answer:"))
     both = have(champion).join(have(canary), on=["id", "row"], how="inner", suffix=" too")
     if not both.height: return {}
-    found = {"disagreement": Mean(float((both["answer:label"] != both["answer:label too"]).sum()), both.height)} if {"answer:label", "answer:label too"} <= set(both.columns) else {}
-    for name, far in (("answer:score", 1.0), ("answer:value", spread)):
-        if {name, f"{name} too"} <= set(both.columns): found["answer_shift"] = mean_of(((both[name].cast(pl.Float64) - both[f"{name} too"].cast(pl.Float64)).abs() / far).fill_nan(1.0).fill_null(1.0).clip(0, 1).to_numpy())
-    return found
+    shared = [n for n in both.columns if f"{n} too" in both.columns]
+    decided = [pl.col(n).ne_missing(pl.col(f"{n} too")) for n in shared if n in ("answer:label", "answer:labels")]
+    far = [((pl.col(n).cast(pl.Float64) - pl.col(f"{n} too").cast(pl.Float64)).abs() / (spread if n == "answer:value" else 1.0)).fill_nan(1.0).fill_null(1.0).clip(0, 1) for n in shared if n.startswith(("answer:score", "answer:value"))]
+    found = {"disagreement": Mean(float(both.select(pl.any_horizontal(decided)).to_series().sum()), both.height)} if decided else {}
+    return found | ({"answer_shift": mean_of(both.select(pl.max_horizontal(far)).to_series().to_numpy())} if far else {})
 
 # %% ../nbs/38i_rollout_run.ipynb #decbe4d5
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ class RunSpec(Part):
     def id(self) -> str:
         "Twelve hex digits that name this intent."
         values = self.model_dump(mode="json", exclude={"about", "monitor", "retrain"} | ({"search"} if not self.search else set())) # how it is watched changes nothing of what it is
-        values["rollout"] = {k: v for k, v in values["rollout"].items() if k != "every" and (k != "shadow" or v)}
+        values["rollout"] = {k: v for k, v in values["rollout"].items() if k != "every" and (k != "shadow" or v) and (k, v) != ("start", "step")}
         values["contract"] = [(n, {k: v for k, v in c.items() if k != "journal"}) for n, c in values["contract"].items()] # the order of columns means something
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -46,6 +46,11 @@ def slow(products: int) -> Added:
     return nodes, {"axis": np.array([1], np.int64), "wide": rng.normal(size=(1, wide)).astype(np.float32), "turn": (rng.normal(size=(wide, wide)) / 16).astype(np.float32), "none": np.array(0, np.float32)}
 
 
+def opposite() -> Added:
+    "Whoever got much gets little."
+    return [h.make_node("Sub", ["one", "honest"], ["score"])], {"one": np.array(1, np.float32)}
+
+
 def same() -> Added:
     "Nothing at all goes wrong; other bytes."
     return [h.make_node("Add", ["honest", "nothing"], ["score"])], {"nothing": np.array(0, np.float32)}

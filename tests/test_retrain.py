@@ -3,6 +3,7 @@ import ast
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,10 +30,12 @@ from mlray.errors import Conflict, DataError, SettingsError
 from mlray.journal import Entry, Feedback, Journal
 from mlray.keeping import Keys, answer_columns, kept, plan, pseudonym, read_keys
 from mlray.labelled import keep_rows, labelled_rows, next_spec, next_to_label
+from mlray.ledger import audit
 from mlray.opened import Registry
-from mlray.registry import bundle_of, events, open_registry
+from mlray.registry import bundle_of, events, open_registry, version
 from mlray.retrain import Due, Evidence, due
 from mlray.rollout_policy import Guard, Retrain
+from mlray.rollout_step import running
 from mlray.rows import read_rows
 from mlray.schedule import cron_of, job_of, schedule
 from mlray.spec import parse_spec
@@ -197,12 +200,12 @@ def raw(trained):
     return replace(bundle, spec=spec), pl.concat(vars(trained[1].rows.parts).values()).sample(fraction=1.0, shuffle=True, seed=1)
 
 
-def _journal(home: Path, bundle, people: pl.DataFrame, labelled: int, keys: Keys | None = None, subject=lambda i: "", wrong=()) -> None:
+def _journal(home: Path, bundle, people: pl.DataFrame, labelled: int, keys: Keys | None = None, subject=lambda i: "", wrong=(), at=lambda i: NOON + 60 * i) -> None:
     scores = predict(bundle, people, people.height)
     said, shown = answer_columns(predictions(bundle.task, scores, decide(bundle, scores))), kept(plan(bundle.contract, bundle.profile, keys or Keys({"1": b"key"})), people.to_dict(as_series=False))
     journal, told = Journal(home / "journal/segments"), Journal(home / "journal/feedback/segments")
     for i in range(people.height):
-        journal.write(Entry(f"r{i:04}", (NOON + 60 * i) * 10**9, "diabetes", "1", bundle.digest, rows=1, columns={n: [v[i]] for n, v in shown.items()}, answers={n: [v[i]] for n, v in said.items()}, subject=subject(i)))
+        journal.write(Entry(f"r{i:04}", at(i) * 10**9, "diabetes", "1", bundle.digest, rows=1, columns={n: [v[i]] for n, v in shown.items()}, answers={n: [v[i]] for n, v in said.items()}, subject=subject(i)))
         if i < labelled: told.write(Feedback(f"r{i:04}", (NOON + 60 * i + 5) * 10**9, number=float(people[bundle.contract.target][i]) if i not in wrong else 0.0, caller="shop"))
     journal.close(), told.close()
 
@@ -282,6 +285,57 @@ def test_the_list_asks_where_there_is_something_to_learn(raw, trained, tmp_path)
     listed = np.array([r["uncertainty"] for r in made.rows])
     assert (made.unlabelled, made.labelled, len({r["id"] for r in made.rows})) == (150, 50, 20) and not {r["id"] for r in made.rows} & {f"r{i:04}" for i in range(50)}
     assert listed.mean() > np.mean(1 - np.abs(2 * every - 1)) and pl.read_csv(made.csv().encode()).columns[-1] == "label"
+
+
+# ---- from a trigger to a canary, by the commands -----------------------------------------------------------------------
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("labels", ["true", "random"])
+def test_from_labels_to_a_canary_by_the_commands(raw, tmp_path, monkeypatch, labels):
+    "Labels come; a version begins with the weights of the one in production, goes through the gate's own notebook, and becomes the canary whose rollout runs. Labels that mean nothing make one that the gate refuses."
+    from mlray.cli import app
+    people = raw[1]
+    for name, value in {"MLRAY_HOME": tmp_path / "home", "MLRAY_TRACKING": "disabled", "MLRAY_JOURNAL": "on", "MLRAY_GATES": "quality"}.items(): monkeypatch.setenv(name, str(value))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").write_text("[local]\n")
+    spec = parse_spec((ROOT / "configs/diabetes.yaml").read_text()).model_dump(mode="json", by_alias=True)
+    for column in spec["contract"].values(): column["journal"] = "raw" if column["role"] == "feature" else None
+    quality = [{"metric": "roc_auc", "at_least": 0.7}]
+    retrain_ = {"new_labels": 150, "learn_from": "journal", "start": "warm", "then": "canary", "over": "520w"}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec | {"gates": {"quality": quality}, "retrain": retrain_, "rollout": {"steps": [0.1, 1.0], "start": "shadow"}}))
+    def run(*words, code=0):
+        done = CliRunner().invoke(app, [*words, "--json"])
+        assert done.exit_code == code, (words, done.output[-2000:], done.exception)
+        return json.loads(done.stdout)
+    run("train", "spec.yaml"), run("gate", "diabetes/1"), run("promote", "diabetes/1")
+    assert run("retrain", "diabetes", "--dry-run")["decision"] == "not yet"
+    from mlray.settings import read_settings
+    registry = open_registry(read_settings(env="local"))
+    first = bundle_of(registry, version(registry, "diabetes/1"))
+    now = int(time.time())
+    _journal(tmp_path / "home", first, people, 0, at=lambda i: now)
+    told, draw = Journal(tmp_path / "home/journal/feedback/segments"), np.random.default_rng(1)
+    for i in range(people.height): told.write(Feedback(f"r{i:04}", (now + 1) * 10**9, number=float(people[first.contract.target][i] if labels == "true" else draw.choice([100.0, 200.0])), caller="shop"))
+    told.close()
+    done = run("retrain", "diabetes", code=0 if labels == "true" else 1)
+    assert done["decision"] == "due", done["why"]
+    print(f"\n{labels} labels: {done['state']}, {done['version']}, {done['alias'] or 'no alias'}, gates {done['gates']}, {done['learned'][0]}, load {os.getloadavg()[0]:.0f}")
+    (attempt,) = attempts(registry, "diabetes")
+    assert (attempt.kind, attempt.state, attempt.result["version"]) == ("labels", done["state"], "diabetes/2") and done["version"] == "diabetes/2"
+    made = version(registry, "diabetes/2")
+    assert made.parent == first.digest, "a warm start"
+    if labels == "random":
+        assert done["state"] == "refused" and not done["gates"]["quality"] and done["alias"] is None and not made.aliases and running(registry) == {}
+        return
+    assert done["state"] == "passed" and done["alias"] == "canary" and done["gates"]["quality"] and done["because"] is None
+    standing = run("rollout", "status", "diabetes")
+    assert (standing["canary"], standing["champion"], standing["share"], standing["over"]) == ("2", "1", 0.0, "")
+    waits = run("retrain", "diabetes")
+    assert waits["decision"] == "not yet" and waits["state"] is None, waits["why"]
+    run("rollout", "stop", "diabetes", "--why", "a holiday")
+    again = run("retrain", "diabetes", "--now", "the canary is gone")
+    assert again["version"] in ("diabetes/2", "diabetes/3") and again["state"] == "passed" and again["alias"] == "canary", again
+    assert not audit(registry).faults
 
 
 # ---- the mistakes ---------------------------------------------------------------------------------------------------
@@ -367,18 +421,38 @@ def test_a_broken_manifest_would_be_found():
 
 @pytest.mark.chaos
 def test_airflow_takes_its_dag(tmp_path):
-    "Airflow in an environment of its own; skips where it cannot be installed."
-    venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    if subprocess.run([str(venv / "bin/pip"), "install", "-q", "apache-airflow==3.*", "apache-airflow-providers-standard"], capture_output=True, timeout=900).returncode: pytest.skip("Airflow cannot be installed here")
-    dags = tmp_path / "dags"
+    "Read by Airflow itself, whose Python MLRAY_AIRFLOW names; otherwise it is installed, and skipped where it cannot be."
+    python = os.environ.get("MLRAY_AIRFLOW") or str(tmp_path / "venv/bin/python")
+    if not Path(python).is_file():
+        subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+        if subprocess.run([python, "-m", "pip", "install", "-q", "apache-airflow==3.*", "apache-airflow-providers-standard"], capture_output=True, timeout=900).returncode: pytest.skip("Airflow cannot be installed here")
+    dags, env = tmp_path / "dags", {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "AIRFLOW_HOME": str(tmp_path / "home"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"}
     dags.mkdir()
-    for what in ("monitor", "retrain"): (dags / f"{what}.py").write_text(schedule(job_of(what, "adult", "daily at 3"), "airflow"))
-    read = "import json; from airflow.dag_processing.dagbag import DagBag; b = DagBag({0!r}, include_examples=False); print(json.dumps([b.import_errors, {{d: [t.task_id for t in x.tasks] for d, x in b.dags.items()}}]))"
-    done = subprocess.run([str(venv / "bin/python"), "-c", read.format(str(dags))], env={"PATH": os.environ["PATH"], "AIRFLOW_HOME": str(tmp_path / "home"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"}, capture_output=True, text=True, timeout=600)
+    given = {"monitor": (), "retrain": (), "predict": ("in.parquet", "out dir")}
+    for what, more in given.items(): (dags / f"{what}.py").write_text(schedule(job_of(what, "adult", "weekdays at 3:05", "production" if more else "", more), "airflow"))
+    (dags / "broken.py").write_text((dags / "retrain.py").read_text().replace("bash_command", "bash_commands"))
+    read = """import json; from datetime import UTC, datetime; from airflow.dag_processing.dagbag import DagBag
+b = DagBag({0!r})
+print(json.dumps([b.import_errors, {{d: [[t.task_id, t.bash_command, str(x.schedule)] for t in x.tasks] for d, x in b.dags.items()}}]))"""
+    done = subprocess.run([python, "-c", read.format(str(dags))], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
     errors, found = json.loads(done.stdout.strip().splitlines()[-1])
     print(f"\nAirflow read {found}")
-    assert not errors and found == {"mlray-monitor-adult": ["monitor"], "mlray-retrain-adult": ["retrain"]}
+    assert [Path(p).name for p in errors] == ["broken.py"] and "missing keyword argument 'bash_command'" in next(iter(errors.values())), "what is wrong is found, and nothing else"
+    assert {d: [(task, times) for task, _, times in tasks] for d, tasks in found.items()} == {f"mlray-{w}-adult": [(w, "5 3 * * 1-5")] for w in given} and "'out dir'" in found["mlray-predict-adult"][0][1]
+
+
+@pytest.mark.chaos
+def test_cron_takes_its_line(tmp_path):
+    "Debian's own `crontab -n`, which MLRAY_CRONTAB may name."
+    crontab = os.environ.get("MLRAY_CRONTAB") or shutil.which("crontab")
+    if not crontab: pytest.skip("there is no crontab here")
+    def check(text: str) -> int:
+        (tmp_path / "line").write_text(text)
+        return subprocess.run([crontab, "-n", str(tmp_path / "line")], capture_output=True).returncode
+    check("") # makes its folder, where nobody has asked it anything yet
+    lines = [schedule(job_of(what, "adult", when, "production" if more else "", more), "cron") for what, more in (("monitor", ()), ("retrain", ()), ("predict", ("in.parquet", "out dir"))) for when in ("hourly", "weekdays at 9 pm", "monthly on the 15th at 2")]
+    assert [check(line) for line in lines] == [0] * 9 and check(lines[0].replace("0 * * * *", "61 * * * *")) != 0
 
 
 def test_the_decision_needs_no_registry():

@@ -19,7 +19,7 @@ from mlray.run import train
 from mlray.settings import Settings, shipped
 from mlray.spec import read_spec
 from mlray.watch_on_ray import watch_rollouts
-from tests.canaries import gone_wrong, no_number, raises, same, slow, unfair
+from tests.canaries import gone_wrong, no_number, opposite, raises, same, slow, unfair
 from tests.conftest import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.xdist_group("ray")]
@@ -92,10 +92,10 @@ def stack(tmp_path_factory):
         yield Stack(settings, registry, champions, {"admin": text}, rows, (root, base))
 
 
-def let_out(stack: Stack, name: str, added, seconds: float) -> tuple[Standing, Counter, float]:
+def let_out(stack: Stack, name: str, added, seconds: float, policy=POLICY, gates=PROMISES) -> tuple[Standing, Counter, float]:
     "A rollout, under load, until it is over or so long has passed."
     root, base = stack.folder
-    canary = register(stack.registry, gone_wrong(base, root / f"{name}-{time.time_ns()}", added, POLICY, name=name, gates=PROMISES), {})
+    canary = register(stack.registry, gone_wrong(base, root / f"{name}-{time.time_ns()}", added, policy, name=name, gates=gates), {})
     promote(stack.registry, canary, "canary")
     with Load(stack.settings.url, name, stack.keys, stack.rows) as load:
         began = time.monotonic()
@@ -114,6 +114,18 @@ def test_a_bad_canary_goes_back_by_itself(stack, name, added, because):
     for f in shown.decision.findings: print("   ", f.metric, f.canary, f.champion, round(f.low, 3), round(f.high, 3), f.verdict)
     assert standing.over == "rolled back" and set(shown.decision.because) == because
     assert {s[0] for s in statuses} == {200}, "a user has seen an error"
+
+
+@pytest.mark.parametrize(("added", "because"), [(raises(3), {"error_rate"}), (no_number(3), {"error_rate", "invalid_rate"}), (opposite(), {"answer_shift"}), (same(), set())], ids=["raises", "no number", "opposite", "same"])
+def test_shadow_first(stack, added, because):
+    "What listens along is judged before anybody hears it; a good one goes on to its first step and to everybody."
+    standing, statuses, took = let_out(stack, "light", added, 150, POLICY | {"start": "shadow", "checks": POLICY["checks"][:2]}, {})
+    shown = progress(stack.registry, stack.settings, "light")
+    heard = sum(n for s, n in statuses.items() if s[1] == "canary")
+    print(f"\nshadow first, {because or 'good'}: {standing.over or 'undecided'} after {took:.0f} s, shares {[s[2] for s in shown.steps]}, heard {heard} times of {sum(statuses.values())}; {shown.steps[-1][-1]}")
+    assert {s[0] for s in statuses} == {200} and shown.steps[0][2] == 0.0
+    if because: assert standing.over == "rolled back" and set(shown.decision.because) == because and heard == 0 and len(shown.steps) == 2
+    else: assert standing.over != "rolled back" and [s[2] for s in shown.steps][:2] == [0.0, 0.3] and heard > 0
 
 
 @pytest.mark.parametrize("name", ["light", "heavy"])

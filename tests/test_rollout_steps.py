@@ -16,13 +16,16 @@ import pytest
 from typer.testing import CliRunner
 
 from mlray.access import new_key
+from mlray.archive import journaled
 from mlray.cli import app
 from mlray.counts import tabulated
+from mlray.database import ALIASES
 from mlray.errors import Conflict, Refused, RegistryError
 from mlray.journal import Feedback, Journal
 from mlray.keeping import open_recorder
 from mlray.lease import acting, holder_of, take
 from mlray.ledger import audit
+from mlray.meters import Meters
 from mlray.plan import loaded, plan_of, set_share, share_of
 from mlray.registry import (
     Registry,
@@ -32,10 +35,14 @@ from mlray.registry import (
     open_registry,
     promote,
     register,
+    remove,
     rollback,
     version as named,
 )
+from mlray.retrain import due
+from mlray.retraining import known_of
 from mlray.rollout import latencies
+from mlray.rollout_policy import Retrain
 from mlray.rollout_run import Standing, gauges
 from mlray.rollout_step import (
     Controller,
@@ -50,8 +57,9 @@ from mlray.rollout_step import (
 )
 from mlray.service import Service
 from mlray.settings import Settings, amended
+from mlray.shadow import Shadow
 from mlray.windows import Sum, Window
-from tests.canaries import gone_wrong, no_number, raises, same, slow, unfair
+from tests.canaries import gone_wrong, no_number, opposite, raises, same, slow, unfair
 
 ONE, TWO = 2, 3 # codes of the two groups of the diabetes model
 POLICY = {"steps": [0.5, 1.0], "every": "10s", "checks": [{"metric": "error_rate", "margin": 0.02}, {"metric": "invalid_rate", "margin": 0.02}, {"metric": "accuracy", "margin": 0.2, "higher_is_better": True}]}
@@ -76,12 +84,12 @@ class House:
     def version(self) -> Version: return named(self.registry, self.canary)
 
 
-def housed(trained, home: Path, added=None, policy=POLICY, **more) -> House:
+def housed(trained, home: Path, added=None, policy=POLICY, sections=None, **more) -> House:
     "A registry with a champion in production, and a canary made from it."
     settings = amended(trained[0], home=home, journal=True, gates=(), **more)
     registry, bundle = open_registry(settings), bundle_of(open_registry(trained[0]), trained[1].version)
     champion = register(registry, bundle, {})
-    canary = register(registry, gone_wrong(bundle, home.parent / f"bundle-{uuid4().hex[:6]}", added or same(), policy), {})
+    canary = register(registry, gone_wrong(bundle, home.parent / f"bundle-{uuid4().hex[:6]}", added or same(), policy, **(sections or {})), {})
     promote(registry, champion)
     promote(registry, canary, "canary")
     return House(settings, registry, str(champion), str(canary))
@@ -95,7 +103,9 @@ def asked(house: House, rows, requests: int) -> tuple[Counter, list]:
     key, text = new_key("predictor")
     add_key(house.registry, key)
     plan = plan_of(house.registry, ["diabetes"])
-    service = Service(loaded(plan), plan.keys, open_recorder(house.settings))
+    recorder = open_recorder(house.settings)
+    shadow = Shadow(Meters("test"), requests, recorder=recorder)
+    service = Service(loaded(plan), plan.keys, recorder, listen=shadow)
     features, found = bundle_of(house.registry, house.version).contract.features, Counter()
     bodies = [json.dumps({"instances": [{n: r[n] for n in features}]}).encode() for r in rows]
     for i in range(requests):
@@ -103,7 +113,8 @@ def asked(house: House, rows, requests: int) -> tuple[Counter, list]:
         said = json.loads(reply.body)
         found[reply.status, said.get("arm")] += 1
         if reply.status == 200: answers.append((said["request_id"], rows[i % len(rows)]["sex"], said["predictions"][0]["label"]))
-    service.recorder.journal.close()
+    shadow.end() # once it has answered what waits
+    recorder.journal.close()
     return found, answers
 
 
@@ -143,6 +154,31 @@ def test_the_journal_of_a_good_canary_lets_it_go_on(trained, tmp_path):
     assert seen.after.over != "rolled back" and known["error_rate"].canary == 0 and known["invalid_rate"].verdict == "within", seen.why
     assert known["equal_opportunity_difference[sex]"].canary is not None and known["demographic_parity_ratio[sex]"].canary is not None # labels, and decisions without any
     assert controller.look() == [] # not before it is time again
+
+
+UNHEARD = {"steps": [0.5, 1.0], "every": "1s", "start": "shadow", "fairness": {"groups": 6}}
+
+
+@pytest.mark.parametrize(("added", "because"), [(same(), set()), (raises(TWO), {"error_rate"}), (no_number(TWO), {"error_rate", "invalid_rate"}), (slow(300), {"latency"}), (unfair(ONE), {"demographic_parity_ratio[sex]"}), (opposite(), {"answer_shift"})], ids=["same", "raises", "no number", "slow", "unfair", "opposite"])
+def test_in_shadow_first_by_the_command_and_the_journal(trained, tmp_path, monkeypatch, added, because):
+    "What it would have answered stands in the journal beside what was, and that it could not as well; nobody hears it before that is enough."
+    house, rows = housed(trained, tmp_path / "home", added, UNHEARD, {"gates": {"fairness": [{"metric": "demographic_parity_ratio", "by": ["sex"], "at_least": 0.3}]}}), trained[1].rows.parts.train.to_dicts()
+    for name, value in {"HOME": house.settings.home, "JOURNAL": "on", "GATES": " "}.items(): monkeypatch.setenv(f"MLRAY_{name}", str(value))
+    (tmp_path / "settings.ini").write_text("[local]\n")
+    monkeypatch.chdir(tmp_path)
+    run = lambda *words: json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).stdout)
+    assert run("promote", house.canary, "canary")["rollout"] == {"share": 0.0, "champion": house.champion}
+    asked(house, rows, 1) # in the second in which it began, of which no window is counted
+    time.sleep(1.1)
+    found, _ = asked(house, rows, 900)
+    (acted,) = run("rollout", "run", "--once")
+    shown = run("rollout", "status", "diabetes")
+    findings = {f["metric"]: f for f in shown["decision"]["findings"]}
+    print(found, acted["why"], {n: (f["canary"], f["champion"], f["verdict"]) for n, f in findings.items()})
+    assert set(found) == {(200, "production")}, "somebody heard it, or an error of its"
+    assert {n for n, f in findings.items() if f["verdict"] == "worse"} == because
+    assert (acted["action"], acted["share"], acted["over"]) == (("roll back", 0.0, "rolled back") if because else ("promote", 0.5, ""))
+    assert findings["latency"]["champion"] is not None and {"error_rate", "invalid_rate", "answer_shift", "latency"} <= set(findings)
 
 
 # ---- on a clock of its own ------------------------------------------------------------------------------------------
@@ -189,6 +225,7 @@ def test_a_canary_that_is_its_champion_is_rolled_back_no_more_often_than_promise
             promise = {"by": ["sex"], "metric": "equal_opportunity_difference", "at_most": 0.3}
             spec = bundle_of(house.registry, house.version).spec
             spec = spec.model_validate(spec.model_dump(mode="json") | {"gates": {"fairness": [promise]}})
+        if "canary" not in house.version.aliases: promote(house.registry, house.version, "canary") # the last rollout took the alias with it
         start(house.registry, house.version, spec)
         controller = Controller(house.registry, house.settings, World(seed=i))
         controller._specs[house.canary] = spec # with the one promise that this world has rows for
@@ -256,6 +293,53 @@ def test_a_business_metric_decides(trained, tmp_path, clicks, over):
     replace_gates(house)
     standing = watched_with(house, World(clicks=clicks, requests=1000), 20)
     assert standing.over == over, standing
+
+
+@pytest.mark.parametrize(("earns", "over"), [((0.45, 0.15), "promoted"), ((0.15, 0.45), "rolled back"), ((0.3, 0.3), "")], ids=["more", "less", "as much"])
+def test_a_business_metric_decides_by_the_commands(trained, tmp_path, monkeypatch, earns, over):
+    "A/B to its end: half of the people each, what they bought comes back as feedback, and the new version has to be shown to sell more."
+    policy = {"steps": [0.5, 1.0], "every": "1s", "latency": None, "checks": [{"metric": "sale", "margin": 0.0, "higher_is_better": True, "demand": "better"}]}
+    house, rows = housed(trained, tmp_path / "home", same(), policy, {"gates": {}}), trained[1].rows.parts.train.to_dicts()
+    for name, value in {"HOME": house.settings.home, "JOURNAL": "on", "GATES": " "}.items(): monkeypatch.setenv(f"MLRAY_{name}", str(value))
+    (tmp_path / "settings.ini").write_text("[local]\n")
+    monkeypatch.chdir(tmp_path)
+    run = lambda *words: json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).stdout)
+    assert run("promote", house.canary, "canary")["rollout"]["share"] == 0.5
+    time.sleep(1.1) # the second in which it began is not counted
+    found, _ = asked(house, rows, 1000)
+    said, told = journaled(house.settings.home / "journal").collect(), Journal(house.settings.home / "journal/feedback/segments")
+    draw = np.random.default_rng(3)
+    for id, arm in said.select("id", "arm").iter_rows():
+        if draw.random() < 0.8: told.write(Feedback(id, time.time_ns(), kind="sale", number=float(draw.random() < earns[arm != "canary"]))) # of some nobody hears again
+    told.close()
+    (acted,) = run("rollout", "run", "--once")
+    finding = run("rollout", "status", "diabetes")["decision"]["findings"][0]
+    print(dict(found), acted["why"], finding["canary"], finding["champion"])
+    assert acted["over"] == over and finding["metric"] == "sale" and finding["verdict"] == {"promoted": "better", "rolled back": "worse", "": "undecided"}[over]
+    at = {a: str(v) for v in (named(house.registry, house.champion), house.version) for a in v.aliases}
+    assert at == {"promoted": {"production": house.canary}, "rolled back": {"production": house.champion}, "": {"production": house.champion, "canary": house.canary}}[over]
+
+
+@pytest.mark.parametrize(("world", "over"), [(World(canary=(0.3, 0.004)), "rolled back"), (World(), "promoted")])
+def test_the_alias_ends_with_its_rollout(trained, tmp_path, world, over):
+    "Otherwise a version that nobody hears is the canary for ever, and retraining waits for it."
+    house = housed(trained, tmp_path / "home", policy=FAIR).at_noon()
+    replace_gates(house)
+    waits = lambda: due(replace(known_of(house.registry, house.settings, "diabetes", house.now[0], look_only=True)[0], labels=500), Retrain(new_labels=100), ())
+    assert waits().said == "not yet" and f"{house.canary} is the canary" in waits().why[0]
+    assert watched_with(house, world).over == over and waits().said == "due"
+    gone = [e for e in audit(house.registry).entries if e.action == "remove"]
+    assert [(e.object, e.details) for e in gone] == [(house.canary, {"alias": "canary", "why": f"its rollout is over: {over}"})] and "canary" not in house.version.aliases
+    assert plan_of(house.registry, ["diabetes"]).traffic[0].canary is None and not audit(house.registry).faults
+    if over == "promoted": return
+    with pytest.raises(RegistryError, match="no diabetes@canary"): rollback(house.registry, "diabetes", "canary")
+    assert promote(house.registry, house.version, "canary", expect=0) == 2, "where it has been stays, and is counted on"
+    with pytest.raises(RegistryError, match="--remove WHY"): rollback(house.registry, "diabetes", "canary")
+    assert str(remove(house.registry, "diabetes", "canary", "a try by hand")) == house.canary and not audit(house.registry).faults
+    for alias, said in (("canary", "to take away"), ("production", "what answers")):
+        with pytest.raises(RegistryError, match=said): remove(house.registry, "diabetes", alias, "again")
+    with house.registry.database.change() as c: c.execute(ALIASES.insert().values(name="diabetes", alias="canary", number=2, generation=2))
+    assert [f.why for f in audit(house.registry).faults] == ["no row tells of alias diabetes canary 2 diabetes/2"], "an alias that somebody put back past the registry"
 
 
 # ---- people, policies, and other controllers ------------------------------------------------------------------------

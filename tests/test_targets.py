@@ -12,15 +12,21 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from mlray.access import new_key
 from mlray.adversarial import adversarial
+from mlray.alert import advance
+from mlray.answer import predictions
+from mlray.archive import _FEEDBACK
 from mlray.bundle import decide, load_bundle, pack, predict
 from mlray.contract import Contract, labels
 from mlray.errors import BundleError, DataError, MlrayError, SpecError, TrainingError
-from mlray.evaluation import evaluate, read_candidate
+from mlray.evaluation import evaluate, read_candidate, rules_of
 from mlray.explanation import Wish, explain, output_of, shaken, tolerance_of, what_if
+from mlray.feedback import label_sets
 from mlray.gaps import class_terms, gap_report, label_terms
 from mlray.gate import less_is_better
+from mlray.keeping import Keys, answer_columns, kept, plan
 from mlray.loss import loss_of, pinball, row_weights, valid_loss
 from mlray.model import epochs
+from mlray.monitor import watched
 from mlray.network import build, logits_of
 from mlray.recipe import Train
 from mlray.registry import bundle_of, open_registry
@@ -32,9 +38,10 @@ from mlray.score_of_numbers import number_measures, quantile_measures, weighted_
 from mlray.served import Served
 from mlray.service import Service
 from mlray.settings import Settings, shipped
-from mlray.spec import parse_spec, read_spec
+from mlray.spec import Alert, parse_spec, read_spec
 from mlray.task import BINARY, Task
 from mlray.white_box import attacked, network_of
+from mlray.windows import Window, count_window
 
 KINDS = ("multiclass", "multilabel", "regression", "quantile")
 FEATURES = """
@@ -531,3 +538,82 @@ def test_the_gates_of_a_number_speak_of_it(runs):
     settings, run = runs("regression")
     done = {g.gate: g for g in run_gates(open_registry(settings), run.version, ["explanation", "robustness"], settings)}
     assert not any(g.broken for g in done.values()) and b"would be" in done["explanation"].page and {f.measure for f in done["robustness"].verdict.findings} == {"flip_rate[noise]"}
+
+
+# ---- live traffic -------------------------------------------------------------------------------------------------
+
+def journaled_rows(bundle, rows: pl.DataFrame, start: int, change=lambda said: said) -> pl.DataFrame:
+    "Rows and answers as the journal gives them."
+    scores = predict(bundle, rows, rows.height)
+    kept_ = kept(plan(bundle.contract, bundle.profile, Keys({"1": b"key"})), rows.to_dict(as_series=False))
+    said, n = change(answer_columns(predictions(bundle.task, scores, decide(bundle, scores, rows)))), rows.height
+    about = {"id": [f"r{start}-{i}" for i in range(n)], "row": [0] * n, "time": [(start + i) * 10**9 for i in range(n)], "status": [200] * n, "seconds": [0.002] * n, "rows": [1] * n, "lost": [0] * n, "arm": ["production"] * n}
+    return pl.DataFrame({**about, **{f"column:{k}": v for k, v in kept_.items()}, **{f"answer:{k}": v for k, v in said.items()}})
+
+
+def labels_said(bundle, rows: pl.DataFrame, start: int) -> pl.DataFrame:
+    "What is true of each of them, as feedback says it."
+    n, targets = rows.height, bundle.task.targets
+    if bundle.task.kind == "multilabel": said = {"text": [",".join(t for t in targets if row[t]) for row in rows.select(targets).iter_rows(named=True)], "number": [None] * n}
+    elif bundle.task.classes: said = {"text": rows[targets[0]].to_list(), "number": [None] * n}
+    else: said = {"text": [None] * n, "number": rows[targets[0]].cast(pl.Float64).to_list()}
+    return pl.DataFrame({"id": [f"r{start}-{i}" for i in range(n)], "row": [0] * n, "time": [0] * n, "kind": ["label"] * n, **said, "source": [""] * n, "key": [""] * n, "caller": [""] * n}, schema=_FEEDBACK)
+
+
+HOURS = [1_700_000_000 // 3600 * 3600 + 3600 * i for i in range(3)]
+
+
+def kept_raw(bundle):
+    "Its journal keeps the sensitive columns as they are."
+    contract = {n: c.model_copy(update={"journal": "raw"} if c.role == "feature" else {}) for n, c in bundle.spec.contract.items()}
+    return replace(bundle, spec=bundle.spec.model_copy(update={"contract": contract}))
+
+
+def live(bundle, people: pl.DataFrame, change=lambda said: said):
+    "Three hours of traffic, put away and read again, all labelled."
+    hours = [people[i::3] for i in range(3)]
+    windows = [count_window(bundle, journaled_rows(bundle, rows, start, change), labels_said(bundle, rows, start), Window("patients", "1", "production", start, start + 3600)) for start, rows in zip(HOURS, hours, strict=True)]
+    return watched(bundle, "1", [Window.from_dict(json.loads(json.dumps(w.as_dict()))) for w in windows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_promises_of_the_gate_are_measured_live_as_there(runs, kind):
+    "The same terms over the same rows, from three windows instead of a table."
+    settings, run = runs(kind)
+    bundle, people = kept_raw(bundle_of_run(settings, run)), run.rows.checked["train"].good
+    gate, seen = evaluate(bundle, people), live(bundle, people)
+    assert gate.fairness.values and len(gate.fairness.values) >= 9
+    for name, measure in gate.fairness.measures.items():
+        found = seen.measures[name].found
+        assert found.value == pytest.approx(measure.value, rel=1e-9, abs=1e-9, nan_ok=True), name
+        if not np.isnan(measure.high): assert found.high == pytest.approx(measure.high, rel=0.15, abs=0.01), name # drawn, and fewer times
+    rates = {n: f for n, f in gate.measures.items() if isinstance(f, dict) and n.partition("[")[0] in ("accuracy", "bias", "mean_absolute_error", "mean_prediction")}
+    for name, groups_ in rates.items():
+        if kind != "multilabel": assert {g: m.value for g, m in seen.measures[name].found.items()} == pytest.approx({g: m.value for g, m in groups_.items()}, nan_ok=True), name
+    asked = [r for r in rules_of(bundle.spec) if r.by]
+    assert [f.measure for f in seen.verdict.findings] == [r.measure for r in asked] and (seen.verdict.passed or not asked) and not seen.waiting and seen._repr_html_()
+
+
+def test_a_gap_for_one_class_is_found_and_named(runs):
+    "From some day on one group is never told that it goes fast; accuracy hardly moves, and the promise about that class breaks."
+    settings, run = runs("multiclass")
+    bundle, people = kept_raw(bundle_of_run(settings, run)), run.rows.checked["train"].good
+    promise = {"metric": "equal_opportunity_difference", "by": ["sex"], "at_most": 0.45}
+    bundle = replace(bundle, spec=bundle.spec.model_validate(bundle.spec.model_dump(mode="json") | {"gates": {"fairness": [promise]}}))
+    alerts = (Alert(metric="equal_opportunity_difference", by=("sex",), at_most=0.45), Alert(metric="demographic_parity_difference", by=("sex",), at_most=0.3))
+    sex = {f"r{start}-{i}": s for k, start in enumerate(HOURS) for i, s in enumerate(people["sex"][k::3])}
+    hours = iter(HOURS)
+    def unfair(said):
+        start = next(hours)
+        return said | {"label": ["middling" if v == "fast" and sex[f"r{start}-{i}"] == "group 2" else v for i, v in enumerate(said["label"])]}
+    before, after = live(bundle, people), live(bundle, people, unfair)
+    assert before.verdict.passed and not advance({}, alerts, before)[1]
+    assert not after.verdict.passed and after.measures["equal_opportunity_difference[sex]"].found.low > 0.45
+    told = {t.measure: t.whom for t in advance({}, alerts, after)[1]}
+    assert told["equal_opportunity_difference[sex]"] == "sex=group 2: fast" and told["demographic_parity_difference[sex]"] in ("sex=group 2: fast", "sex=group 1: middling")
+
+
+def test_labels_in_words_are_sets():
+    task = Task("multilabel", ("fast", "high_glucose"), ("fast", "high_glucose"))
+    said = pl.DataFrame({"text": ["fast, high_glucose", "", "high_glucose", "slow", "fast,slow", None]})
+    assert label_sets(task, said).to_list() == [["fast", "high_glucose"], [], ["high_glucose"], None, None, None] and label_sets(task, said.clear()).to_list() == []
