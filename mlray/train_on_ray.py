@@ -21,7 +21,7 @@ from uuid import uuid4
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.execution.callback import ControllerCallback
@@ -101,7 +101,7 @@ class _Attempt:
         "Run the trainer to its end; leave the error behind, if there is one."
         try: trainer.fit()
         except Exception as error: self.error = error
-        with suppress(RayActorError): self.news.put(None)
+        with suppress(RayError): self.news.put(None)
 
     def _next(self, timeout: float) -> Any: # None: nothing yet
         with suppress(Empty):
@@ -113,17 +113,23 @@ class _Attempt:
 
     def __iter__(self) -> Iterator[Epoch | str]:
         "What the workers say until the trainer has ended."
-        while (said := self._next(5)) is not None or self.thread.is_alive():
+        while True:
+            try: said = self._next(5)
+            except RayError as error: # who carries the news was lost, such as for want of memory
+                self.error = self.error or error
+                return
             if said is not None: yield said
+            elif not self.thread.is_alive(): return
 
     def end(self) -> None:
         "End what still runs, so that its cores are free when this returns."
         until = time.monotonic() + _PATIENCE
-        while self.thread.is_alive() and not self.leader and time.monotonic() < until: self._next(1)
+        with suppress(RayError):
+            while self.thread.is_alive() and not self.leader and time.monotonic() < until: self._next(1)
         if self.thread.is_alive() and self.leader:
             try: ray.get(self.leader.abort.remote(), timeout=_PATIENCE)
             except GetTimeoutError: ray.kill(self.leader)
-            except RayActorError: pass # it has gone, as it should
+            except RayError: pass # it has gone, as it should
         self.thread.join(_PATIENCE)
         self.news.shutdown(force=True)
 
