@@ -29,8 +29,10 @@ import polars as pl
 
 from .archive import journaled
 from .errors import Unavailable
+from .gaps import GapReport
 from .gate import less_is_better
-from .monitor import Known, Watched
+from .group_sums import worst_off
+from .monitor import Known, Watched, needs_labels
 from .score import Measure, Z
 from .settings import Settings
 from .spec import Alert
@@ -137,10 +139,22 @@ def _may(alert: Alert, name: str) -> str:
     return alert.may or next((text.format(name=name) for start, text in _MAY if alert.metric.startswith(start)), f"train again on newer rows, or roll back: `mlray rollback {name}`")
 
 
+def _whom_of_gaps(alert: Alert, report: Watched) -> str:
+    "The same of classes, labels and numbers."
+    term, window, columns = alert.metric.removesuffix("_difference"), report.window, sorted(alert.by)
+    sums = window.labelled_sums if needs_labels(alert.metric) else window.answered_sums
+    if sums is None or term not in sums.sums or not set(columns) <= set(sums.columns): return ""
+    found, names = worst_off(sums.by(columns), term, report.fairness.min_group if report.fairness else 1, less_is_better(term)), window.answered.classes if window.answered is not None else ()
+    if found is None: return ""
+    several = len(names) > 1 and term != "accuracy"
+    return ", ".join(f"{c}={v}" for c, v in zip(columns, found[0], strict=True)) + (f": {names[found[1] % len(names)]}" if several else "")
+
+
 def _whom(alert: Alert, found: Look, report: Watched) -> str:
     "The group that fares worst, where the promise is about groups."
     if found.group: return found.group
     if not alert.by or not report.fairness: return ""
+    if isinstance(report.fairness, GapReport): return _whom_of_gaps(alert, report)
     division = report.fairness.divisions.get(",".join(sorted(alert.by)))
     rate = "selection_rate" if alert.metric.startswith("demographic") else "true_positive_rate" if alert.metric.startswith("equal") else alert.metric.removesuffix("_difference").removesuffix("_ratio")
     if division is None or rate not in division.rates: return ""

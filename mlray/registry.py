@@ -8,7 +8,7 @@ how either came about."""
 
 # %% auto #0
 __all__ = ['Version', 'Evidence', 'versions', 'version', 'bundle_of', 'register', 'digest_of', 'add_evidence', 'evidence',
-           'generation', 'promote', 'rollback', 'doubts', 'retire', 'history', 'events', 'Policy', 'Registry',
+           'generation', 'promote', 'rollback', 'remove', 'doubts', 'retire', 'history', 'events', 'Policy', 'Registry',
            'open_registry', 'add_key', 'keys', 'revoke_key']
 
 # %% ../nbs/33_registry.ipynb #b329d774
@@ -29,7 +29,7 @@ from .errors import Refused, RegistryError, suggest
 from .gate import Verdict
 from .opened import Registry, add_key, keys, open_registry, revoke_key
 from .policy import Policy, frozen, gates_for, reasons
-from .standing import ALIAS, candidate_for, held_by, kept_as, move, said_as, served
+from .standing import ALIAS, candidate_for, held_by, kept_as, move, said_as, served, take_away
 from .statement import Conditions, bundle_statement, gate_statement
 
 _all_ = ["Policy", "Registry", "open_registry", "add_key", "keys", "revoke_key"] # of the rooms below, for those who look for them here
@@ -235,12 +235,12 @@ def rollback(
     def do(deed: Deed) -> dict[str, Any]:
         c = deed.connection
         past = {r.generation: r for r in c.execute(MOVES.select().where(MOVES.c.name == name, MOVES.c.alias == alias))}
-        if not past: raise RegistryError(f"There is no {name}@{alias}, so nothing to go back from. `mlray models` lists what there is.")
+        if not c.execute(ALIASES.select().where(ALIASES.c.name == name, ALIASES.c.alias == alias)).first(): raise RegistryError(f"There is no {name}@{alias}, so nothing to go back from. `mlray models` lists what there is.")
         rows = {r.number: r for r in c.execute(VERSIONS.select().where(VERSIONS.c.name == name))}
         here: Any = past[max(past)]
         to = here
         while to is not None and (to.number == here.number or rows[to.number].retired): to = past.get(to.under)
-        if to is None: raise RegistryError(f"{name}@{alias} is {name}/{here.number}, and there is nothing before it to go back to. Promote another version.")
+        if to is None: raise RegistryError(f"{name}@{alias} is {name}/{here.number}, and there is nothing before it to go back to. Promote another version" + (f", or take the alias away: `mlray rollback {name} {alias} --remove WHY`." if alias.partition("@")[0] != "production" else "."))
         load_bundle(registry.store.path(rows[to.number].digest), rows[to.number].digest)
         doubts = unsigned(c, registry.attestor, name, rows[to.number].digest, gates_for(registry.policy, alias, None)) if registry.policy.signature else [] # it was let out once, and goes back all the same
         new, under = move(c, name, to.number, alias, expect, to.under, back=True)
@@ -249,6 +249,26 @@ def rollback(
 
     said = registry.act(Ask("model:rollback", f"{name}@{alias}", name, once=once), do)
     return version(registry, f"{name}/{said['number']}"), said["generation"]
+
+# %% ../nbs/33_registry.ipynb #d0c1df15
+def remove(
+    registry: Registry,
+    name: str,
+    alias: str,
+    why: str,                   # one sentence, for the audit
+    once: str | None = None,    # a key with which it is done once, however often it is asked for
+) -> Version: # that it pointed at
+    "Take an alias away; where it has been stays. Raises `RegistryError` where there is none, and for production."
+    alias = kept_as(alias, registry.region)
+    if alias.partition("@")[0] == "production": raise RegistryError(f"{name}@{alias} is what answers, and is not taken away. Promote another version, or `mlray rollback {name}`.")
+
+    def do(deed: Deed) -> dict[str, Any]:
+        number = take_away(deed.connection, name, alias)
+        if number is None: raise RegistryError(f"There is no {name}@{alias} to take away. `mlray models` lists what there is.")
+        deed.log("remove", f"{name}/{number}", alias=alias, why=why)
+        return {"number": number}
+
+    return version(registry, f"{name}/{registry.act(Ask('model:rollback', f'{name}@{alias}', name, {'remove': why}, once), do)['number']}")
 
 # %% ../nbs/33_registry.ipynb #906fc26f
 def doubts(
@@ -277,7 +297,7 @@ def retire(
         c = deed.connection
         if c.execute(VERSIONS.select().where(*mine)).one().retired: return {}
         used = [r.alias for r in c.execute(ALIASES.select().where(ALIASES.c.name == found.name, ALIASES.c.number == found.number))]
-        if used: raise Refused(f"{found} is in use: {', '.join(f'{found.name}@{a}' for a in used)}. Promote another version there, or `mlray rollback {found.name} {used[0]}`, then retire it.")
+        if used: raise Refused(f"{found} is in use: {', '.join(f'{found.name}@{a}' for a in used)}. Promote another version there, or `mlray rollback {found.name} {used[0]}{'' if used[0].partition('@')[0] == 'production' else ' --remove WHY'}`, then retire it.")
         held = held_by(c, found.name, found.number, when[:10])
         if held and not anyway: raise Refused(f"{held}. Retire it with --anyway if that is what you want; the audit will say so.")
         c.execute(VERSIONS.update().where(*mine).values(retired=when, **({"successor": successor} if successor else {})))

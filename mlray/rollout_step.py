@@ -34,7 +34,7 @@ from .rollout import Decision, Hold, Mean, Promote, RollBack, decision_from
 from .rollout_run import Progress, Standing, apart_of, begin, done, gauges, next_step
 from .settings import Settings
 from .spec import RunSpec
-from .standing import candidate_for, in_region, kept_as, said_as
+from .standing import candidate_for, in_region, kept_as, said_as, take_away
 from .windows import Window, Windows, count_new
 
 # %% ../nbs/38l_rollout_step.ipynb #32572f5a
@@ -75,6 +75,7 @@ def _write(registry: Registry, before: Standing | None, after: Standing, did: st
         if (found := _last(deed.connection, after.name, registry.region)) != before: raise Conflict(f"The rollout of {about} has gone on meanwhile: {found.over or f'{found.share:g} of the requests' if found else 'there is none'}. Look again: `mlray rollout status {after.name}`.")
         if before is None or did == "begin": _startable(deed.connection, after, registry.region)
         if share: deed.log("traffic", where, canary=0.0 if after.over else after.share, **({"listens": True} if listens and not after.over else {}))
+        if share and after.over and take_away(deed.connection, after.name, kept_as("canary", registry.region), int(after.canary)): deed.log("remove", about, alias=kept_as("canary", registry.region), why=f"its rollout is over: {after.over}")
         deed.log("rollout", f"{where}/{after.canary}", did=did, why=why, standing={**asdict(after), "visits": list(after.visits)}, **({"because": list(because)} if because else {}))
         return {}
 
@@ -99,7 +100,7 @@ def start(
     with registry.database.change() as c: before, at = _last(c, found.name, registry.region), _at(c, found.name, registry.region)
     first = begin(spec, str(found.number), at.get("production", ""), int(registry._now().timestamp()))
     after = replace(first, fence=before.fence + 1 if before else 1)
-    return _write(registry, before, after, "begin", "in shadow first" if not after.share else "the first step", bool(spec.rollout.shadow), once=once)
+    return _write(registry, before, after, "begin", "in shadow first" if not after.share else "the first step", bool(spec.rollout.unheard), once=once)
 
 
 def stop(
@@ -143,7 +144,7 @@ def carry_out(
         seen = generation(registry, standing.name)
         if _gone(registry, standing): raise Conflict(f"The rollout of {standing.name}/{standing.canary} has gone on meanwhile. Look again.")
         promote(registry, version(registry, f"{standing.name}/{standing.canary}"), expect=seen, once=f"rollout {in_region(standing.name, registry.region)}/{standing.canary} {standing.fence}")
-    return _write(registry, standing, after, decision.action, decision.why, bool(spec.rollout.shadow), decision.because), ""
+    return _write(registry, standing, after, decision.action, decision.why, bool(spec.rollout.unheard), decision.because), ""
 
 # %% ../nbs/38l_rollout_step.ipynb #d4f7c85b
 Seen = tuple[Sequence[Window], Sequence[Window], Mapping[str, Mean]] # of the canary, of the champion, and how far they are apart on the same requests
@@ -166,13 +167,13 @@ def from_journal(
         return [*kept.stored(standing.since), *current]
 
     def rows(standing: Standing, number: str, arm: str) -> pl.DataFrame:
-        return journaled(folder, standing.name, number, datetime.fromtimestamp(standing.since, UTC)).filter(pl.col("arm") == arm).select(pl.selectors.by_name("id", "row", "answer:label", "answer:score", "answer:value", require_all=False)).collect()
+        return journaled(folder, standing.name, number, datetime.fromtimestamp(standing.since, UTC)).filter(pl.col("arm") == arm).select("id", "row", pl.selectors.starts_with("answer:")).collect()
 
     def read(standing: Standing, spec: RunSpec, now: float) -> Seen:
         seconds = int(age_of(spec.rollout.every).total_seconds())
         canary, champion = (windows(standing, v, seconds, now) for v in (standing.canary, standing.champion))
         spread = known[f"{standing.name}/{standing.champion}"].task.spread
-        return canary, champion, apart_of(rows(standing, standing.canary, "shadow"), rows(standing, standing.champion, "production"), spread) if spec.rollout.shadow else {}
+        return canary, champion, apart_of(rows(standing, standing.canary, "shadow"), rows(standing, standing.champion, "production"), spread) if spec.rollout.unheard else {}
 
     return read
 

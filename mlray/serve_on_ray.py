@@ -20,7 +20,6 @@ from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
-import httpx
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,9 +27,9 @@ from starlette.responses import Response
 from .asgi import Headers, Receive, Scope, asked_of, headers_of, headers_of_reply, id_of
 from .bundle import load_bundle
 from .errors import ServingError
-from .gathering import Gathering
+from .gathering import Gathering, Sending
 from .haproxy import servers_up
-from .job_desk import Worker, minded
+from .job_desk import Tally, Worker, minded
 from .journal import Feedback, Journal
 from .keeping import open_recorder
 from .meters import Meters, carried
@@ -83,7 +82,7 @@ class Scoring:
 
     def __init__(self, handles: Mapping[str, Any], meters: Meters):
         self.handles, self.meters = dict(handles), meters
-        self.gathering = Gathering(meters.of("batch").observe)
+        self.gathering, self.sending = Gathering(meters.of("batch").observe), Sending(meters.of("batch").observe)
         self.threads: dict[str, ThreadPoolExecutor] = {arm: ThreadPoolExecutor(4, arm) for arm in ("production", "canary", "override")}
         self.models: dict[str, Model] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -98,10 +97,12 @@ class Scoring:
         "By a predictor; another one if the first has died, for scoring twice does no harm."
         from ray.exceptions import RayActorError
         self.loop = asyncio.get_running_loop()
-        for _ in range(5):
-            try: return await self.handles[model].score.remote(self.models[served.bundle.digest], rows, carried())
-            except RayActorError: self.meters.of("retried", model).inc()
-        return await self.handles[model].score.remote(self.models[served.bundle.digest], rows, carried())
+        async def ask(few: Rows) -> np.ndarray | None:
+            for _ in range(5):
+                try: return await self.handles[model].score.remote(self.models[served.bundle.digest], few, carried())
+                except RayActorError: self.meters.of("retried", model).inc()
+            return await self.handles[model].score.remote(self.models[served.bundle.digest], few, carried())
+        return await (self.sending.scores(served.bundle.digest, rows, ask) if rows.count <= _FEW else ask(rows))
 
     def listening(self, model: str, served: Served, rows: Rows) -> np.ndarray | None:
         "For the shadow's thread."
@@ -129,6 +130,7 @@ class Standing:
         self.console = console(settings) if console else None
         self.scoring = Scoring(handles or {}, self.meters)
         self.desk = minded(settings, worker.work.remote) if worker is not None else None
+        if self.desk: self.meters.kept.register(Tally(self.desk.shelf, self.meters.replica))
         recorder, issuer = open_recorder(settings), issuer_of(settings)
         self.shadow = Shadow(self.meters, settings.shadow_queued, self.scoring.listening, recorder)
         feedback = Journal[Feedback](settings.home / "journal" / "feedback" / "segments", sync_s=settings.journal_sync_s) if recorder else None
@@ -249,7 +251,8 @@ def _listed(settings: Settings) -> bool:
 
 
 def _wait_for(settings: Settings, seconds: float = 30) -> None:
-    "Until the proxy in front has heard of the replicas."
+    "Until the proxy in front has heard of the replicas; those ask nobody, and so do not load what asks."
+    import httpx
     began = time.monotonic()
     while time.monotonic() - began < seconds:
         try:
