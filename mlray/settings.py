@@ -56,6 +56,8 @@ class Settings(Releases):
     home: Path = Path(".mlray")             # registry, store, runs, gates, quarantine, downloads
     registry: str = ""                      # SQLAlchemy URL; empty: SQLite in `home`
     store: str = ""                         # where bytes are kept: a URL such as s3://bucket/folder; empty: in `home`
+    checkpoints: str = ""                   # where the states of a training are kept until it has ended: a folder that all see, or a URL such as s3://bucket/runs; empty: in `home`
+    archive: str = ""                       # a URL such as s3://bucket/journal, where journaled rows that were put away are kept, too; empty: in `home` alone
     data: Path | None = None                # a folder that is looked in first for data files (MLRAY_DATA)
     tracking: Literal["offline", "online", "disabled"] = "offline" # W&B
     project: str = "mlray"                  # W&B project
