@@ -8,11 +8,10 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
 
@@ -66,7 +65,9 @@ def last(epochs: Any) -> State:
     return end.state
 
 
-def same(one: State, other: State) -> bool: return all((one.weights[n] == w).all() for n, w in other.weights.items()) and all((one.best[n] == w).all() for n, w in other.best.items()) and one.history == other.history
+def same(a: State, b: State) -> bool:
+    import torch
+    return a.epoch == b.epoch and a.history == b.history and all(torch.equal(x[n], y[n]) for x, y in ((a.now, b.now), (a.best, b.best), (a.optimizer, b.optimizer)) for n in y)
 
 
 def stopped(job: Job, home: Path, after: int) -> None:
@@ -149,7 +150,50 @@ def test_a_killed_driver_with_two_workers_on_ray_goes_on_from_the_bucket(s3, tmp
 
 def journal_of(home: Path, subjects: str) -> Path:
     "A journal whose segment has ended, a row a letter."
-    with Journal(home / "journal") as journal:
-        for number, subject in enumerate(subjects): journal.write(Entry(f"{home.name}-{number}", time.time_ns(), "wine", "1", "d" * 8, 200, 0.1, rows=1, subject=subject, columns={"a": [number]}, answers={"label": [1]}))
+    journal = Journal[Entry](home / "journal" / "segments", sync_s=0)
+    for number, subject in enumerate(subjects): journal.write(Entry(f"{home.name}-{number}", time.time_ns(), "wine", "1", "d" * 8, 200, 0.1, rows=1, subject=subject, columns={"a": [number]}, answers={"label": [1]}))
+    journal.close()
     put_away(home / "journal")
     return home / "journal"
+
+
+def rows_of(home: Path) -> set[tuple[str, str]]: return set(journaled(home / "journal").select("id", "subject").collect().rows())
+
+
+def test_rows_that_were_put_away_are_in_the_bucket_and_an_erasure_reaches_them(s3, tmp_path):
+    one, two, fresh = (Settings(home=tmp_path / n, archive="s3://kept/journal") for n in ("one", "two", "fresh"))
+    journal_of(one.home, "ab")
+    journal_of(two.home, "ac")
+    assert (send_rows(one).sent, send_rows(two).sent, send_rows(one).sent) == (1, 1, 0)
+    assert fetch_rows(fresh) == 2 and rows_of(fresh.home) == rows_of(one.home) | rows_of(two.home) and len(rows_of(fresh.home)) == 4
+    assert erase(one.home / "journal", frozenset("a")) == 1 and (send_rows(one).sent, send_rows(fresh).sent) == (1, 0), "what was brought is never sent, or it would bring back what was erased"
+    again = Settings(home=tmp_path / "again", archive="s3://kept/journal")
+    assert fetch_rows(again) == 2 and rows_of(again.home) == {("one-1", "b"), ("two-0", "a"), ("two-1", "c")}
+    assert purge(one.home / "journal", timedelta(days=-2), datetime.now(UTC)) == 1 and send_rows(one).taken == 1 and len(keys(s3[0], "journal/")) == 1
+    assert {int(p.stat().st_mode & 0o777) for p in again.home.rglob("*.parquet")} == {0o600}
+
+
+def test_a_sending_that_is_cut_off_is_done_by_the_next_one(s3, tmp_path, monkeypatch):
+    settings = Settings(home=tmp_path / "cut", archive="s3://kept/cut")
+    for _ in range(3): journal_of(settings.home, "ab")
+    from mlray.store import Bucket
+    write, wrote = Bucket.write, []
+
+    def once(self: Bucket, path: str, data: bytes) -> None:
+        if wrote: raise OSError("the network is gone")
+        write(self, path, data)
+        wrote.append(path)
+    with monkeypatch.context() as broken:
+        broken.setattr(Bucket, "write", once)
+        with pytest.raises(Unavailable, match="give the same command again"): send_rows(settings)
+    assert len(keys(s3[0], "cut/")) == 1 and send_rows(settings).sent == 3 and len(keys(s3[0], "cut/")) == 3 and send_rows(settings).same == 3
+
+
+def test_the_commands_send_and_bring(s3, tmp_path):
+    from mlray.watching import tend
+    settings, other = (Settings(home=tmp_path / n, archive="s3://kept/commands") for n in ("home", "other"))
+    journal_of(settings.home, "ab")
+    assert tend("compact", "", "", "", False, settings)[0]["sent"] == 1
+    assert tend("fetch", "", "", "", False, other)[0] == {"files": 1}
+    assert pl.DataFrame(tend("rows", "", "", "", False, other)[0])["subject"].to_list() == ["a", "b"]
+    with pytest.raises(SettingsError, match="archive"): tend("fetch", "", "", "", False, Settings(home=tmp_path))
