@@ -3,13 +3,14 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import botocore.client
 import psutil
@@ -27,7 +28,7 @@ TRUST = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Principal":
 
 class _AtTheDoor(threading.Thread):
     "Where SSH would begin, which nobody answers here: what a node was to be told is kept."
-    told: dict[str, dict[str, Any]] = {}
+    told: ClassVar[dict[str, dict[str, Any]]] = {}
     exitcode = 0
 
     def __init__(self, node_id: str, **more: Any):
@@ -136,28 +137,32 @@ def test_a_cluster_comes_and_goes(aws, tmp_path):
 def head_of(folder: Path, idle_s: float) -> Iterator[str]:
     "A head with Ray's autoscaler, whose machines are processes of this one and whose types are those of aws.yaml. The address."
     from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.util import get_node_ip_address
     ours, address = yaml.safe_load(FILE.read_text()), f"{get_node_ip_address()}:{free_port()}"
     types = {n: {k: t[k] for k in ("resources", "labels", "min_workers", "max_workers") if k in t} | {"node_config": {}} for n, t in ours["available_node_types"].items() if n != ours["head_node_type"]}
     for each in types.values(): each["resources"]["object_store_memory"] = 80 * 2**20
-    config = dict.fromkeys(("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"), []) | dict.fromkeys(("auth", "file_mounts"), {}) | {"cluster_name": "mlray", "max_workers": ours["max_workers"], "idle_timeout_minutes": idle_s / 60, "head_node_type": "ray.head.default",
+    config = {k: [] for k in ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files")} | {"auth": {}, "file_mounts": {}} | {"cluster_name": "mlray", "max_workers": ours["max_workers"], "idle_timeout_minutes": idle_s / 60, "head_node_type": "ray.head.default",
               "provider": {"type": "external", "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider", "gcs_address": address, "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID},
               "available_node_types": types | {"ray.head.default": {"resources": ours["available_node_types"]["head"]["resources"], "node_config": {}, "max_workers": 0}}}
+    AutoscalingConfig(config) # or the monitor ends, and the head with it
     (folder / "config.json").write_text(json.dumps(config))
     environment = os.environ | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
-                                "RAY_prestart_worker_first_driver": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+                                "RAY_prestart_worker_first_driver": "0", "RAY_raylet_start_wait_time_s": "240", "RAY_USAGE_STATS_ENABLED": "0"}
     with open(folder / "head.log", "w") as log:
         head = subprocess.Popen([str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={address.rpartition(':')[2]}", "--num-cpus=0", "--include-dashboard=false", "--object-store-memory=100000000",
                                  f"--temp-dir=/tmp/mlray-{os.getpid()}", f"--autoscaling-config={folder / 'config.json'}"], stdout=log, stderr=log, env=environment)
     try:
         began = time.monotonic()
         while "Ray runtime started" not in (said := (folder / "head.log").read_text()):
-            assert head.poll() is None and time.monotonic() - began < 120, said[-2000:]
+            assert head.poll() is None and time.monotonic() - began < 300, said[-2000:]
             time.sleep(0.2)
         yield address
     finally:
+        head.terminate() # it ends what it started
+        with contextlib.suppress(subprocess.TimeoutExpired): head.wait(30)
         every = [p for p in psutil.process_iter(["cmdline"]) if any(f"/tmp/mlray-{os.getpid()}" in a for a in p.info["cmdline"] or ())]
-        for process in (*psutil.Process(head.pid).children(recursive=True), *every):
+        for process in every:
             with contextlib.suppress(psutil.NoSuchProcess): process.kill()
         head.kill()
         head.wait(30)
@@ -181,7 +186,8 @@ def until(true: Callable[[], bool], patience_s: float = 240) -> float: # seconds
 
 @pytest.mark.chaos
 @pytest.mark.ray
-def test_our_node_types_come_when_specs_ask_for_them_and_go_when_nobody_does(tmp_path, capsys):
+def test_our_node_types_come_when_specs_ask_for_them_and_go_when_nobody_does(tmp_path, capsys, monkeypatch):
+    for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items(): monkeypatch.setenv(name, value)
     import ray
 
     from mlray.run import train
