@@ -37,7 +37,7 @@ def name_of(epoch: int, data: bytes) -> str:
     "What the file of a state is called."
     return f"epoch-{epoch:08}-{hashlib.sha256(data).hexdigest()}.safetensors"
 
-
+# %% ../nbs/37_checkpoints.ipynb #56d07fe0
 @dataclass(frozen=True)
 class Checkpoints:
     "The states of one run."
