@@ -148,7 +148,7 @@ def head_of(folder: Path, idle_s: float) -> Iterator[str]:
     AutoscalingConfig(config) # or the monitor ends, and the head with it
     (folder / "config.json").write_text(json.dumps(config))
     environment = os.environ | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
-                                "RAY_prestart_worker_first_driver": "0", "RAY_raylet_start_wait_time_s": "240", "RAY_USAGE_STATS_ENABLED": "0"}
+                                "RAY_prestart_worker_first_driver": "0", "RAY_memory_monitor_refresh_ms": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     with open(folder / "head.log", "w") as log:
         head = subprocess.Popen([str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={address.rpartition(':')[2]}", "--num-cpus=0", "--include-dashboard=false", "--object-store-memory=100000000",
                                  f"--temp-dir=/tmp/mlray-{os.getpid()}", f"--autoscaling-config={folder / 'config.json'}"], stdout=log, stderr=log, env=environment)
