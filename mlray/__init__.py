@@ -129,6 +129,7 @@ Modules:
 - `mlray.manifest`: What is wrong with manifests for KubeRay
 - `mlray.membership`: Who is in there: whether a model tells which rows it has learned from
 - `mlray.meters`: What a replica counts, for Prometheus
+- `mlray.mirror`: A folder of files, in a bucket as it is here
 - `mlray.mirror_on_mlflow`: A folder that MLflow can load and serve
 - `mlray.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
 - `mlray.mixture`: Two means from their sums, compared at every look
@@ -174,6 +175,7 @@ Modules:
 - `mlray.registry_on_ray`: The registry, from any node of a cluster
 - `mlray.release`: Who stands for a version, and how its end is announced
 - `mlray.release_cli`: The commands of a release: who approves, what goes out and comes back, keys, mirrors
+- `mlray.remote_checkpoints`: The states of a run in a bucket, with what a disk promises
 - `mlray.replay`: Two models on the same requests: which decisions flip, which way, and for whom
 - `mlray.replayed`: What was asked in production, asked again of another version
 - `mlray.reproduce`: The same run again, compared to the bit

@@ -200,7 +200,7 @@ def monitor(version: Annotated[str, typer.Argument(metavar="VERSION", help="name
 
 
 @app.command()
-def journal(action: Annotated[str, typer.Argument(help="compact, rows, export, purge, erase or epoch.")], what: Annotated[str, typer.Argument(help="rows, export: a version; erase: a person as callers name them, or COLUMN=VALUE.")] = "",
+def journal(action: Annotated[str, typer.Argument(help="compact, fetch, rows, export, purge, erase or epoch.")], what: Annotated[str, typer.Argument(help="rows, export: a version; erase: a person as callers name them, or COLUMN=VALUE.")] = "",
             older: Annotated[str, typer.Option(help="purge: rows older than this, such as 90d.")] = "", since: Annotated[str, typer.Option(help="rows, export: from here on, such as 2026-05-01T12:00.")] = "",
             forget: Annotated[bool, typer.Option("--forget", help="epoch: delete the keys of all epochs before.")] = False, env: Env = None, as_json: Json = False) -> None:
     "What was answered: put it away, read it, delete it."

@@ -72,12 +72,12 @@ def backend_on(on: str, settings: "Settings") -> Iterator["Backend"]:
     "Where to train: `local` or `ray`."
     if on == "local":
         from mlray.run import LocalBackend
-        yield LocalBackend()
+        yield LocalBackend(checkpoints=settings.checkpoints)
     elif on == "ray":
         from mlray.cluster_on_ray import cluster
         with cluster(settings):
             from mlray.train_on_ray import RayBackend
-            yield RayBackend(settings.workers, settings.gpu, settings.failures, settings.collective_timeout_s, settings.workers_min)
+            yield RayBackend(settings.workers, settings.gpu, settings.failures, settings.collective_timeout_s, settings.workers_min, settings.checkpoints)
     else: raise SpecError(f"--on {on!r} is not understood. {suggest(on, ['local', 'ray'])}")
 
 # %% ../nbs/58_commands.ipynb #b0aad257

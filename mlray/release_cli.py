@@ -122,6 +122,9 @@ def retire(version: Reference, why: Annotated[str | None, typer.Option("--why", 
     instead = str(find_version(successor, settings)[1]) if successor else None
     done = end(registry, found, why, instead, anyway, settings.retired_rows, once)
     gone = drop_version(settings.home / "journal", found.name, str(found.number)) if settings.retired_rows == "erase" else 0
+    if gone:
+        from mlray.mirror import send_rows
+        send_rows(settings)
     shown(as_json, {"version": str(done), "retired": done.retired, "successor": instead, "rows": settings.retired_rows, "erased": gone}, f"{done} is retired" + (f"; use {instead}" if instead else "") + (f"; {gone} journaled rows are erased" if settings.retired_rows == "erase" else ""))
 
 # %% ../nbs/58b_release_cli.ipynb #7d33925d

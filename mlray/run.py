@@ -58,6 +58,7 @@ from .model import Epoch, Job, State, epochs, replayed
 from .network import fitted, rehearse, scores, sensible, to_onnx
 from .profile import Profile, profile
 from .registry import Registry, Version, bundle_of, open_registry, register, version, versions
+from .remote_checkpoints import open_checkpoints
 from .rows import Rows, inspect_rows, read_rows
 from .settings import Settings, read_settings
 from .spec import RunSpec
@@ -82,9 +83,10 @@ class Backend(Protocol):
 class LocalBackend:
     "Training in this process."
     workers: int = 1
+    checkpoints: str = "" # where states are kept; empty: in `home`
 
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
-        kept = Checkpoints(home / name)
+        kept = open_checkpoints(home / name, self.checkpoints)
         if not resume: kept.forget()
         start = kept.newest(note)
         yield from replayed(start)
@@ -282,7 +284,7 @@ def train(
 ) -> Run:
     "A run from rows to a registered version. The version exists whatever its verdict; promoting it is another matter."
     settings = settings or read_settings()
-    backend, tracker, registry, supply = backend or LocalBackend(), tracker or NullTracker(), registry or open_registry(settings), supply or InMemory()
+    backend, tracker, registry, supply = backend or LocalBackend(checkpoints=settings.checkpoints), tracker or NullTracker(), registry or open_registry(settings), supply or InMemory()
     registry.act(Ask("model:register", spec.name, spec.name)) # who may not keep what comes of it need not wait for it
     tracker.start(spec)
     try:
@@ -304,7 +306,7 @@ def train(
             verdict = verdict_of(spec, beside, data=data, before=theirs)
             results, came = results_of(evaluation, verdict, rows), lineage_of(bundle, kept.folder.name, tracker.where(), settings.root)
             run = Run(register(registry, bundle, results, came), rows, evaluation, verdict, drift, beside.comparison)
-            kept.clear() # finished: the same command would do it all again, and come to the same version
+            open_checkpoints(kept.folder, settings.checkpoints).clear() # finished: the same command would do it all again, and come to the same version
     except BaseException as error:
         tracker.finish({"error": f"{type(error).__name__}: {error}"})
         raise

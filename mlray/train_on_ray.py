@@ -32,6 +32,7 @@ from torch import nn
 from .checkpoints import Checkpoints
 from .errors import MlrayError, TrainingError
 from .model import Epoch, Job, State, dump_state, epochs, load_state, replayed
+from .remote_checkpoints import open_checkpoints, place_of
 from .run import Note
 
 # %% ../nbs/41_train_on_ray.ipynb #733c2250
@@ -66,7 +67,7 @@ def _sharded(network: nn.Module) -> nn.Module:
 
 def _work(config: dict[str, Any]) -> None:
     "What each worker does."
-    context, job, kept, news = ray.train.get_context(), ray.get(config["job"][0]), Checkpoints(Path(config["folder"])), config["news"]
+    context, job, kept, news = ray.train.get_context(), ray.get(config["job"][0]), open_checkpoints(Path(config["folder"]), config["url"]), config["news"]
     rank, world = context.get_world_rank(), context.get_world_size()
     start = _agreed(kept.newest(lambda text: news.put(text)) if rank == 0 else None, world)
     if rank == 0:
@@ -145,20 +146,21 @@ class RayBackend:
     failures: int = 3               # how often workers may be lost
     collective_timeout_s: int = 120 # workers wait for each other for so long
     workers_min: int | None = None  # so many will do where there is no room for all; None: all or none
+    checkpoints: str = ""           # where states are kept; empty: in `home`
 
     def _trainer(self, job: list[Any], news: Queue, kept: Checkpoints) -> TorchTrainer:
-        config = {"job": job, "news": news, "folder": str(kept.folder), "workers": self.workers}
+        config = {"job": job, "news": news, "folder": str(kept.folder), "url": self.checkpoints, "workers": self.workers}
         team: Any = (self.workers_min, self.workers) if self.workers_min and self.workers_min < self.workers else self.workers
         return TorchTrainer(
             _work, train_loop_config=config, torch_config=TorchConfig(timeout_s=self.collective_timeout_s),
             scaling_config=ScalingConfig(num_workers=team, use_gpu=self.gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if self.gpu else {})),
-            run_config=RunConfig(name=uuid4().hex[:8], storage_path=str(kept.folder / "ray"), failure_config=FailureConfig(max_failures=0), callbacks=[_Announced(news)])) # type: ignore[list-item]
+            run_config=RunConfig(name=uuid4().hex[:8], **place_of(kept), failure_config=FailureConfig(max_failures=0), callbacks=[_Announced(news)])) # type: ignore[list-item]
 
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
         if job.model.estimator and (self.workers > 1 or self.gpu): # fitted as a whole, on one worker
             yield from replace(self, workers=1, workers_min=None, gpu=False).train(job, name, home, resume, note)
             return
-        kept = Checkpoints((home / name).resolve())
+        kept = open_checkpoints((home / name).resolve(), self.checkpoints)
         if not resume: kept.forget()
         shared, newest = [ray.put(job)], None
         for number in range(self.failures + 1):

@@ -23,11 +23,12 @@ from .archive import cloud_events, erase, journaled, purge, put_away
 from .beside import beside, pairs
 from .column import age_of
 from .display import Displayed, table
-from .errors import DataError, MlrayError, suggest
+from .errors import DataError, MlrayError, SettingsError, suggest
 from .forgotten import forget_aside
 from .jobs import Shelf, forget_jobs
 from .keeping import new_epoch, pseudonyms, read_keys
 from .labelled import forget_rows
+from .mirror import fetch_rows, send_rows
 from .monitor import gauges, monitor, page
 from .registry import Version, bundle_of, open_registry, version
 from .settings import Settings
@@ -64,6 +65,12 @@ def watch(
     return value, tuple(faces)
 
 # %% ../nbs/58j_watching.ipynb #c312b6da
+def _fetch(settings: Settings) -> tuple[dict[str, Any], Any]:
+    if not settings.archive: raise SettingsError(f"`mlray journal fetch` brings rows from `archive`, a URL such as s3://bucket/journal; the environment {settings.env} in settings.ini names none.")
+    brought = fetch_rows(settings)
+    return {"files": brought}, f"{brought} files with rows are brought from {settings.archive}."
+
+
 def _since(text: str) -> datetime | None:
     if not text: return None
     try: moment = datetime.fromisoformat(text)
@@ -81,6 +88,7 @@ def _erase(what: str, settings: Settings) -> tuple[dict[str, Any], Any]:
     learned = forget_rows(settings, marks | frozenset(named.to_list()))
     who, where = (value, column) if is_column else (what, "")
     aside, jobs = forget_aside(settings, who, where), forget_jobs(Shelf(settings.home / "jobs"), who, where)
+    send_rows(settings)
     text = f"{gone} rows of {len(named)} requests are erased, {said} rows of feedback, {learned} rows that were kept to learn from, {aside} rows in quarantine or accepted, and {jobs} jobs. Windows, profiles and bundles hold counts only, and stay. Sources, and copies of this folder, are yours to see to."
     return {"rows": gone, "requests": len(named), "feedback": said, "learned": learned, "aside": aside, "jobs": jobs}, text
 
@@ -90,6 +98,7 @@ def _purge(older: str, settings: Settings) -> tuple[dict[str, Any], Any]:
     except (ValueError, KeyError, IndexError) as error: raise MlrayError(f"--older is a time such as 90d or 12w; found {older!r}.") from error
     now = datetime.now(UTC)
     days = [purge(folder, age, now) for folder in (settings.home / "journal", settings.home / "journal" / "feedback")]
+    send_rows(settings)
     return {"days": days[0], "feedback_days": days[1]}, f"{days[0]} days of answers and {days[1]} of feedback are deleted. Windows hold counts only, and stay."
 
 # %% ../nbs/58j_watching.ipynb #3792ee11
@@ -100,11 +109,12 @@ def _rows(what: str, since: str, settings: Settings) -> pl.DataFrame:
 
 def _compact(settings: Settings) -> tuple[dict[str, Any], Any]:
     done = [put_away(folder) for folder in (settings.home / "journal", settings.home / "journal" / "feedback")]
-    return {"segments": done[0].segments, "rows": done[0].rows, "torn": done[0].torn, "open": done[0].open, "feedback_rows": done[1].rows}, f"{done[0].rows} rows of {done[0].segments} segments are put away, {done[0].torn} torn lines left out; {done[0].open} segments are still written"
+    there = send_rows(settings)
+    return {"segments": done[0].segments, "rows": done[0].rows, "torn": done[0].torn, "open": done[0].open, "feedback_rows": done[1].rows, "sent": there.sent}, f"{done[0].rows} rows of {done[0].segments} segments are put away, {done[0].torn} torn lines left out; {done[0].open} segments are still written" + (f"; {there.sent} files are sent to {settings.archive}" if settings.archive else "")
 
 
 def tend(
-    action: str,    # compact, rows, export, purge, erase, epoch
+    action: str,    # compact, fetch, rows, export, purge, erase, epoch
     what: str,
     older: str,
     since: str,
@@ -124,6 +134,6 @@ def tend(
         keys = new_epoch(settings, forget)
         return {"epoch": keys.current, "known": list(keys.epochs)}, f"Pseudonyms are made in epoch {keys.current} from the next start of the service on; keys of {', '.join(keys.epochs)} are known."
 
-    known: dict[str, Callable[[], tuple[Any, ...]]] = {"compact": lambda: _compact(settings), "rows": rows, "export": export, "purge": lambda: _purge(older, settings), "erase": lambda: _erase(what, settings), "epoch": epoch}
+    known: dict[str, Callable[[], tuple[Any, ...]]] = {"compact": lambda: _compact(settings), "fetch": lambda: _fetch(settings), "rows": rows, "export": export, "purge": lambda: _purge(older, settings), "erase": lambda: _erase(what, settings), "epoch": epoch}
     if action not in known: raise MlrayError(f"`mlray journal {action}` is not understood. {suggest(action, known)}")
     return known[action]()

@@ -1,0 +1,199 @@
+"""Checkpoints and journaled rows in a bucket, over the wire to an S3 that answers: the same promises as on a disk."""
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from mlray.archive import erase, journaled, purge, put_away
+from mlray.checkpoints import Checkpoints
+from mlray.errors import SettingsError, Unavailable
+from mlray.journal import Entry, Journal
+from mlray.mirror import fetch_rows, send_rows
+from mlray.model import Epoch, Job, State
+from mlray.recipe import Train
+from mlray.remote_checkpoints import open_checkpoints
+from mlray.rows import read_rows
+from mlray.run import LocalBackend, make_job
+from mlray.settings import Settings, shipped
+from mlray.spec import RunSpec
+
+pytest.importorskip("moto", reason="pip install 'mlray[dev]'")
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[tuple[Any, Any]]:
+    "A client, and the server to stop."
+    import boto3
+    from moto.server import ThreadedMotoServer
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}.items(): environment.setenv(name, value)
+        client = boto3.client("s3", endpoint_url=url)
+        client.create_bucket(Bucket="kept")
+        yield client, server
+    server.stop()
+
+
+def keys(client: Any, below: str) -> list[str]: return sorted(o["Key"] for o in client.list_objects_v2(Bucket="kept", Prefix=below).get("Contents", []) if not o["Key"].endswith("/"))
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def job(diabetes: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    root = tmp_path_factory.mktemp("job")
+    made = make_job(diabetes, read_rows(diabetes, Settings(root=root, home=root)))
+    return replace(made, train=Train.model_validate(made.train.model_dump(by_alias=False) | {"epochs": 6, "patience": 6, "batch_size": 64}))
+
+
+def last(epochs: Any) -> State:
+    *_, end = epochs
+    return end.state
+
+
+def same(a: State, b: State) -> bool:
+    import torch
+    return a.epoch == b.epoch and a.history == b.history and all(torch.equal(x[n], y[n]) for x, y in ((a.now, b.now), (a.best, b.best), (a.optimizer, b.optimizer)) for n in y)
+
+
+def stopped(job: Job, home: Path, after: int) -> None:
+    for epoch in LocalBackend(checkpoints="s3://kept/runs").train(job, "run", home):
+        if epoch.number == after: return
+
+
+def test_a_run_goes_on_from_a_bucket_on_a_machine_that_has_nothing(s3, job, tmp_path):
+    undisturbed = last(LocalBackend().train(job, "run", tmp_path / "local"))
+    stopped(job, tmp_path / "one", 3)
+    assert [k[:19] for k in keys(s3[0], "runs/run/")] == ["runs/run/epoch-0000"] * 2 and not list(tmp_path.glob("one/run/epoch-*")), "the two newest, and none on the machine that may go"
+    numbers = []
+    def heard(epochs: Iterator[Epoch]) -> Iterator[Epoch]:
+        for epoch in epochs:
+            numbers.append(epoch.number)
+            yield epoch
+    assert same(last(heard(LocalBackend(checkpoints="s3://kept/runs").train(job, "run", tmp_path / "another", resume=True))), undisturbed) and numbers == [1, 2, 3, 4, 5, 6]
+    open_checkpoints(tmp_path / "another/run", "s3://kept/runs").clear()
+    assert keys(s3[0], "runs/") == []
+
+
+@pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: b"", lambda d: d[:500] + bytes([d[500] ^ 1]) + d[501:]], ids=["one short", "empty", "one bit"])
+def test_a_damaged_object_is_passed_over(s3, job, tmp_path, damage):
+    stopped(job, tmp_path, 3)
+    key = keys(s3[0], "runs/run/")[-1]
+    s3[0].put_object(Bucket="kept", Key=key, Body=damage(s3[0].get_object(Bucket="kept", Key=key)["Body"].read()))
+    notes: list[str] = []
+    assert open_checkpoints(tmp_path / "run", "s3://kept/runs").newest(notes.append).epoch == 2 and "epoch 3" in notes[0]
+
+
+def test_a_run_anew_forgets_what_was_there(s3, job, tmp_path):
+    stopped(job, tmp_path, 3)
+    stopped(job, tmp_path, 1)
+    assert [int(Path(k).name[6:14]) for k in keys(s3[0], "runs/run/")] == [1]
+
+
+def test_a_bucket_that_is_not_there_is_a_letter(s3, job, tmp_path):
+    with pytest.raises(Unavailable, match=r"s3://nowhere/runs/run could not be used for checkpoints: .* What was kept there before is whole"): next(LocalBackend(checkpoints="s3://nowhere/runs").train(job, "run", tmp_path))
+
+
+def test_a_folder_that_all_see(job, tmp_path):
+    backend = LocalBackend(checkpoints=str(tmp_path / "shared"))
+    for epoch in backend.train(job, "run", tmp_path / "one"):
+        if epoch.number == 2: break
+    assert Checkpoints(tmp_path / "shared/run").newest().epoch == 2 and not (tmp_path / "one").exists()
+
+
+def command(home: Path, *more: str, **variables: str) -> subprocess.Popen:
+    environment = os.environ | {"MLRAY_HOME": str(home), "MLRAY_TRACKING": "disabled", "MLRAY_OBJECT_STORE_MB": "100", "MLRAY_WORKERS": "2"} | variables
+    overrides = ("train.epochs=40", "train.patience=40", "train.batch_size=16")
+    return subprocess.Popen([sys.executable, "-c", "from mlray.cli import main; main()", "train", str(shipped("configs") / "diabetes.yaml"), *overrides, "--on", "ray", "--json", *more], cwd=shipped("configs").parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def printed(process: subprocess.Popen) -> dict:
+    out, err = process.communicate(timeout=500)
+    assert process.returncode in (0, 1), err # 1: the verdict did not pass, which is not the matter here
+    return json.loads(out)
+
+
+@pytest.mark.chaos
+def test_a_killed_driver_with_two_workers_on_ray_goes_on_from_the_bucket(s3, tmp_path, capsys):
+    undisturbed = printed(command(tmp_path / "other"))
+    reached, kills, seconds = 0, 0, time.monotonic()
+    where = {"MLRAY_CHECKPOINTS": "s3://kept/states", "MLRAY_STORE": "s3://kept/bundles"}
+    for goal in (6, 20): # killed twice, each time on a machine that has nothing
+        process = command(tmp_path / f"home-{goal}", *(["--resume"] if kills else []), **where)
+        while reached < goal and process.poll() is None:
+            reached = max([int(Path(k).name[6:14]) for k in keys(s3[0], "states/") if "/epoch-" in k] + [0])
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL and goal <= reached < 40, "it had ended, so nothing was shown"
+        kills += 1
+    resumed = printed(command(tmp_path / "home", "--resume", **where))
+    assert resumed["digest"] == undisturbed["digest"] and keys(s3[0], "states/") == []
+    assert any(resumed["digest"] in k for k in keys(s3[0], "bundles/"))
+    with capsys.disabled(): print(f"\n{kills} kills, the last at epoch {reached} of 40, the same digest {resumed['digest'][:12]}; {time.monotonic() - seconds:.0f} s, load {os.getloadavg()[0]:.0f}")
+
+
+# --- rows of a journal -----------------------------------------------------------------------------------------------
+
+def journal_of(home: Path, subjects: str) -> Path:
+    "A journal whose segment has ended, a row a letter."
+    journal = Journal[Entry](home / "journal" / "segments", sync_s=0)
+    for number, subject in enumerate(subjects): journal.write(Entry(f"{home.name}-{number}", time.time_ns(), "wine", "1", "d" * 8, 200, 0.1, rows=1, subject=subject, columns={"a": [number]}, answers={"label": [1]}))
+    journal.close()
+    put_away(home / "journal")
+    return home / "journal"
+
+
+def rows_of(home: Path) -> set[tuple[str, str]]: return set(journaled(home / "journal").select("id", "subject").collect().rows())
+
+
+def test_rows_that_were_put_away_are_in_the_bucket_and_an_erasure_reaches_them(s3, tmp_path):
+    one, two, fresh = (Settings(home=tmp_path / n, archive="s3://kept/journal") for n in ("one", "two", "fresh"))
+    journal_of(one.home, "ab")
+    journal_of(two.home, "ac")
+    assert (send_rows(one).sent, send_rows(two).sent, send_rows(one).sent) == (1, 1, 0)
+    assert fetch_rows(fresh) == 2 and rows_of(fresh.home) == rows_of(one.home) | rows_of(two.home) and len(rows_of(fresh.home)) == 4
+    assert erase(one.home / "journal", frozenset("a")) == 1 and (send_rows(one).sent, send_rows(fresh).sent) == (1, 0), "what was brought is never sent, or it would bring back what was erased"
+    again = Settings(home=tmp_path / "again", archive="s3://kept/journal")
+    assert fetch_rows(again) == 2 and rows_of(again.home) == {("one-1", "b"), ("two-0", "a"), ("two-1", "c")}
+    assert purge(one.home / "journal", timedelta(days=-2), datetime.now(UTC)) == 1 and send_rows(one).taken == 1 and len(keys(s3[0], "journal/")) == 1
+    assert {int(p.stat().st_mode & 0o777) for p in again.home.rglob("*.parquet")} == {0o600}
+
+
+def test_a_sending_that_is_cut_off_is_done_by_the_next_one(s3, tmp_path, monkeypatch):
+    settings = Settings(home=tmp_path / "cut", archive="s3://kept/cut")
+    for _ in range(3): journal_of(settings.home, "ab")
+    from mlray.store import Bucket
+    write, wrote = Bucket.write, []
+
+    def once(self: Bucket, path: str, data: bytes) -> None:
+        if wrote: raise OSError("the network is gone")
+        write(self, path, data)
+        wrote.append(path)
+    with monkeypatch.context() as broken:
+        broken.setattr(Bucket, "write", once)
+        with pytest.raises(Unavailable, match="give the same command again"): send_rows(settings)
+    assert len(keys(s3[0], "cut/")) == 1 and send_rows(settings).sent == 3 and len(keys(s3[0], "cut/")) == 3 and send_rows(settings).same == 3
+
+
+def test_the_commands_send_and_bring(s3, tmp_path):
+    from mlray.watching import tend
+    settings, other = (Settings(home=tmp_path / n, archive="s3://kept/commands") for n in ("home", "other"))
+    journal_of(settings.home, "ab")
+    assert tend("compact", "", "", "", False, settings)[0]["sent"] == 1
+    assert tend("fetch", "", "", "", False, other)[0] == {"files": 1}
+    assert pl.DataFrame(tend("rows", "", "", "", False, other)[0])["subject"].to_list() == ["a", "b"]
+    with pytest.raises(SettingsError, match="archive"): tend("fetch", "", "", "", False, Settings(home=tmp_path))
