@@ -19,7 +19,7 @@ from .errors import MlrayError, suggest
 # %% ../nbs/58z_first_screen.ipynb #5c971caf
 CHAPTERS = {
     "Begin": ("demo", "new", "lab", "doctor"),
-    "Learn": ("check", "train", "tune", "reproduce", "explain"),
+    "Learn": ("check", "train", "tune", "reproduce", "optimise", "explain"),
     "Prove": ("gate", "card", "data", "sign", "signer", "verify", "audit"),
     "Let out": ("models", "show", "approve", "promote", "rollback", "rollout", "release", "traffic", "deprecate", "retire", "delivery"),
     "Answer": ("serve", "ask", "predict", "export", "key"),
