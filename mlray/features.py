@@ -197,7 +197,7 @@ def learn(
     kinds, setting = _kinds(contract, derived, asked), lambda n: asked.get(n) or Setting()
     kept, personal = needed(contract, derived), {n for n in contract.features if contract.columns[n].personal}
     for d in derived: personal |= {d.name} if personal & set(d.needs) else set()
-    column = lambda n: contract.columns.get(n) or Column(type=kinds[n])
+    column = lambda n: contract.columns.get(n) or Column(type=kinds.get(n, "category")) # a part of a date is a category
     times = tuple(moments(n, column(n), setting(n)) for n in _among(kinds, "date", "datetime", "duration"))
     made = _made(first := Features((), (), (), (), times, derived, kept), frame)
     _row_by_row(first, frame)
