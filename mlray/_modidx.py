@@ -2943,6 +2943,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mlray.standing.in_region': ('standing.html#in_region', 'mlray/standing.py'),
                                 'mlray.standing.kept_as': ('standing.html#kept_as', 'mlray/standing.py'),
                                 'mlray.standing.move': ('standing.html#move', 'mlray/standing.py'),
+                                'mlray.standing.moves_in': ('standing.html#moves_in', 'mlray/standing.py'),
                                 'mlray.standing.said_as': ('standing.html#said_as', 'mlray/standing.py'),
                                 'mlray.standing.served': ('standing.html#served', 'mlray/standing.py'),
                                 'mlray.standing.take_away': ('standing.html#take_away', 'mlray/standing.py')},

@@ -25,6 +25,7 @@ from .bundle import Bundle
 from .display import Table, table
 from .gate import Verdict
 from .registry import Evidence, Registry, Version, bundle_of, evidence, version, versions
+from .standing import moves_in
 
 # %% ../nbs/38c_card.ipynb #c73d3304
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def dossier(
     "What a registry keeps of a version, its bundle checked byte by byte."
     found = version(registry, reference)
     with registry.database.change() as c: every = registry.database.entries(c)
-    mine = tuple(e for e in every if e.object.rpartition("/")[0] == found.name)
+    mine = moves_in(registry.region, (e for e in every if e.object.rpartition("/")[0] == found.name))
     return Dossier(found, bundle_of(registry, found), evidence(registry, found), mine, every[-1].seq, versions(registry, found.name), asdict(registry.policy))
 
 # %% ../nbs/38c_card.ipynb #de039323

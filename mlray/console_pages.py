@@ -34,7 +34,7 @@ from .proof import verify
 from .registry import Evidence, Registry, Version, bundle_of, evidence, generation, version, versions
 from .release import approvals, approvals_table
 from .runbook import runbook
-from .standing import candidate_for
+from .standing import candidate_for, kept_as, moves_in
 from .wire import Reply
 
 # %% ../nbs/49c_console_pages.ipynb #25c5dfd5
@@ -83,7 +83,7 @@ def standing(
     "How a model stands now."
     at = {a: v for v in every for a in v.aliases}
     production, name = at.get("production"), every[0].name
-    with registry.database.change() as c: moves = [e for e in registry.database.entries(c) if e.action in ("promote", "rollback") and e.details.get("alias") == "production" and e.object.rpartition("/")[0] == name]
+    with registry.database.change() as c: moves = [e for e in moves_in(registry.region, registry.database.entries(c)) if e.action in ("promote", "rollback") and e.details.get("alias") == "production" and e.object.rpartition("/")[0] == name]
     first = production or every[0]
     return Standing(name, _described(registry, first), every[0], production, moves[-1].created if production and moves else "", moves[-1].actor if production and moves else "", tuple((a, v) for a, v in sorted(at.items()) if a != "production"),
                     share_of(registry, name) if "canary" in at else 0.0, registry.policy.gates, evidence(registry, first), headline(first))
@@ -184,6 +184,7 @@ def against(
     alias: str = "production",
 ) -> tuple[str, ...]: # none: it may go out
     "What the registry would say if the visitor let a version out now."
+    alias = kept_as(alias, registry.region)
     with registry.database.change() as c:
         why = reasons(registry.policy, candidate_for(c, found.name, found.number, alias), alias, registry.actor, registry._now())
         return (*why, *unsigned(c, registry.attestor, found.name, found.digest, gates_for(registry.policy, alias, None))) if registry.policy.signature else why

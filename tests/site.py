@@ -3,6 +3,7 @@
     python tests/site.py [FOLDER]    default .site; open index.html there, no server and no network needed for reading
 """
 import base64
+import html
 import json
 import re
 import shutil
@@ -31,6 +32,26 @@ def linked(text: str, page: str, modules: dict[str, str], notebooks: dict[str, s
     text = re.sub(r"(?<!\[)`mlray\.(\w+)(\.\w+)?`(?!\])", lambda m: f"[{m[0]}]({up}{modules[m[1]]})" if m[1] in modules and modules[m[1]] != page else m[0], text)
     text = re.sub(r"\]\((?:\.\./)*(?:nbs/)?([\w/.-]+\.ipynb)\)", lambda m: next((f"]({up}{notebooks[at]})" for at in (m[1], f"{Path(page).parent}/{m[1]}") if at in notebooks), m[0]), text)
     return text.replace('{target="_blank"}', "")
+
+
+def drawn(text: str) -> str:
+    "Prose whose flowcharts are boxes and arrows without a script: a line of Mermaid, a line of them."
+    node = r"(\w+)(?:(?:\[\(|\(\[|[\[({])(.+?)(?:\)\]|\]\)|[\])}]))?"
+    def one(found: re.Match) -> str:
+        names, lines = dict[str, str](), []
+        for line in found[1].strip().splitlines()[1:]:
+            line, parts, at = line.strip(), [], 0
+            while at < len(line):
+                if not (box := re.compile(node).match(line, at)): raise ValueError(f"A flowchart has {line[at:]!r}, where a box was expected: tests/site.py draws A[words] --> B and A -- words --> B.")
+                name, *more = (html.escape(w) for w in names.setdefault(box[1], box[2] or box[1]).split("<br/>"))
+                parts.append(f"<b>{name}" + "".join(f"<small>{m}</small>" for m in more) + "</b>")
+                arrow = re.compile(r"\s*--(?: (.+?) --)?>\s*").match(line, box.end())
+                if not arrow and box.end() < len(line): raise ValueError(f"A flowchart has {line[box.end():]!r}, where an arrow was expected: tests/site.py draws A[words] --> B and A -- words --> B.")
+                if arrow: parts.append(f"<span>{html.escape(arrow[1] or '')} \u2192</span>")
+                at = arrow.end() if arrow else len(line)
+            lines.append(f"<div class='flow'>{''.join(parts)}</div>")
+        return "\n".join(lines)
+    return re.sub(r"(?ms)^```mermaid\n(.*?)^```$", one, text)
 
 
 def shown(cell: dict, page: str, out: Path) -> Iterator[str]:
@@ -64,7 +85,7 @@ def markdown(notebook: Path, page: str, modules: dict[str, str], notebooks: dict
     blocks = []
     for cell in json.loads(notebook.read_text())["cells"]:
         source = re.sub(r"(?m)\A(\s*#\|.*\n?)+", "", "".join(cell["source"])).strip()
-        if cell["cell_type"] == "markdown": blocks.append(linked(source, page, modules, notebooks))
+        if cell["cell_type"] == "markdown": blocks.append(linked(drawn(source), page, modules, notebooks))
         elif cell["cell_type"] == "code" and source:
             blocks.append(f"```python\n{source}\n```")
             blocks.extend(shown(cell, page, out))
@@ -87,9 +108,12 @@ def build(site: Path) -> None:
         for notebook, page in found.items():
             if page != "index.md": parts.setdefault(FOLDERS.get(notebook.parent.name) or CHAPTERS[notebook.name[0]], []).append(page)
         order = [FOLDERS["tutorials"], FOLDERS["explanations"], *CHAPTERS.values(), FOLDERS["gates"], FOLDERS["reports"], FOLDERS["benchmarks"]]
-        palette = [{"scheme": scheme, "primary": "indigo", "media": f"(prefers-color-scheme: {light})"} for scheme, light in (("default", "light"), ("slate", "dark"))]
+        for name in ("site.css", "site.js"): shutil.copyfile(ROOT / "tests" / name, out / name)
+        # the first is kept until the reader chooses: without it the theme remembers what the first visit looked like
+        looks = (({"media": "(prefers-color-scheme)"}, "lucide/sun-moon", "Light always"), ({"media": "(prefers-color-scheme: light)", "scheme": "default"}, "lucide/sun", "Dark always"), ({"media": "(prefers-color-scheme: dark)", "scheme": "slate"}, "lucide/moon", "As the system is"))
+        palette = [{**look, "primary": "indigo", "toggle": {"icon": icon, "name": name}} for look, icon, name in looks]
         settings = {"site_name": "mlray", "docs_dir": "pages", "site_dir": "site", "use_directory_urls": False, "nav": [{"mlray": "index.md"}, *({title: parts[title]} for title in order if title in parts)],
-                    "theme": {"name": "material", "font": False, "features": ["navigation.indexes", "content.code.copy", "toc.follow", "search.highlight"], "palette": palette}, "plugins": ["search"],
+                    "theme": {"name": "material", "font": False, "features": ["navigation.indexes", "content.code.copy", "toc.follow", "search.highlight"], "palette": palette}, "plugins": ["search"], "extra_css": ["site.css"], "extra_javascript": ["site.js"],
                     "markdown_extensions": ["tables", "admonition", "attr_list", "md_in_html", "pymdownx.highlight", "pymdownx.superfences", {"toc": {"permalink": True}}]}
         (Path(scratch) / "mkdocs.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
         subprocess.run([sys.executable, "-m", "zensical", "build", "-f", str(Path(scratch) / "mkdocs.yml")], check=True, stdout=subprocess.DEVNULL)

@@ -18,7 +18,9 @@ import pytest
 from typer.testing import CliRunner
 
 from mlray.access import new_key
+from mlray.card import dossier
 from mlray.cli import app
+from mlray.console_pages import against, standing
 from mlray.delivery import changes_of
 from mlray.errors import Refused, RegistryError
 from mlray.gate import judge
@@ -38,10 +40,12 @@ from mlray.registry import (
     register,
     rollback,
     version as named,
+    versions,
 )
 from mlray.release import approve
 from mlray.rollout import Promote, RollBack
 from mlray.rollout_step import carry_out, running, standing_of, start
+from mlray.runbook import runbook
 from mlray.settings import Settings, amended, read_settings
 from mlray.spec import Rule
 from tests.canaries import gone_wrong, same, slow
@@ -106,11 +110,24 @@ def test_what_production_asks_for_is_asked_for_in_each_region(world):
     eu.policy = us.policy = world.registry.policy = asks
     for registry, alias in ((eu, "production"), (world.registry, "production@us")):
         with pytest.raises(Refused, match="0 of 1 approvals are there"): promote(registry, world.second, alias)
+    assert any("0 of 1 approvals" in why for why in against(eu, world.second)), "the console says so before anybody tries"
     approve(world.registry, world.second, "production@eu")
+    assert [any("approval" in why for why in against(r, world.second)) for r in (eu, us)] == [False, True]
     with pytest.raises(Refused, match="for production@us` gives one"): promote(us, world.second)
     assert promote(eu, world.second) == 2
     for wrong in ("production@EU", "production@", "production@eu@us", "production/eu"):
         with pytest.raises(RegistryError, match="no name for an alias"): promote(eu, world.second, wrong)
+
+
+def test_a_region_tells_its_own_moves(world):
+    "In the console and in the runbook, whoever reads them in eu is told of eu."
+    eu, us = world.of("eu"), world.of("us")
+    promote(eu, world.second)
+    told = {r.region: (standing(r, versions(r, "diabetes")), runbook(dossier(r, "diabetes/2")).markdown()) for r in (eu, us, world.registry)}
+    assert told["eu"][0].production == named(eu, "diabetes/2") and told["eu"][0].since > told["us"][0].since and told["eu"][0].by == eu.actor
+    assert told["us"][0].production == named(us, "diabetes/1") and told["us"][0].since, "what eu did is no move of us"
+    assert told[""][0].production is None and not told[""][0].since
+    assert "Production is diabetes/2, and was diabetes/1 before." in told["eu"][1] and "Production is diabetes" not in told["us"][1] + told[""][1]
 
 
 def test_rollouts_of_two_regions_do_not_touch(world):

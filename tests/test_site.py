@@ -2,6 +2,7 @@
 import importlib
 import json
 import re
+import runpy
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -53,6 +54,14 @@ def test_every_link_leads_somewhere_and_nothing_is_loaded_from_elsewhere(site):
             path = unquote(at.split("#")[0].split("?")[0])
             if path and not re.match(r"\w+:", path) and not (page.parent / path).exists(): lost.append((str(page.relative_to(site)), at))
     assert not foreign and not lost, (foreign[:5], lost[:20])
+
+
+def test_flowcharts_are_drawn_without_a_script(site):
+    drawn = runpy.run_path(str(ROOT / "tests/site.py"))["drawn"] # `import site` is Python's own
+    first = (site / "index.html").read_text()
+    assert "flowchart LR" not in first and "<b>gates<small>quality, fairness</small></b><span>verdict, executed page →</span><b>registry</b>" in first
+    assert drawn("a\n```mermaid\nflowchart LR\n  a[one<br/>& two] -- why --> b([B])\n  b --> a\n```\nz") == "a\n<div class='flow'><b>one<small>&amp; two</small></b><span>why →</span><b>B</b></div>\n<div class='flow'><b>B</b><span> →</span><b>one<small>&amp; two</small></b></div>\nz"
+    with pytest.raises(ValueError, match=r"-\.-> b', where an arrow"): drawn("```mermaid\nflowchart LR\n  a -.-> b\n```")
 
 
 def test_the_glossary_names_modules_that_there_are():
