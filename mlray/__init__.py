@@ -124,6 +124,7 @@ Modules:
 - `mlray.ledger`: Whether what is known is what was done
 - `mlray.lineage`: What a version came from
 - `mlray.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
+- `mlray.look`: Whether a promise is broken, beyond what chance does in a season of looks
 - `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
 - `mlray.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates
 - `mlray.manifest`: What is wrong with manifests for KubeRay

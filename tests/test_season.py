@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlray.alert import look, looks_of_a_season
+from mlray.look import look, looks_of_a_season
 from mlray.monitor import Known
 from mlray.score import wilson
 from mlray.spec import Alert
