@@ -309,10 +309,10 @@ def refused(
 
 def _not_live(rule: Rule, evidence: Evidence) -> str:
     "Why no traffic of this kind will ever tell; empty: it will."
-    for arm in (evidence.canary, *([evidence.champion] if rule.within is not None else [])):
+    for arm in (evidence.canary, evidence.champion):
         every = arm.decided or arm.answered_sums
-        if every is not None and (missing := [c for c in rule.by if c not in every.columns]): return f"the journal does not keep {', '.join(missing)}"
-        if arm.answered_sums is None: continue
+        if every is not None and (arm is evidence.canary or rule.within is not None) and (missing := [c for c in rule.by if c not in every.columns]): return f"the journal does not keep {', '.join(missing)}"
+        if arm.answered_sums is None or not arm.answered_sums.sums: continue
         known = OF_NUMBERS if "mean_prediction" in arm.answered_sums.sums else OF_DECISIONS
         gap = rule.metric.endswith("_difference")
         one = known if known is OF_NUMBERS else ("accuracy",) if arm.labelled_sums is None or arm.labelled_sums.sums["accuracy"][next(iter(arm.labelled_sums.rows))].shape[-1] == 1 else ()
