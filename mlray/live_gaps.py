@@ -37,7 +37,7 @@ class GroupMeans:
     def among(self, groups: Sequence[tuple[str, ...]]) -> "GroupMeans":
         "The same in this order; no rows of those that are not known."
         at = [self.groups.index(g) if g in self.groups else len(self.groups) for g in groups]
-        return GroupMeans(tuple(groups), *(np.pad(x, ((0, 0), (0, 1)))[:, at] for x in (self.n, self.total, self.squares)), self.bounded)
+        return GroupMeans(tuple(groups), *(np.pad(x, ((0, 0), (0, 1)))[:, at] for x in (self.n, self.total, self.squares)), bounded=self.bounded)
 
 
 def group_means(
@@ -48,7 +48,7 @@ def group_means(
     "What the groups of some columns get."
     of = sums.by(sorted(by)).sums.get(term, {}) if sums is not None else {}
     parts = [np.stack([np.diag(s[kind]) for s in of.values()], -1) if of else np.zeros((1, 0)) for kind in (2, 1, 0)]
-    return GroupMeans(tuple(of), *parts, term not in OF_NUMBERS)
+    return GroupMeans(tuple(of), *parts, bounded=term not in OF_NUMBERS)
 
 # %% ../nbs/25b_live_gaps.ipynb #30320346
 _SHARPEST = 1000 # rows at which the interval of a number is as narrow as can be
@@ -98,7 +98,7 @@ class Gap:
 
 
 def _at(means: GroupMeans, groups: np.ndarray) -> GroupMeans:
-    return GroupMeans(tuple(means.groups[i] for i in groups), *(x[:, groups] for x in (means.n, means.total, means.squares)), means.bounded)
+    return GroupMeans(tuple(means.groups[i] for i in groups), *(x[:, groups] for x in (means.n, means.total, means.squares)), bounded=means.bounded)
 
 
 def largest_live_gap(

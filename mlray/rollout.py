@@ -23,15 +23,7 @@ from .errors import DataError, SpecError, suggest
 from .fairness import spread
 from .gate import less_is_better
 from .group_sums import GroupSums
-from mlray.live_gaps import (
-    OF_DECISIONS,
-    OF_NUMBERS,
-    GroupMeans,
-    apart,
-    ends,
-    group_means,
-    largest_live_gap,
-)
+from .live_gaps import OF_DECISIONS, OF_NUMBERS, GroupMeans, apart, ends, group_means, largest_live_gap
 from .mixture import difference, interval
 from .rates import PROPORTIONS, RATES, proportion
 from .rollout_policy import Check, Demand, Fair, Rollout, Slower
@@ -240,7 +232,7 @@ def _summed(rule: Rule, evidence: Evidence) -> bool:
 
 
 def _counted(counts: Counts | None, rule: Rule) -> GroupMeans:
-    if counts is None or not set(rule.by) <= set(counts.columns): return GroupMeans((), *np.zeros((3, 1, 0)), True)
+    if counts is None or not set(rule.by) <= set(counts.columns): return GroupMeans((), *np.zeros((3, 1, 0)), bounded=True)
     part = counts.by(sorted(rule.by))
     hits, of = proportion(confusion(part, "rows"), rule.metric)
     return GroupMeans(tuple(groups_of(part)), of[None], hits[None], hits[None], True)
@@ -330,15 +322,15 @@ def _group(rule: Rule, fair: Fair, evidence: Evidence, alpha: float) -> list[Fin
     each = alpha if rule.within is None else alpha / 2
     (low, high), (low_h, high_h) = (_gap(rule.metric, cells, fair.groups, each) if len(cells) else (0.0, 1.0) for cells in (c, h))
     found = []
-    for margin, sides, ends in ((bound if bound is None or less else 1 - bound, [c], (low, high)), (rule.within, [c, h], (low - high_h, high - low_h))):
+    for margin, sides, between in ((bound if bound is None or less else 1 - bound, [c], (low, high)), (rule.within, [c, h], (low - high_h, high - low_h))):
         if margin is None: continue
-        verdict, why = _judged(*ends, margin)
+        verdict, why = _judged(*between, margin)
         rows, most, least = int(min(s.sum() for s in sides)), max(map(len, sides)), min(map(len, sides))
         if rows < fair.minimum: verdict, why = "too little", f"{rows} of at least {fair.minimum} labelled rows counted by {', '.join(rule.by)}"
         elif least < 2: verdict, why = "too little", "there is one group only"
         elif most > fair.groups: verdict, why = "too little", f"{most} groups; alpha was shared among {fair.groups}. Set rollout.fairness.groups before the rollout"
         measured = [_known(_apart(rule.metric, s)) if len(s) else None for s in sides]
-        found.append(Finding("fairness", rule.measure, measured[0], measured[1] if len(measured) > 1 else None, *ends, margin, verdict, fair.demand, why))
+        found.append(Finding("fairness", rule.measure, measured[0], measured[1] if len(measured) > 1 else None, *between, margin, verdict, fair.demand, why))
     return found
 
 # %% ../nbs/26_rollout.ipynb #c874744f
