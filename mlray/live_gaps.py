@@ -26,10 +26,10 @@ OF_DECISIONS, OF_NUMBERS = ("accuracy", "demographic_parity", "equal_opportunity
 class GroupMeans:
     "One term, group by group."
     groups: tuple[tuple[str, ...], ...]
+    bounded: bool           # 0 or 1
     n: np.ndarray           # [places, groups], rows that say something; a place is a class or a label
     total: np.ndarray       # [places, groups]
     squares: np.ndarray     # [places, groups]
-    bounded: bool           # 0 or 1
 
     @property
     def values(self) -> np.ndarray: return np.divide(self.total, self.n, out=np.full(self.n.shape, np.nan), where=self.n > 0)
@@ -37,7 +37,7 @@ class GroupMeans:
     def among(self, groups: Sequence[tuple[str, ...]]) -> "GroupMeans":
         "The same in this order; no rows of those that are not known."
         at = [self.groups.index(g) if g in self.groups else len(self.groups) for g in groups]
-        return GroupMeans(tuple(groups), *(np.pad(x, ((0, 0), (0, 1)))[:, at] for x in (self.n, self.total, self.squares)), bounded=self.bounded)
+        return GroupMeans(tuple(groups), self.bounded, *(np.pad(x, ((0, 0), (0, 1)))[:, at] for x in (self.n, self.total, self.squares)))
 
 
 def group_means(
@@ -48,7 +48,7 @@ def group_means(
     "What the groups of some columns get."
     of = sums.by(sorted(by)).sums.get(term, {}) if sums is not None else {}
     parts = [np.stack([np.diag(s[kind]) for s in of.values()], -1) if of else np.zeros((1, 0)) for kind in (2, 1, 0)]
-    return GroupMeans(tuple(of), *parts, bounded=term not in OF_NUMBERS)
+    return GroupMeans(tuple(of), term not in OF_NUMBERS, *parts)
 
 # %% ../nbs/25b_live_gaps.ipynb #30320346
 _SHARPEST = 1000 # rows at which the interval of a number is as narrow as can be
@@ -98,7 +98,7 @@ class Gap:
 
 
 def _at(means: GroupMeans, groups: np.ndarray) -> GroupMeans:
-    return GroupMeans(tuple(means.groups[i] for i in groups), *(x[:, groups] for x in (means.n, means.total, means.squares)), bounded=means.bounded)
+    return GroupMeans(tuple(means.groups[i] for i in groups), means.bounded, *(x[:, groups] for x in (means.n, means.total, means.squares)))
 
 
 def largest_live_gap(

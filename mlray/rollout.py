@@ -232,10 +232,10 @@ def _summed(rule: Rule, evidence: Evidence) -> bool:
 
 
 def _counted(counts: Counts | None, rule: Rule) -> GroupMeans:
-    if counts is None or not set(rule.by) <= set(counts.columns): return GroupMeans((), *np.zeros((3, 1, 0)), bounded=True)
+    if counts is None or not set(rule.by) <= set(counts.columns): return GroupMeans((), True, *np.zeros((3, 1, 0)))
     part = counts.by(sorted(rule.by))
     hits, of = proportion(confusion(part, "rows"), rule.metric)
-    return GroupMeans(tuple(groups_of(part)), of[None], hits[None], hits[None], True)
+    return GroupMeans(tuple(groups_of(part)), True, of[None], hits[None], hits[None])
 
 
 def _each_group(rule: Rule, fair: Fair, evidence: Evidence, alpha: float) -> list[Finding]:
