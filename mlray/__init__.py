@@ -123,6 +123,7 @@ Modules:
 - `mlray.lease`: Of several controllers one acts, and one that was overtaken is refused
 - `mlray.ledger`: Whether what is known is what was done
 - `mlray.lineage`: What a version came from
+- `mlray.live_gaps`: How far groups are apart in what they are answered, at every look
 - `mlray.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
 - `mlray.look`: Whether a promise is broken, beyond what chance does in a season of looks
 - `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row

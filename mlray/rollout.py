@@ -7,7 +7,7 @@ no network, no randomness, no order of requests. Its verdicts are anytime-valid:
 
 # %% auto #0
 __all__ = ['EDGES', 'Judged', 'Mean', 'mean_of', 'latencies', 'Arm', 'Evidence', 'Finding', 'Decision', 'Promote', 'Hold',
-           'RollBack', 'decision_from', 'decide']
+           'RollBack', 'decision_from', 'refused', 'decide']
 
 # %% ../nbs/26_rollout.ipynb #621e744e
 import math
@@ -22,6 +22,8 @@ from .display import Displayed, Table, table
 from .errors import DataError, SpecError, suggest
 from .fairness import spread
 from .gate import less_is_better
+from .group_sums import GroupSums
+from .live_gaps import OF_DECISIONS, OF_NUMBERS, GroupMeans, apart, ends, group_means, largest_live_gap
 from .mixture import difference, interval
 from .rates import PROPORTIONS, RATES, proportion
 from .rollout_policy import Check, Demand, Fair, Rollout, Slower
@@ -71,17 +73,22 @@ class Arm:
     latency: tuple[int, ...] = ()                               # counts on `EDGES`
     counts: Counts | None = None                                # labelled rows by group, label and decision
     decided: Counts | None = None                               # all rows by group and decision, whose label nobody knows yet; None: promises about decisions wait for labels too
+    labelled_sums: GroupSums | None = None                      # the same of several classes, labels or numbers: what groups get
+    answered_sums: GroupSums | None = None                      # and are answered; without columns: the journal keeps none of them
 
     def __add__(self, other: "Arm") -> "Arm":
         means = {k: self.means.get(k, Mean()) + other.means.get(k, Mean()) for k in dict.fromkeys([*self.means, *other.means])}
         latency = tuple(a + b for a, b in zip(self.latency, other.latency, strict=True)) if self.latency and other.latency else self.latency or other.latency
-        counts = self.counts + other.counts if self.counts and other.counts else self.counts or other.counts
-        decided = self.decided + other.decided if self.decided and other.decided else self.decided or other.decided
-        return Arm(self.requests + other.requests, means, latency, counts, decided)
+        both = lambda a, b: a + b if a and b else a or b
+        return Arm(self.requests + other.requests, means, latency, *(both(getattr(self, n), getattr(other, n)) for n in ("counts", "decided", "labelled_sums", "answered_sums")))
 
     def rows(self, metric: str) -> Counts | None:
         "The rows that a promise about groups is held against."
         return self.decided if self.decided is not None and metric.startswith(("demographic_parity", "selection_rate")) else self.counts
+
+    def sums(self, metric: str) -> GroupSums | None:
+        "The same, where they are sums."
+        return self.answered_sums if metric.startswith(("demographic_parity", "mean_prediction")) else self.labelled_sums
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Evidence:
         return Evidence(self.share, self.canary + other.canary, self.champion + other.champion, self.visit)
 
 # %% ../nbs/26_rollout.ipynb #dba51ec3
-Judged = Literal["better", "within", "undecided", "worse", "too little"]
+Judged = Literal["better", "within", "undecided", "worse", "too little", "not judged"] # the last: nothing live can tell, so nothing waits for it
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ class Finding:
     why: str                # one sentence
 
     @property
-    def met(self) -> bool: return self.verdict in {"better": ("better",), "within": ("better", "within"), "not worse": ("better", "within", "undecided")}[self.demand]
+    def met(self) -> bool: return self.verdict == "not judged" or self.verdict in {"better": ("better",), "within": ("better", "within"), "not worse": ("better", "within", "undecided")}[self.demand]
 
 # %% ../nbs/26_rollout.ipynb #62f48792
 @dataclass(frozen=True)
@@ -219,58 +226,111 @@ def _gap(metric: str, matrices: np.ndarray, groups: int, alpha: float) -> tuple[
     return float(max(e[0] for e in ends)), float(max(e[1] for e in ends))
 
 # %% ../nbs/26_rollout.ipynb #8cadc6ed
-def _by_group(arms: Sequence[Counts | None]) -> tuple[list[tuple[str, ...]], np.ndarray]: # groups, [arms, groups, label, decision]
-    names = sorted({g for k in arms if k for g in groups_of(k)})
-    cells = np.zeros((len(arms), len(names), 2, 2))
-    for side, k in zip(cells, arms, strict=True):
-        if k: side[[names.index(g) for g in groups_of(k)]] = confusion(k, "rows")
-    return names, cells
+def _summed(rule: Rule, evidence: Evidence) -> bool:
+    "Whether the groups are those of several classes, labels or numbers."
+    return rule.metric.removesuffix("_difference") in OF_NUMBERS or any(a.answered_sums or a.labelled_sums for a in (evidence.canary, evidence.champion))
+
+
+def _counted(counts: Counts | None, rule: Rule) -> GroupMeans:
+    if counts is None or not set(rule.by) <= set(counts.columns): return GroupMeans((), True, *np.zeros((3, 1, 0)))
+    part = counts.by(sorted(rule.by))
+    hits, of = proportion(confusion(part, "rows"), rule.metric)
+    return GroupMeans(tuple(groups_of(part)), True, of[None], hits[None], hits[None])
 
 
 def _each_group(rule: Rule, fair: Fair, evidence: Evidence, alpha: float) -> list[Finding]:
     "A promise about a rate in every group."
-    names, cells = _by_group([k.by(sorted(rule.by)) if k and set(rule.by) <= set(k.columns) else None for k in (evidence.canary.rows(rule.metric), evidence.champion.rows(rule.metric))])
-    (hits, of), (hits_h, of_h) = (proportion(side, rule.metric) for side in cells)
+    arms = (evidence.canary, evidence.champion)
+    known = [group_means(a.sums(rule.metric), rule.metric, rule.by) for a in arms] if _summed(rule, evidence) else [_counted(a.rows(rule.metric), rule) for a in arms]
+    names = sorted({g for m in known for g in m.groups})
+    ours, theirs = (m.among(names) for m in known)
     each = alpha / sum(b is not None for b in (rule.at_least, rule.at_most, rule.within)) / fair.groups
-    low, high = interval(hits, of, each)
-    sides = [(f"at least {rule.at_least:g}", 0.0, of, (rule.at_least - high, rule.at_least - low))] if rule.at_least is not None else []
-    if rule.at_most is not None: sides.append((f"at most {rule.at_most:g}", 0.0, of, (low - rule.at_most, high - rule.at_most)))
-    if rule.within is not None:
-        ours, theirs = (hits, of), (hits_h, of_h)
-        sides.append(("against the champion", rule.within, np.minimum(of, of_h), difference(*ours, *theirs, each) if less_is_better(rule.metric) else difference(*theirs, *ours, each)))
-    return [_worst_group(rule, fair, names, *side, (hits, of), (hits_h, of_h)) for side in sides]
+    low, high = ends(ours, each)
+    sides = [(f"at least {rule.at_least:g}", 0.0, ours.n, (rule.at_least - high, rule.at_least - low))] if rule.at_least is not None else []
+    if rule.at_most is not None: sides.append((f"at most {rule.at_most:g}", 0.0, ours.n, (low - rule.at_most, high - rule.at_most)))
+    if rule.within is not None: sides.append(("against the champion", rule.within, np.minimum(ours.n, theirs.n), apart(ours, theirs, each) if less_is_better(rule.metric) or rule.metric in OF_NUMBERS else apart(theirs, ours, each)))
+    return [_worst_group(rule, fair, names, said, margin, rows[0], (least[0], most[0]), ours.values[0], theirs.values[0]) for said, margin, rows, (least, most) in sides]
 
 
-def _worst_group(rule: Rule, fair: Fair, names: Sequence[tuple[str, ...]], said: str, margin: float, rows: np.ndarray, ends: tuple[np.ndarray, np.ndarray], ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]) -> Finding:
+def _worst_group(rule: Rule, fair: Fair, names: Sequence[tuple[str, ...]], said: str, margin: float, rows: np.ndarray, bounds: tuple[np.ndarray, np.ndarray], ours: np.ndarray, theirs: np.ndarray) -> Finding:
     enough = rows >= fair.minimum
-    few = f"no group has {fair.minimum} labelled rows that {rule.metric} is taken over" if not enough.any() else f"{len(names)} groups; alpha was shared among {fair.groups}. Set rollout.fairness.groups before the rollout" if len(names) > fair.groups else ""
+    few = f"no group has {fair.minimum} labelled rows that {rule.metric} is taken over; {fair.minimum - rows.max(initial=0):.0f} more are wanting" if not enough.any() else f"{len(names)} groups; alpha was shared among {fair.groups}. Set rollout.fairness.groups before the rollout" if len(names) > fair.groups else ""
     if few: return Finding("fairness", rule.measure, None, None, -1.0, 1.0, margin, "too little", fair.demand, few)
-    low, high = (np.where(enough, e, -np.inf) for e in ends)
+    low, high = (np.where(enough, e, -np.inf) for e in bounds)
     at = int(low.argmax() if low.max() > margin else high.argmax())
     verdict, why = _judged(float(low.max()), float(high.max()), margin)
-    share, share_h = (_known(h[at] / n[at]) if n[at] else None for h, n in (ours, theirs))
-    return Finding("fairness", rule.measure, share, share_h, float(low.max()), float(high.max()), margin, verdict, fair.demand, f"{said}, {', '.join(names[at])}: {why}")
+    return Finding("fairness", rule.measure, _known(ours[at]), _known(theirs[at]), float(low.max()), float(high.max()), margin, verdict, fair.demand, f"{said}, {', '.join(names[at])}: {why}")
+
+# %% ../nbs/26_rollout.ipynb #7a1fffcb
+def _more(rows: int, value: float, low: float, high: float, margin: float) -> str:
+    "How many more rows would tell, about."
+    half, distance = (high - value, margin - value) if value < margin else (value - low, value - margin)
+    if not 0 < distance < half < math.inf: return ""
+    return f"; about {float(f'{rows * ((half / distance) ** 2 - 1):.1e}'):,.0f} more rows of a group would tell"
+
+
+def _gap_of_sums(rule: Rule, fair: Fair, evidence: Evidence, alpha: float) -> list[Finding]:
+    term, found = rule.metric.removesuffix("_difference"), []
+    means = [group_means(a.sums(rule.metric), term, rule.by) for a in (evidence.canary, evidence.champion)]
+    c, h = (largest_live_gap(m, fair.minimum, fair.groups, alpha if rule.within is None else alpha / 2) for m in means)
+    for margin, sides, low, high in ((rule.at_most, [c], c.low, c.high), (rule.within, [c, h], c.low - h.high, c.high - h.low)):
+        if margin is None: continue
+        groups, value = [len(m.groups) for m in means[:len(sides)]], c.value - (h.value if len(sides) > 1 else 0)
+        verdict, why = _judged(low, high, margin)
+        if max(groups) > fair.groups: verdict, why = "too little", f"{max(groups)} groups; alpha was shared among {fair.groups}. Set rollout.fairness.groups before the rollout"
+        elif not all(s.exists for s in sides): verdict, why = "too little", _wanting(max(s.short for s in sides), min(groups), fair, rule)
+        else: why += (_more(min(s.rows for s in sides), value, low, high, margin) if verdict == "undecided" else "") + (f" ({c.left_out} rates over fewer than {fair.minimum} rows say nothing)" if c.left_out else "")
+        found.append(Finding("fairness", rule.measure, _known(c.value), _known(h.value) if len(sides) > 1 else None, low, high, margin, verdict, fair.demand, why))
+    return found
+
+
+def _wanting(short: int, groups: int, fair: Fair, rule: Rule) -> str:
+    if groups == 1 and not short: return "there is one group only"
+    return f"no two groups by {', '.join(rule.by)} have {fair.minimum} rows yet that {rule.metric} is taken over; {short} more of one group are wanting"
 
 # %% ../nbs/26_rollout.ipynb #206a30c8
+def refused(
+    rule: Rule, # about groups
+) -> str: # empty: it can
+    "Why a promise cannot be kept up, whatever the traffic."
+    known = [*_GAPS, *(f"{term}_difference" for term in OF_NUMBERS)]
+    if rule.metric in (*PROPORTIONS, *OF_NUMBERS): return ""
+    if rule.metric not in known: return f"no gap between groups has this name. {suggest(rule.metric, known)}"
+    return "a difference is promised `at_most`, a ratio `at_least`; turn it round." if (rule.at_least if less_is_better(rule.metric) else rule.at_most) is not None else ""
+
+
+def _not_live(rule: Rule, evidence: Evidence) -> str:
+    "Why no traffic of this kind will ever tell; empty: it will."
+    for arm in (evidence.canary, evidence.champion):
+        every = arm.decided or arm.answered_sums
+        if every is not None and (arm is evidence.canary or rule.within is not None) and (missing := [c for c in rule.by if c not in every.columns]): return f"the journal does not keep {', '.join(missing)}"
+        if arm.answered_sums is None or not arm.answered_sums.sums: continue
+        known = OF_NUMBERS if "mean_prediction" in arm.answered_sums.sums else OF_DECISIONS
+        gap = rule.metric.endswith("_difference")
+        one = known if known is OF_NUMBERS else ("accuracy",) if arm.labelled_sums is None or arm.labelled_sums.sums["accuracy"][next(iter(arm.labelled_sums.rows))].shape[-1] == 1 else ()
+        if rule.metric.removesuffix("_difference") not in (known if gap else one): return f"of {'numbers' if known is OF_NUMBERS else 'several classes or labels'} only gaps ({', '.join(f'{k}_difference' for k in known)}) and rates that are one number ({', '.join(one) or 'none'}) are measured live"
+    return refused(rule)
+
+
 def _group(rule: Rule, fair: Fair, evidence: Evidence, alpha: float) -> list[Finding]:
-    if rule.metric in PROPORTIONS: return _each_group(rule, fair, evidence, alpha)
     less, bound = less_is_better(rule.metric), rule.at_most if less_is_better(rule.metric) else rule.at_least
-    if rule.metric not in _GAPS: raise SpecError(f"Rule {rule.measure}: no gap between groups has this name. {suggest(rule.metric, _GAPS)}")
-    if (rule.at_least if less else rule.at_most) is not None: raise SpecError(f"Rule {rule.measure}: a difference is promised `at_most`, a ratio `at_least`; turn it round.")
+    if why := _not_live(rule, evidence): return [Finding("fairness", rule.measure, None, None, -1.0, 1.0, rule.within or 0.0 if bound is None else bound, "not judged", fair.demand, f"not judged on live traffic: {why}")]
+    if rule.metric in (*PROPORTIONS, *OF_NUMBERS): return _each_group(rule, fair, evidence, alpha)
+    if _summed(rule, evidence): return _gap_of_sums(rule, fair, evidence, alpha)
     counted = [k if k and set(rule.by) <= set(k.columns) else None for k in (evidence.canary.rows(rule.metric), evidence.champion.rows(rule.metric))]
     c, h = (confusion(k.by(sorted(rule.by)), "rows") if k else np.zeros((0, 2, 2)) for k in counted)
     each = alpha if rule.within is None else alpha / 2
     (low, high), (low_h, high_h) = (_gap(rule.metric, cells, fair.groups, each) if len(cells) else (0.0, 1.0) for cells in (c, h))
     found = []
-    for margin, sides, ends in ((bound if bound is None or less else 1 - bound, [c], (low, high)), (rule.within, [c, h], (low - high_h, high - low_h))):
+    for margin, sides, between in ((bound if bound is None or less else 1 - bound, [c], (low, high)), (rule.within, [c, h], (low - high_h, high - low_h))):
         if margin is None: continue
-        verdict, why = _judged(*ends, margin)
+        verdict, why = _judged(*between, margin)
         rows, most, least = int(min(s.sum() for s in sides)), max(map(len, sides)), min(map(len, sides))
         if rows < fair.minimum: verdict, why = "too little", f"{rows} of at least {fair.minimum} labelled rows counted by {', '.join(rule.by)}"
         elif least < 2: verdict, why = "too little", "there is one group only"
         elif most > fair.groups: verdict, why = "too little", f"{most} groups; alpha was shared among {fair.groups}. Set rollout.fairness.groups before the rollout"
         measured = [_known(_apart(rule.metric, s)) if len(s) else None for s in sides]
-        found.append(Finding("fairness", rule.measure, measured[0], measured[1] if len(measured) > 1 else None, *ends, margin, verdict, fair.demand, why))
+        found.append(Finding("fairness", rule.measure, measured[0], measured[1] if len(measured) > 1 else None, *between, margin, verdict, fair.demand, why))
     return found
 
 # %% ../nbs/26_rollout.ipynb #c874744f
@@ -281,6 +341,7 @@ def decide(
     evidence: Evidence,             # of one step, so far
     policy: Rollout,                # from the spec
     rules: Sequence[Rule] = (),     # the gates' promises; those with `by` are kept up here
+    strict: bool = True,            # refuse a rule that cannot be kept up; False: say so, and go on by the others
 ) -> Promote | Hold | RollBack:
     "What to do with the canary now; at a share of 0 it is in shadow. Raises `SpecError` where the share is not a step, or a rule cannot be kept."
     steps = (0.0, *policy.steps) if policy.unheard else policy.steps
@@ -288,6 +349,8 @@ def decide(
     at, checks, slower = steps.index(evidence.share), policy.checks if evidence.share else policy.unheard, policy.latency if evidence.share or policy.start == "shadow" else None
     if evidence.share == 1: return Hold(1.0, "it has all requests; nothing is left to compare with", ())
     promises = [r for r in rules if r.by]
+    for rule in promises if strict else ():
+        if against := refused(rule): raise SpecError(f"Rule {rule.measure}: {against}")
     weights = sum(c.weight for c in checks) + (slower.weight if slower else 0) + (policy.fairness.weight if promises else 0)
     visits = evidence.visit * (evidence.visit + 1) if policy.rollback == "stepwise" else 1    # 1/2 + 1/6 + 1/12 + … = 1
     alpha = policy.alpha / (len(steps) - 1) / visits / max(weights, 1e-300)
@@ -295,7 +358,8 @@ def decide(
                       *(f for r in promises for f in _group(r, policy.fairness, evidence, alpha * policy.fairness.weight / len(promises)))])
     before = steps[at - 1] if policy.rollback == "stepwise" and at else 0.0
     if worse := [f for f in findings if f.verdict == "worse"]: return RollBack(before, _sentence(worse), findings)
-    if not findings: return Hold(evidence.share, "the policy checks nothing", findings)
-    if not (unmet := [f for f in findings if not f.met]): return Promote(steps[at + 1], "everything that was demanded is shown", findings)
+    if not (untold := [f for f in findings if f.verdict == "not judged"]) and not findings: return Hold(evidence.share, "the policy checks nothing", findings)
+    if len(untold) == len(findings): return Hold(evidence.share, f"nothing that the policy checks can be told: {_sentence(untold)}", findings)
+    if not (unmet := [f for f in findings if not f.met]): return Promote(steps[at + 1], "; ".join(["everything that was demanded is shown", *(f"{f.metric}: {f.why}" for f in untold)]), findings)
     if policy.limit and evidence.canary.requests >= policy.limit: return RollBack(before, f"not shown within {policy.limit} requests: {', '.join(f.metric for f in unmet)}", findings)
     return Hold(evidence.share, _sentence(unmet) if evidence.canary.requests else "the canary has had no traffic yet", findings)

@@ -21,6 +21,7 @@ from .counts import Counts
 from .display import Displayed, Table, table
 from .errors import DataError
 from .evaluation import rules_of
+from .group_sums import GroupSums
 from .rollout import Arm, Decision, Evidence, Hold, Mean, Promote, RollBack, decide, mean_of
 from .spec import RunSpec
 from .windows import Sum, Window, together
@@ -46,8 +47,9 @@ def arm_of(
     means = {"error_rate": Mean(float(all_.errors), all_.requests), "invalid_rate": Mean(float(all_.invalid), all_.requests)}
     means |= {"accuracy": _right(all_.labelled)} if all_.labelled is not None else {}
     means |= {name: mean for name, s in all_.numbers.items() if (mean := _bounded(s)) is not None}
-    of_two = lambda counts: counts if counts is not None and len(counts.classes) == 2 else None
-    return Arm(all_.requests, means, all_.scoring if scoring else all_.latency, of_two(all_.labelled), of_two(all_.answered))
+    labelled, answered = (counts if counts is not None and len(counts.classes) == 2 else None for counts in (all_.labelled, all_.answered))
+    nameless = GroupSums((), {(): all_.rows}, {}) if all_.rows and labelled is None and answered is None else None # answers whose groups the journal does not keep
+    return Arm(all_.requests, means, all_.scoring if scoring else all_.latency, labelled, answered, all_.labelled_sums, all_.answered_sums or nameless)
 
 # %% ../nbs/38i_rollout_run.ipynb #32bbd53d
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def next_step(
 ) -> Promote | Hold | RollBack:
     "What to do now."
     if standing.over: raise DataError(f"The rollout of {standing.name}/{standing.canary} is over: {standing.over}.")
-    return decide(evidence_of(standing, canary, champion, apart), spec.rollout, rules_of(spec))
+    return decide(evidence_of(standing, canary, champion, apart), spec.rollout, rules_of(spec), strict=False)
 
 
 def done(

@@ -203,6 +203,16 @@ def _told(seen: Looked) -> Told | None:
     return Told(hashlib.sha256(f"{about}|rollout|{old.fence}|{did}".encode()).hexdigest()[:16], about, "rollout", did != "promoted", f"{did}, at {old.share:.4g} of the requests: {seen.why}", whom, moment(old.since), moment(seen.at),
                 f"answers of {about} as canary: `mlray journal rows {about} --since {moment(old.since)[:16]}`", may)
 
+
+def _untold(seen: Looked) -> Told | None:
+    "Promises that live traffic cannot tell; the same words each time, so that they are said once."
+    blind = [f for f in seen.decision.findings if f.verdict == "not judged"] if seen.decision is not None else []
+    if not blind: return None
+    about, moment = f"{seen.before.name}/{seen.before.canary}", lambda s: datetime.fromtimestamp(s, UTC).isoformat()
+    names = sorted({f.metric for f in blind})
+    return Told(hashlib.sha256(f"{about}|rollout|{'|'.join(names)}".encode()).hexdigest()[:16], about, "rollout", True, f"goes on without {', '.join(names)}: {'; '.join(dict.fromkeys(f.why for f in blind))}", "", moment(seen.before.since), moment(seen.at), f"answers of {about} as canary",
+                "judge it by the gate on labelled rows, and let the contract keep the column or take a promise that can be measured; `mlray rollout stop " + seen.before.name + " --why …` ends the rollout")
+
 # %% ../nbs/38l_rollout_step.ipynb #7c8c2585
 def _one(registry: Registry, settings: Settings, name: str, lease: Lease, spec_of: Callable[[Standing], RunSpec], source: Source) -> Looked:
     "Look at one rollout, and do what follows."
@@ -218,7 +228,7 @@ def _one(registry: Registry, settings: Settings, name: str, lease: Lease, spec_o
             after, against = carry_out(registry, spec, before, decision)
             why = against or decision.why
     seen = Looked(before, after, decision, now, why)
-    if told := _told(seen): tell_one(settings, told, now)
+    for told in filter(None, (_told(seen), _untold(seen))): tell_one(settings, told, now)
     _leave(settings, registry, seen)
     return seen
 

@@ -72,4 +72,4 @@ def gone_wrong(
     model.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in constants.items())
     spec = bundle.spec.model_validate(bundle.spec.model_dump(mode="json") | more | ({"rollout": policy} if policy else {}))
     none = apply(bundle.features, {n: [] for n in bundle.contract.features}, 0)
-    return pack(folder, spec, bundle.features, model.SerializeToString(), {}, bundle.provenance, none, np.zeros(0, np.float32), bundle.profile, bundle.task, bundle.threshold, bundle.thresholds)
+    return pack(folder, spec, bundle.features, model.SerializeToString(), {}, bundle.provenance, none, np.zeros((0, bundle.task.outputs) if bundle.task.kind in ("multiclass", "multilabel") else 0, np.float32), bundle.profile, bundle.task, bundle.threshold, bundle.thresholds)
