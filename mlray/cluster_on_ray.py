@@ -68,9 +68,15 @@ def _start(settings: Settings) -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise Unavailable(f"The Ray cluster at {settings.ray} did not answer: {str(error).splitlines()[0]}") from error
         return
-    with _without(_NOT_FOR_TASKS):
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, settings.workers), object_store_memory=settings.object_store_mb * 2**20,
-                 include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    here = set(psutil.Process().children())
+    try:
+        with _without(_NOT_FOR_TASKS):
+            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, settings.workers), object_store_memory=settings.object_store_mb * 2**20,
+                     include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    except Exception as error: # Ray has no class of its own for this
+        if "timed out during startup" not in str(error): raise
+        _see_off([p for p in psutil.Process().children() if p not in here], patience_s=0)
+        raise Unavailable(f"Ray did not start on this machine within the 30 seconds that it gives itself; the load is {os.getloadavg()[0]:.0f}. Give the same command again when the machine is less busy, or name a cluster that runs with `ray` in settings.ini.") from error
 
 
 def _in_front(settings: Settings) -> dict[str, str]:

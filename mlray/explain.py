@@ -238,7 +238,7 @@ def _from_profile(contract: Contract, counted: Profile, rows: int) -> pl.DataFra
         values = _values(contract.columns[n], histogram)
         shuffled = cells[np.argsort(words.random_raw(len(cells)), kind="stable")].tolist()
         column = contract.columns[n]
-        taken = [values[i] if values[i] is not None or column.nullable else histogram.bins[0] for i in shuffled]
+        taken = [values[i] if values[i] is not None or column.nullable else (*histogram.bins, "something else")[0] for i in shuffled] # a category whose values are all rare or personal has no bins
         made[n] = pl.Series(n, [v == "true" for v in taken] if column.type == "boolean" else taken, dtype=types[n])
     return pl.DataFrame(made)
 

@@ -140,3 +140,26 @@ def test_a_worker_that_hangs_on_its_way_out_is_seen_off(ray_cluster):
     assert stubborn.pid not in {p.pid for p in _workers()}, "it is none of Ray's"
     _see_off([psutil.Process(stubborn.pid)], 0.2)
     assert not psutil.pid_exists(stubborn.pid)
+
+
+@pytest.mark.chaos
+def test_a_ray_that_starts_too_slowly_is_a_letter_and_leaves_nothing(tmp_path):
+    from mlray.cluster_on_ray import cluster
+    from mlray.errors import Unavailable
+    from mlray.settings import Settings
+    before, held = set(psutil.Process().children()), threading.Event()
+
+    def hold() -> None:
+        while not held.is_set():
+            for process in (p for p in psutil.Process().children() if p not in before and p.name() == "raylet"):
+                process.suspend()
+                held.set()
+            time.sleep(0.005)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        with pytest.raises(Unavailable, match="did not start on this machine within the 30 seconds"), cluster(Settings(root=tmp_path, home=tmp_path, object_store_mb=100)): pass
+    finally:
+        held.set()
+        thread.join()
+    assert not [p for p in set(psutil.Process().children()) - before if p.name() in ("raylet", "gcs_server") and p.status() != psutil.STATUS_ZOMBIE]
