@@ -13,6 +13,7 @@ Modules:
 - `mlray.answer_script`: The script of an exported folder, made of the pieces that its model needs
 - `mlray.anywhere`: Train, tune and gate from a notebook: here, on Ray, or on a cluster
 - `mlray.archive`: Segments become Parquet by day, model and version; read exactly, kept for a time, erased by person
+- `mlray.arm`: What two versions did on the traffic so far, in sums that add up
 - `mlray.arrow`: Rows in bulk: an Arrow IPC stream in, an Arrow IPC stream out
 - `mlray.asgi`: A request of HTTP as a server hands it over, read with as few steps as it takes
 - `mlray.attestation`: What is signed here, by whom, and whether it is enough

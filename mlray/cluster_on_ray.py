@@ -97,7 +97,7 @@ def _see_off(processes: Sequence[psutil.Process], patience_s: float = 5) -> None
         with suppress(psutil.NoSuchProcess): process.kill()
     psutil.wait_procs(left, timeout=patience_s)
 
-
+# %% ../nbs/40_cluster_on_ray.ipynb #f3c6914e
 @contextmanager
 def cluster(
     settings: Settings,

@@ -64,3 +64,8 @@ class Mitigation(Part):
         if self.method == "reweighing" and self.constraint != "demographic_parity": raise ValueError("reweighing makes group and label independent, which is demographic_parity; for another constraint take exponentiated_gradient or thresholds")
         if self.method == "thresholds" and self.constraint == "equalized_odds": raise ValueError("one threshold a group cannot equalise two rates without a lottery; take equal_opportunity, or exponentiated_gradient")
         return self
+
+    @property
+    def of_a_network(self) -> str:
+        "What a network can do about this constraint, which is not made for many models one after another."
+        return {"demographic_parity": "A network takes reweighing, which aims at this constraint, or thresholds, which keep it", "equalized_odds": "No method for a network keeps equalized_odds: thresholds keep equal_opportunity or false_positive_rate_parity, one of the two"}.get(self.constraint, "A network takes thresholds, which keep this constraint")

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from .arm import EDGES
 from .bundle import Bundle
 from .chart import DARK, Chart, line_chart
 from .column import age_of
@@ -34,7 +35,6 @@ from .gate import Found, Verdict, judge
 from .group_sums import GroupSums, gap_report_of, rates_by_group
 from .keeping import seen_through
 from .profile import Profile
-from .rollout import EDGES
 from .score import Measure, Scorecard, wilson
 from .score_of_counts import calibration_chart, scorecard_of_counts
 from .settings import Settings

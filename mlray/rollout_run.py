@@ -16,13 +16,14 @@ from typing import Any
 
 import polars as pl
 
+from .arm import Arm, Evidence, Mean, mean_of
 from .chart import Chart, line_chart
 from .counts import Counts
 from .display import Displayed, Table, table
 from .errors import DataError
 from .evaluation import rules_of
 from .group_sums import GroupSums
-from .rollout import Arm, Decision, Evidence, Hold, Mean, Promote, RollBack, decide, mean_of
+from .rollout import Decision, Hold, Promote, RollBack, decide
 from .spec import RunSpec
 from .windows import Sum, Window, together
 

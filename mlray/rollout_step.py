@@ -22,6 +22,7 @@ import polars as pl
 
 from .alert import Told, tell_one
 from .archive import journaled
+from .arm import Mean
 from .bundle import Bundle
 from .column import age_of
 from .database import ALIASES, EVENTS, Connection
@@ -30,7 +31,7 @@ from .errors import Conflict, MlrayError, Refused, RegistryError
 from .lease import acting, give_back, holder_here, holder_of, take
 from .policy import reasons
 from .registry import Registry, Version, bundle_of, generation, promote, version
-from .rollout import Decision, Hold, Mean, Promote, RollBack, decision_from
+from .rollout import Decision, Hold, Promote, RollBack, decision_from
 from .rollout_run import Progress, Standing, apart_of, begin, done, gauges, next_step
 from .settings import Settings
 from .spec import RunSpec

@@ -169,7 +169,7 @@ def _check_streamed(spec: "RunSpec") -> None:
     for name, asked, instead in (("model.estimator", spec.model.estimator, "it is fitted to all rows at once; take a network"), ("data.train.holders", spec.data.train.holders, "those rows are streamed from nowhere; leave train.rows out"),
                                  ("train.privacy", spec.train.privacy, "its batches are drawn from all rows at once"), ("data.split.by", spec.data.split.by, "the latest rows are only known at the end; split by hash, or give valid and test as sources"),
                                  ("a weight of rows", weighted, "weights are relative to their mean over all rows"), ("search", spec.search, "trials share rows in memory; search with a part of the rows, then write the values found into the spec")):
-        if asked: raise ValueError(f"with train.rows: stream there is no {name} yet: {asked.of_a_network}")
+        if asked: raise ValueError(f"with train.rows: stream there is no {name} yet: {instead}")
 
 # %% ../nbs/01_spec.ipynb #cae55f53
 class RunSpec(Part):

@@ -22,6 +22,7 @@ import numpy as np
 import polars as pl
 
 from .archive import journaled, put_away
+from .arm import latencies
 from .bundle import Bundle
 from .contract import Contract, groups, read_columns
 from .counts import Counts, count_rows, merged
@@ -32,7 +33,6 @@ from .journal import NO_NUMBER
 from .keeping import kept_as, seen_through
 from .moments import Sum, sum_of
 from .profile import Histogram, Profile, count_column, count_numbers, count_values, counted
-from .rollout import latencies
 from .settings import Settings
 from .task import Task
 

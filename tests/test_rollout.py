@@ -7,25 +7,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy.special import betaln, xlogy
 
+from mlray.arm import EDGES, Arm, Evidence, Mean, latencies, mean_of
 from mlray.counts import confusion, tabulated
 from mlray.errors import DataError, SpecError
 from mlray.fairness import gaps
-from mlray.rollout import (
-    EDGES,
-    Arm,
-    Decision,
-    Evidence,
-    Hold,
-    Mean,
-    Promote,
-    RollBack,
-    decide,
-    decision_from,
-    difference,
-    interval,
-    latencies,
-    mean_of,
-)
+from mlray.mixture import difference, interval
+from mlray.rollout import Decision, Hold, Promote, RollBack, decide, decision_from
 from mlray.rollout_policy import Check, Rollout
 from mlray.spec import Rule, parse_spec
 

@@ -11,13 +11,14 @@ import pytest
 from onnx import helper as h
 
 from mlray.access import new_key
+from mlray.arm import Arm, Evidence, Mean
 from mlray.gaps import number_terms
 from mlray.group_sums import group_sums
 from mlray.journal import Feedback, Journal
 from mlray.keeping import open_recorder
 from mlray.plan import loaded, plan_of
 from mlray.registry import add_key, bundle_of
-from mlray.rollout import Arm, Evidence, Finding, Hold, Mean, Promote, RollBack, decide
+from mlray.rollout import Finding, Hold, Promote, RollBack, decide
 from mlray.rollout_policy import Rollout
 from mlray.rollout_run import arm_of
 from mlray.rollout_step import Controller, progress

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from mlray.access import new_key
 from mlray.archive import journaled
+from mlray.arm import latencies
 from mlray.cli import app
 from mlray.counts import tabulated
 from mlray.database import ALIASES
@@ -41,7 +42,6 @@ from mlray.registry import (
 )
 from mlray.retrain import due
 from mlray.retraining import known_of
-from mlray.rollout import latencies
 from mlray.rollout_policy import Retrain
 from mlray.rollout_run import Standing, gauges
 from mlray.rollout_step import (
@@ -254,7 +254,7 @@ def test_shadow_first_then_canary_then_everybody(trained, tmp_path):
     first = replace_gates(house)
     assert (first.share, plan_of(house.registry, ["diabetes"]).traffic[0].shadow) == (0.0, house.canary.partition("/")[2])
     world = World()
-    from mlray.rollout import Mean
+    from mlray.arm import Mean
     apart = lambda standing, spec, now: (*world(standing, spec, now)[:2], {"disagreement": Mean(4.0, 2000)})
     assert watched_with(house, apart).over == "promoted"
     shown = progress(house.registry, house.settings, "diabetes")
@@ -412,7 +412,7 @@ def test_of_two_decisions_from_one_place_one_is_carried_out(trained, tmp_path):
 
 def late(settings: Settings, canary: str, out: Path) -> None:
     "A controller that is stopped between its look and its act, for longer than its lease."
-    from mlray.rollout import Mean
+    from mlray.arm import Mean
     def source(standing, spec, now):
         os.kill(os.getpid(), signal.SIGSTOP)
         world = World(canary=(0.5, 0.004))
