@@ -125,7 +125,7 @@ def labelled(house: House, answers: list) -> None:
     told.close()
 
 
-@pytest.mark.parametrize(("added", "because"), [(raises(TWO), {"error_rate"}), (no_number(TWO), {"error_rate", "invalid_rate"}), (slow(300), {"latency"}), (unfair(ONE), {"fairness"})], ids=["raises", "no number", "slow", "unfair"])
+@pytest.mark.parametrize(("added", "because"), [(raises(TWO), {"error_rate"}), (no_number(TWO), {"error_rate", "invalid_rate"}), (slow(1200), {"latency"}), (unfair(ONE), {"fairness"})], ids=["raises", "no number", "slow", "unfair"])
 def test_a_bad_canary_leaves_for_its_reason_and_nobody_sees_it(trained, tmp_path, added, because):
     house, rows = housed(trained, tmp_path / "home", added, POLICY | {"every": "1s"}), trained[1].rows.parts.train.to_dicts()
     house.begin()
@@ -159,7 +159,7 @@ def test_the_journal_of_a_good_canary_lets_it_go_on(trained, tmp_path):
 UNHEARD = {"steps": [0.5, 1.0], "every": "1s", "start": "shadow", "fairness": {"groups": 6}}
 
 
-@pytest.mark.parametrize(("added", "because"), [(same(), set()), (raises(TWO), {"error_rate"}), (no_number(TWO), {"error_rate", "invalid_rate"}), (slow(300), {"latency"}), (unfair(ONE), {"demographic_parity_ratio[sex]"}), (opposite(), {"answer_shift"})], ids=["same", "raises", "no number", "slow", "unfair", "opposite"])
+@pytest.mark.parametrize(("added", "because"), [(same(), set()), (raises(TWO), {"error_rate"}), (no_number(TWO), {"error_rate", "invalid_rate"}), (slow(1200), {"latency"}), (unfair(ONE), {"demographic_parity_ratio[sex]"}), (opposite(), {"answer_shift"})], ids=["same", "raises", "no number", "slow", "unfair", "opposite"])
 def test_in_shadow_first_by_the_command_and_the_journal(trained, tmp_path, monkeypatch, added, because):
     "What it would have answered stands in the journal beside what was, and that it could not as well; nobody hears it before that is enough."
     house, rows = housed(trained, tmp_path / "home", added, UNHEARD, {"gates": {"fairness": [{"metric": "demographic_parity_ratio", "by": ["sex"], "at_least": 0.3}]}}), trained[1].rows.parts.train.to_dicts()
