@@ -49,6 +49,7 @@ Modules:
 - `mlray.console_live`: What production does now, and has done: the pages of traffic, drift, alerts and the journal
 - `mlray.console_look`: What every page of the console has around it
 - `mlray.console_pages`: What there is, what is proved of it, and who did it: the pages of models and versions
+- `mlray.console_seal`: The key with which sessions of the console are sealed
 - `mlray.contract`: What a row must look like, said once and held everywhere
 - `mlray.counterfactual`: What would have to be different for another answer: the smallest change that flips it
 - `mlray.counts`: One small table that stands for all rows: slices × label × decision × score bin; tables add

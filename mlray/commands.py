@@ -236,8 +236,8 @@ def plan_for(references: Sequence[str], settings: "Settings") -> "Plan":
 
 def deploy_versions(references: Sequence[str], settings: "Settings") -> None:
     "Put models up, inside a cluster; returns when they answer."
-    from mlray.console import seal_text
     from mlray.console_acts import console_of
+    from mlray.console_seal import seal_text
     if settings.traces:
         from mlray.trace_on_opentelemetry import deploy_traced as deploy
     else:

@@ -10,9 +10,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from mlray.access import ROLES, Caller, new_key
-from mlray.console import seal_text
 from mlray.console_acts import console_of
 from mlray.console_alone import app_of
+from mlray.console_seal import seal_text
 from mlray.errors import Refused, SettingsError
 from mlray.gate import judge
 from mlray.journal import Entry, Feedback, Journal
@@ -103,6 +103,15 @@ def test_pages_ask_nobody_and_run_nothing_of_others(house):
         assert policy.startswith("default-src 'self';") and "unsafe-inline" not in policy
         assert not re.search(r"<script(?![^>]*src=\"/console/)|<style|\sstyle=|\son\w+=", reply.text), route
         assert all(at.startswith(("/console", "#", "?")) for at in re.findall(r'(?:src|href|action)="([^"]*)"', reply.text)), route
+
+
+def test_what_nobody_has_thought_of_is_a_letter_too(house, monkeypatch, caplog):
+    def broken(visit): raise KeyError("a secret of the inside")
+    monkeypatch.setitem(house.console.pages, "models", broken)
+    reply = house.browser("viewer").get("/console")
+    assert reply.status_code == 500 and "secret" not in reply.text
+    word = re.search(r"under ([0-9a-f]{8})", reply.text)[1]
+    assert word in caplog.text and "a secret of the inside" in caplog.text
 
 
 def test_a_session_is_not_a_key(house):
