@@ -174,7 +174,7 @@ def test_a_stuck_shadow_is_not_felt(diabetes, tmp_path):
     port, turns, each = free_port(), 20, 500
     plain, shadowed = (house(tmp_path / n, diabetes, port=port, namespace=n, route=f"/{n}", console=False, jobs_queued=0) for n in ("plain", "shadowed"))
     for here in (plain, shadowed): here.version("light", same())
-    shadowed.version("light", slow(5_000), "shadow")
+    shadowed.version("light", slow(20_000), "shadow")
     with cluster(plain.settings):
         for here in (plain, shadowed): deploy_versions(["light"], here.settings)
 
@@ -192,4 +192,4 @@ def test_a_stuck_shadow_is_not_felt(diabetes, tmp_path):
     dropped = sum(float(line.rpartition(" ")[2]) for line in told.splitlines() if line.startswith("mlray_shadow_dropped_total{"))
     added = statistics.median(b - a for a, b in pairs)
     print(f"\n{turns} turns of {each} requests: p99 {statistics.median(a for a, _ in pairs):.2f} ms without, {statistics.median(b for _, b in pairs):.2f} ms beside a stuck shadow; median of the differences {added:+.2f} ms; {dropped:.0f} of {(turns + 1) * each} dropped; load {os.getloadavg()[0]:.0f}")
-    assert dropped > 0.5 * turns * each and added < 1
+    assert dropped > 0.9 * turns * each and added < 1
