@@ -66,18 +66,17 @@ def presented(headers: Headers) -> str | None:
 
 
 async def _body(headers: Headers, receive: Receive, most: int) -> bytes:
-    "The body; `Refused` if it is too large, without reading it to its end."
-    too_large = lambda: Refused(413, "too_large", f"A body may have {most} bytes.", headers={"Connection": "close"})
-    if headers.get(b"content-encoding", b"identity") != b"identity": raise Refused(415, "wrong_type", "Send the body as it is, not compressed.")
-    if (length_of(headers) or 0) > most: raise too_large()
-    pieces, size, more = [], 0, True
-    while more:
+    "The body. One that is not taken is read to its end and not kept, or the next request of its connection might be lost; one that would be too large anywhere is refused where that shows."
+    compressed, announced = headers.get(b"content-encoding", b"identity") != b"identity", length_of(headers) or 0
+    pieces, size, more = [], 0, announced <= MAX_JOB
+    while more and size <= MAX_JOB:
         message = await receive()
         if message["type"] == "http.disconnect": raise Refused(400, "gone", "The body did not come to its end.")
         piece, more = message.get("body", b""), message.get("more_body", False)
         size += len(piece)
-        if size > most: raise too_large()
-        pieces.append(piece)
+        if size <= most and not compressed: pieces.append(piece)
+    if max(size, announced) > most: raise Refused(413, "too_large", f"A body may have {most} bytes.", headers={"Connection": "close"} if max(size, announced) > MAX_JOB else {})
+    if compressed: raise Refused(415, "wrong_type", "Send the body as it is, not compressed.")
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 # %% ../nbs/39p_asgi.ipynb #df533440

@@ -24,6 +24,7 @@ import tritonclient.http as triton
 from mlray.access import ROLES, new_key
 from mlray.archive import journaled
 from mlray.arrow import ARROW
+from mlray.asgi import asked_of
 from mlray.bundle import Bundle, predict
 from mlray.client import AsyncClient, BrokenContract, Client, NotAllowed, NotFound, Patience, ServiceError
 from mlray.commands import deploy_versions
@@ -43,10 +44,11 @@ from mlray.registry import (
     revoke_key,
     rollback,
 )
-from mlray.routes import PUBLIC, ROUTES
+from mlray.routes import PUBLIC, ROUTES, Route
 from mlray.run import train
 from mlray.settings import Settings, shipped
 from mlray.spec import Rule, read_spec
+from mlray.wire import Refused
 from tests.conftest import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("serve")]
@@ -375,6 +377,14 @@ def test_bad_input_is_never_the_services_fault(stack, rows):
         assert client.get(f"{stack.url}/v1/models/diabetes:predict").status_code == 405
         assert client.post(f"{stack.url}/invocations", content=whole).json()["error"] == "which_model"
     assert {200, 400, 413, 422} <= seen
+
+
+@pytest.mark.parametrize(("pieces", "left"), [(2, 0), (100, 100 - 65)]) # of a MiB: all of it, or as much as a body may have anywhere
+def test_a_body_that_is_too_large_leaves_its_connection_usable(pieces, left):
+    coming = [{"type": "http.request", "body": b"x" * 2**20, "more_body": i + 1 < pieces} for i in range(pieces)]
+    async def receive(): return coming.pop(0)
+    with pytest.raises(Refused) as refused: asyncio.run(asked_of({"method": "POST", "query_string": b""}, {}, receive, Route("predict", "POST", "/", "predict", ""), {}, "1"))
+    assert refused.value.status == 413 and len(coming) == left and ("Connection" in refused.value.headers) == bool(left)
 
 
 def test_a_stranger_cannot_lift_the_time_limit_nor_hold_a_connection(stack, rows):
