@@ -65,6 +65,9 @@ class Kept(Releases):
         return self.registry or f"sqlite:///{self.home / 'registry.db'}"
 
 # %% ../nbs/02_settings.ipynb #4eeb4392
+_RANGES = {"workers": ("workers_min", "workers"), "replicas": ("replicas", "replicas_max")} # where the smaller and the larger number of `1..4` go
+
+
 class Replicas(Kept):
     "How many gateways there are."
     replicas: Annotated[int, Field(ge=1)] = 1 # gateways
@@ -75,15 +78,21 @@ class Replicas(Kept):
 
     @model_validator(mode="before")
     @classmethod
-    def _between(cls, given: Any) -> Any:
-        few, dots, many = str(given.get("replicas", "")).partition("..") if isinstance(given, dict) else ("", "", "")
-        return given | {"replicas": few, "replicas_max": many} if dots else given
+    def _both(cls, given: Any) -> Any:
+        "`1..4` is two numbers."
+        for name, pair in _RANGES.items() if isinstance(given, dict) else ():
+            least, dots, most = str(given.get(name, "")).partition("..")
+            if dots: given = given | dict(zip(pair, (least, most), strict=True))
+        return given
 
-    @field_validator("replicas_max")
+    @field_validator("workers_min", "replicas_max", check_fields=False)
     @classmethod
-    def _no_fewer(cls, most: int | None, known: ValidationInfo) -> int | None:
-        if most and most < known.data.get("replicas", most): raise ValueError("should be no less than replicas")
-        return most
+    def _in_order(cls, value: int | None, known: ValidationInfo) -> int | None:
+        "The second of the two is known when the first one was a number."
+        least, most = next(pair for pair in _RANGES.values() if known.field_name in pair)
+        both = {**known.data, known.field_name: value}
+        if value and both.get(least, value) > both.get(most, value): raise ValueError(f"{least} should be no more than {most}")
+        return value
 
     @property
     def most_replicas(self) -> int:
@@ -128,18 +137,6 @@ class Settings(Replicas):
     jobs_kept_s: Annotated[float, Field(gt=0)] = 86_400 # so long the answers of a batch can be fetched
     tls_cert: Path | None = None            # PEM; with both, HTTPS
     tls_key: Path | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _range(cls, given: Any) -> Any:
-        least, dots, most = str(given.get("workers", "")).partition("..") if isinstance(given, dict) else ("", "", "")
-        return given | {"workers": most, "workers_min": least} if dots else given
-
-    @field_validator("workers_min")
-    @classmethod
-    def _no_more(cls, least: int | None, known: ValidationInfo) -> int | None:
-        if least and least > known.data.get("workers", least): raise ValueError("should be no more than workers")
-        return least
 
     @property
     def url(self) -> str:
