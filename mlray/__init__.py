@@ -143,6 +143,7 @@ Modules:
 - `mlray.monitor`: How a version fares: what it is asked, what it answers, how good that is, for whom, and how fast
 - `mlray.network`: Numbers to scores: TabM and its simpler relatives, and the graph they become
 - `mlray.network_inputs`: What was learned about the rows, as the first layers of a network
+- `mlray.nodes_on_ray`: What each node of a cluster says of itself
 - `mlray.noting`: What commands leave in the catalogue of what they have read
 - `mlray.oidc`: Who bears a token of the house's own identity provider
 - `mlray.open_inference`: The Open Inference Protocol v2: a tensor a column

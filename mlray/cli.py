@@ -275,9 +275,9 @@ def demo(spec: Annotated[str | None, typer.Argument(metavar="[SPEC]", help="A sp
     if not keep: typer.echo(f"Down again. Stay up with `mlray demo {spec + ' ' if spec else ''}--keep`, or `mlray key create` and `mlray serve {read.name}`.")
 
 # %% ../nbs/59_cli.ipynb #ac498c1e
-@app.command()
+@app.command(cls=Errand)
 def doctor(env: Env = None, as_json: Json = False) -> None:
-    "What is wrong with this machine, or the cluster of the settings, and how to mend it."
+    "What is wrong with this machine, or the cluster of the settings, and how to mend it; with --on, with a cluster's head and nodes."
     from mlray.doctor import diagnose
     from mlray.examination import examine
     found = diagnose(examine(settings_of(env)))
