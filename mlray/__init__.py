@@ -158,6 +158,7 @@ Modules:
 - `mlray.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
 - `mlray.papers_cli`: The commands of papers, data sets and the registry's own upkeep
 - `mlray.pieces`: Rows that pass by in pieces, and a bounded sample that stands for all of them
+- `mlray.place`: Which cluster is meant by `--on`: an address, an environment, a region
 - `mlray.plan`: What is to be served, read from the registry, and followed as it changes
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.policy`: What an environment asks of a version that is let out

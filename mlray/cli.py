@@ -60,7 +60,7 @@ app = typer.Typer(cls=Chapters, no_args_is_help=True, pretty_exceptions_enable=F
                   help="From a notebook to a Ray Serve route, with the proof that the model may be there.\n\n"
                        "A first run: mlray demo. A day: check, train, gate, promote, serve, ask.")
 
-for _command in (*release_app.registered_commands, *serve_app.registered_commands, *region_app.registered_commands): _command.cls = Errand
+for _command in (*release_app.registered_commands, *serve_app.registered_commands, *region_app.registered_commands, *batch_app.registered_commands): _command.cls = Errand
 registry_app.add_typer(backup_app)
 app.add_typer(release_app)
 app.add_typer(serve_app)
