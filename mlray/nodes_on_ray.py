@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 # %% ../nbs/40d_nodes_on_ray.ipynb #dd7e9b79
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ def nodes_of(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     ask, gone, found = ray.remote(num_cpus=0, max_retries=0)(_about_here), leaving(), []
-    scratch = Path(ray._private.worker._global_node.get_session_dir_path())
+    joined: Any = ray._private.worker._global_node
     for node in (n for n in ray.nodes() if n["Alive"]):
         name, leaves, began = node["NodeManagerAddress"], gone.get(node["NodeID"]), time.time()
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False, _fail_on_unavailable=leaves is not None)
-        try: versions, there, (disk, free, share) = ray.get(ask.options(scheduling_strategy=here).remote(packages, [scratch]), timeout=timeout_s)
+        try: versions, there, (disk, free, share) = ray.get(ask.options(scheduling_strategy=here).remote(packages, [Path(joined.get_session_dir_path())]), timeout=timeout_s)
         except ray.exceptions.GetTimeoutError: found.append(Node(name, silent=f"it started no process within {timeout_s:g} s", leaves_in_s=leaves))
         except ray.exceptions.RayError as error: found.append(Node(name, silent=_why(error), leaves_in_s=leaves))
         else:

@@ -55,7 +55,7 @@ class Kept(Releases):
     home: Path = Path(".mlray")             # registry, store, runs, gates, quarantine, downloads
     registry: str = ""                      # SQLAlchemy URL; empty: SQLite in `home`
     store: str = ""                         # where bytes are kept: a URL such as s3://bucket/folder; empty: in `home`
-    checkpoints: str = ""                   # where the states of a training are kept until it has ended: a folder that all see, or a URL such as s3://bucket/runs; empty: in `home`
+    checkpoints: str = ""                   # where the states of a training are kept until it has ended, and the trials of a search: a folder that all see, or a URL such as s3://bucket/runs; empty: in `home`
     archive: str = ""                       # a URL such as s3://bucket/journal, where journaled rows that were put away are kept, too; empty: in `home` alone
     data: Path | None = None                # a folder that is looked in first for data files (MLRAY_DATA)
 
@@ -82,7 +82,7 @@ class Replicas(Kept):
         "`1..4` is two numbers."
         for name, pair in _RANGES.items() if isinstance(given, dict) else ():
             least, dots, most = str(given.get(name, "")).partition("..")
-            if dots: given = given | dict(zip(pair, (least, most), strict=True))
+            if dots: given = given | {pair[0]: least, pair[1]: most}
         return given
 
     @field_validator("workers_min", "replicas_max", check_fields=False)
