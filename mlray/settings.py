@@ -90,7 +90,7 @@ class Replicas(Kept):
     def _in_order(cls, value: int | None, known: ValidationInfo) -> int | None:
         "The second of the two is known when the first one was a number."
         least, most = next(pair for pair in _RANGES.values() if known.field_name in pair)
-        both: dict[str | None, Any] = {**known.data, known.field_name: value}
+        both = {**known.data, str(known.field_name): value}
         if value and both.get(least, value) > both.get(most, value): raise ValueError(f"{least} should be no more than {most}")
         return value
 
