@@ -143,6 +143,7 @@ Modules:
 - `mlray.monitor`: How a version fares: what it is asked, what it answers, how good that is, for whom, and how fast
 - `mlray.network`: Numbers to scores: TabM and its simpler relatives, and the graph they become
 - `mlray.network_inputs`: What was learned about the rows, as the first layers of a network
+- `mlray.nodes_on_ray`: What each node of a cluster says of itself
 - `mlray.noting`: What commands leave in the catalogue of what they have read
 - `mlray.oidc`: Who bears a token of the house's own identity provider
 - `mlray.open_inference`: The Open Inference Protocol v2: a tensor a column
@@ -157,6 +158,7 @@ Modules:
 - `mlray.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
 - `mlray.papers_cli`: The commands of papers, data sets and the registry's own upkeep
 - `mlray.pieces`: Rows that pass by in pieces, and a bounded sample that stands for all of them
+- `mlray.place`: Which cluster is meant by `--on`: an address, an environment, a region
 - `mlray.plan`: What is to be served, read from the registry, and followed as it changes
 - `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
 - `mlray.policy`: What an environment asks of a version that is let out

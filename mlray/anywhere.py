@@ -165,8 +165,9 @@ def _elsewhere(words: Sequence[str], settings: "Settings | None", on: str, read:
     "A command, run on a cluster and shown here."
     import yaml
 
+    from mlray.place import destination
     from mlray.progress import ProgressTracker, told
-    from mlray.submit_cli import Unmarked, destination, look, submit
+    from mlray.submit_cli import Unmarked, look, submit
     from mlray.submit_on_ray import JobServer
     there, address = destination(on, None)
     if settings is not None and ":" in on: there = settings
@@ -201,7 +202,7 @@ def _here(settings: "Settings | None") -> "Settings":
 
 def _place(on: str) -> str:
     "The same, or a letter where it can be no place: a name for an environment, an address for a cluster."
-    if not isinstance(on, str) or not re.fullmatch(r"[\w-]+|\S+:\S+", on): raise SpecError(f"on={on!r} is not understood. It is 'local', 'ray', an environment of settings.ini that has `jobs`, or the address of a cluster's job server, such as 'http://head:8265'.")
+    if not isinstance(on, str) or not re.fullmatch(r"[\w,-]+|\S+:\S+", on): raise SpecError(f"on={on!r} is not understood. It is 'local', 'ray', an environment of settings.ini that has `jobs`, or the address of a cluster's job server, such as 'http://head:8265'.")
     return on
 
 # %% ../nbs/58x_anywhere.ipynb #70b1d0c7

@@ -50,7 +50,7 @@ def predict_batch(
 def predict(reference: Annotated[str, typer.Argument(metavar="VERSION", help="name (the version in production), name@alias or name/3.")],
             source: Annotated[str, typer.Argument(metavar="IN", help="CSV, Parquet, JSON lines or Arrow: a path, a glob or a URI; or a Delta table.")],
             out: Annotated[str, typer.Argument(metavar="OUT", help="A folder for Parquet files; or one file: .csv, .parquet, .jsonl.")],
-            on: Annotated[str, typer.Option("--on", help="local, or ray.")] = "local",
+            on: Annotated[str, typer.Option("--on", metavar="WHERE", help="local, ray, an environment that has `jobs`, or http://HEAD:8265: IN goes along if it is here, OUT is where all nodes see it.")] = "local",
             journal: Annotated[bool, typer.Option("--journal", help="Record each answer, as a service does; `mlray monitor NAME --arm batch` reads it.")] = False,
             reasons: Annotated[int, typer.Option("--explain", metavar="N", min=0, max=100, help="With the N strongest reasons of each answer, by LIME; some hundredths of a second a row.")] = 0, env: Env = None, as_json: Json = False) -> None:
     "Answer every row of a file. Killed, it goes on when given again; 1 where no row could be answered."

@@ -60,7 +60,7 @@ app = typer.Typer(cls=Chapters, no_args_is_help=True, pretty_exceptions_enable=F
                   help="From a notebook to a Ray Serve route, with the proof that the model may be there.\n\n"
                        "A first run: mlray demo. A day: check, train, gate, promote, serve, ask.")
 
-for _command in (*release_app.registered_commands, *serve_app.registered_commands, *region_app.registered_commands): _command.cls = Errand
+for _command in (*release_app.registered_commands, *serve_app.registered_commands, *region_app.registered_commands, *batch_app.registered_commands): _command.cls = Errand
 registry_app.add_typer(backup_app)
 app.add_typer(release_app)
 app.add_typer(serve_app)
@@ -275,9 +275,9 @@ def demo(spec: Annotated[str | None, typer.Argument(metavar="[SPEC]", help="A sp
     if not keep: typer.echo(f"Down again. Stay up with `mlray demo {spec + ' ' if spec else ''}--keep`, or `mlray key create` and `mlray serve {read.name}`.")
 
 # %% ../nbs/59_cli.ipynb #ac498c1e
-@app.command()
+@app.command(cls=Errand)
 def doctor(env: Env = None, as_json: Json = False) -> None:
-    "What is wrong with this machine, or the cluster of the settings, and how to mend it."
+    "What is wrong with this machine, or the cluster of the settings, and how to mend it; with --on, with a cluster's head and nodes."
     from mlray.doctor import diagnose
     from mlray.examination import examine
     found = diagnose(examine(settings_of(env)))

@@ -24,9 +24,10 @@ from importlib.metadata import distributions, requires
 from importlib.resources import files
 from pathlib import Path
 
-from .cluster_on_ray import cluster, nodes_of
-from .doctor import Facts, Listener, Node
+from .cluster_on_ray import cluster
+from .doctor import Facts, Listener
 from .errors import MlrayError
+from .nodes_on_ray import Node, nodes_of
 from .settings import Settings
 
 # %% ../nbs/51a_examination.ipynb #45f96cdf
@@ -125,4 +126,4 @@ def examine(
 
 def _nodes(settings: Settings) -> tuple[Node, ...]:
     if settings.ray == "local": return ()
-    with cluster(settings): return tuple(Node(name, versions, ahead) for name, versions, ahead in nodes_of())
+    with cluster(settings): return tuple(nodes_of())

@@ -39,6 +39,7 @@ from .network import build, fitted, scores, sensible, to_onnx
 from .profile import Profile
 from .recipe import Model, Train
 from .registry import Registry, open_registry, register
+from .remote_checkpoints import open_checkpoints
 from .reproduce import Reproduction, differences, repeatable, weights_of
 from .rows import Rows, check_sources, quarantine
 from .run import Run
@@ -275,12 +276,14 @@ def federate(
         plan = _plan(spec, holders, sizes)
         name = f"{spec.name}-{hashlib.sha256(repr((spec.id, sorted(sizes.items()))).encode()).hexdigest()[:12]}"
         with claimed(settings.home / "runs" / name) as kept, TemporaryDirectory(prefix="bundle-", dir=kept.folder) as scratch:
-            bundle, before = _bundle_of_holders(spec, plan, holders, sizes, rows, kept, Path(scratch) / "bundle", resume, tracker), incumbent_of(registry, spec.name)
+            states = open_checkpoints(kept.folder, settings.checkpoints)
+            bundle, before = _bundle_of_holders(spec, plan, holders, sizes, rows, states, Path(scratch) / "bundle", resume, tracker), incumbent_of(registry, spec.name)
             tracker.note(f"measuring on {rows.parts.test.height} test rows")
             beside = evaluate_beside(bundle, before, rows.parts.test)
             evaluation, verdict = beside.evaluation, verdict_of(spec, beside)
             results, came = results_of(evaluation, verdict, rows), lineage_of(bundle, kept.folder.name, tracker.where(), settings.root)
             run = Run(register(registry, bundle, results, came), rows, evaluation, verdict, comparison=beside.comparison)
+            states.clear()
             kept.clear()
     except BaseException as error:
         tracker.finish({"error": f"{type(error).__name__}: {error}"})

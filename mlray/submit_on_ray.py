@@ -44,6 +44,21 @@ def token_here(
     except OSError: return ""
 
 # %% ../nbs/40c_submit_on_ray.ipynb #f8942bb5
+def _behind(error: BaseException) -> Iterator[BaseException]:
+    "An error, and what led to it: Ray calls whatever goes wrong on the way a lost connection."
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _wrong_with(said: str) -> str: # by whoever checked it
+    "Why a certificate does not do."
+    if "mismatch" in said or "doesn't match" in said: return f"is made out to another name: {(re.findall(r'mismatch, (.*?)[.(]? *[(]_ssl', said) or ['ask for it by the name that is in it'])[0]}. Write the name that is in it into `jobs`, or have it made out to this one."
+    if "expired" in said: return "has expired. Whoever runs the proxy in front of the job server has to renew it."
+    return f"is vouched for by nobody known here. Name its authority in settings.ini, `jobs_ca` (PEM). {said[:200]}"
+
+
 @contextmanager
 def _asked(address: str) -> Iterator[None]:
     from aiohttp import ClientError
@@ -53,8 +68,8 @@ def _asked(address: str) -> Iterator[None]:
     try: yield
     except AuthenticationError as error:
         raise SettingsError(f"The cluster at {address} does not take {'this token' if token_here() else 'anybody without its token'}. Put the cluster's token into ~/.ray/auth_token (for you alone to read), or into RAY_AUTH_TOKEN.") from error
-    except SSLError as error: raise SettingsError(f"The certificate of {address} is vouched for by nobody known here. Name its authority in settings.ini, `jobs_ca` (PEM). {str(error)[:200]}") from error
     except (ConnectionError, RequestException, ClientError, TimeoutError) as error:
+        if why := next((c for c in _behind(error) if isinstance(c, SSLError)), None): raise SettingsError(f"The certificate of {address} {_wrong_with(str(why))}") from error
         raise Unavailable(f"No job server answers at {address} ({type(error).__name__}). Does the cluster run, and is its port brought here (`ray dashboard FILE`)?") from error
     except RuntimeError as error: raise Unavailable(f"The job server at {address} refuses: {(str(error).splitlines() or [''])[0][:400]}") from error
 
@@ -73,6 +88,7 @@ def ending_of(status: str, code: int | None, message: str) -> Ending:
     if status == "STOPPED": return Ending(status, 130)
     if code in (1, 2, 3): return Ending(status, code)
     if code == 127: return Ending(status, 3, "The command mlray is not there on the cluster's head. Install mlray in the environment that `ray start` runs in, of the same version as here.")
+    if re.search("job supervisor|node.* died", message): return Ending(status, 3, "The machine that ran this command went away under it. What it had finished is kept: give the same command again, a training with --resume.")
     return Ending(status, 3, f"The job ended without a word of its own: {' '.join(message.split())[:600] or code}")
 
 # %% ../nbs/40c_submit_on_ray.ipynb #c87f8ae1

@@ -11,7 +11,7 @@ __all__ = ['RayBackend']
 # %% ../nbs/41_train_on_ray.ipynb #f7a4d46a
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,13 +80,28 @@ def _work(config: dict[str, Any]) -> None:
         if rank == 0: news.put(replace(epoch, state=None))
 
 # %% ../nbs/41_train_on_ray.ipynb #2a85c7f7
+def _notice(names: Sequence[str], seconds: float | None, leads: bool) -> str:
+    "What is said when nodes are to be taken away."
+    when = f"in {max(seconds, 0):.0f} s" if seconds is not None else "soon"
+    what = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} taken away {when}"
+    if leads: return f"{what}, and with it this run, which it leads; its epochs are kept: go on with `mlray train … --resume`"
+    return f"{what}; until then training goes on as it is, and afterwards on other nodes from the newest checkpoint"
+
+
 class _Announced(ControllerCallback):
-    "Tells the driver who leads a run, so that it can be ended."
+    "Tells the driver who leads a run, so that it can be ended, and which of its nodes are about to go."
 
     def __init__(self, news: Queue): self.news = news
     def after_controller_start(self, train_run_context: Any) -> None: self.news.put(ray.get_runtime_context().current_actor)
 
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        notice, before = getattr(current_state, "preemption_info", None), getattr(previous_state, "preemption_info", None)
+        if not notice or (before and before.preempted_node_ids == notice.preempted_node_ids): return
+        going = set(notice.preempted_node_ids)
+        names = [n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] in going]
+        self.news.put(_notice(names, notice.deadline_ms / 1000 - time.time() if notice.deadline_ms else None, ray.get_runtime_context().get_node_id() in going))
 
+# %% ../nbs/41_train_on_ray.ipynb #0f312faf
 class _Attempt:
     "A run of Ray Train in a thread of its own, and what its workers say."
 

@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ray
 from ray import tune as ray_tune
@@ -33,13 +34,13 @@ from .model import Epoch, Job, State, dump_state, epochs, load_state
 from .network import build, sensible, to_onnx
 from .population import Population, lived
 from .registry import Registry
+from .remote_checkpoints import Files
 from .rows import Rows, read_rows
 from .run import Backend, make_job, train
 from .search import Plan, Proposing, Step, Trial, best_of, keep, read_trials, results_of
 from .search_space import Search
 from .settings import Settings
 from .spec import RunSpec, changed
-from .store import write_durably
 from .tracking import Tracker
 from .tuned import Tuned
 
@@ -52,6 +53,7 @@ class _Given:
     job: Sequence[Any]      # a reference in a list is not fetched before anybody asks
     learnt: Sequence[Any]   # the same, of contract and training rows
     folder: Path
+    states: Files           # of trials that others may go on from
     backend: Backend | None # trains a trial where it has several workers
     milestones: frozenset[int] # epochs at which somebody decides
 
@@ -77,7 +79,7 @@ def _measured(job: Job, search: Search) -> dict[str, Any]:
     return {"parameters": sum(p.numel() for p in network.parameters()), "latency": _LATENCIES.get(name), "failed": ""}
 
 
-def _state_file(folder: Path, key: str) -> Path: return folder / "states" / f"{key}.safetensors"
+def _state_name(key: str) -> str: return f"{key}.safetensors"
 
 
 def _epochs(given: _Given, job: Job, step: Step, start: State | None, device: str) -> Generator[Epoch, None, None]:
@@ -90,15 +92,13 @@ def _epochs(given: _Given, job: Job, step: Step, start: State | None, device: st
         yield epoch
         if (state := epoch.state) and state.epoch == step.until: break
     if step.until and state:
-        part = _state_file(given.folder, f".{step.key}.{os.getpid()}")
-        write_durably(part, dump_state(state))
-        part.replace(_state_file(given.folder, step.key))
+        given.states.write(_state_name(step.key), dump_state(state))
 
 # %% ../nbs/44_tune_on_ray.ipynb #5dd569d0
 def _reports(config: dict[str, Any], given: _Given) -> Generator[dict[str, Any], None, None]:
     "What a trial says while it trains."
     search, step, device = given.search, Step(**json.loads(config["step"])), "cuda" if config["gpu"] else "cpu"
-    start = load_state(_state_file(given.folder, step.parent).read_bytes()) if step.parent else None
+    start = load_state(given.states.read(_state_name(step.parent))) if step.parent else None
     mine = _own(changed(given.spec, step.overrides), ray.get(given.job[0]), given.learnt)
     sign = 1 if search.direction == "minimize" else -1
     before = [sign * m[search.metric] for m in start.history] if start else []
@@ -140,9 +140,9 @@ class _Trial(ray_tune.Trainable):
 class _Searcher(Searcher):
     "A plan for Ray Tune, without those that are known."
 
-    def __init__(self, search: Search, plan: Plan, gpu: bool, folder: Path, known: dict[str, Trial], done: Callable[[Trial], None]):
+    def __init__(self, search: Search, plan: Plan, gpu: bool, states: Files, known: dict[str, Trial], done: Callable[[Trial], None]):
         super().__init__()
-        self.search, self.plan, self.gpu, self.folder, self.known, self.done = search, plan, gpu, folder, known, done
+        self.search, self.plan, self.gpu, self.states, self.known, self.done = search, plan, gpu, states, known, done
         self.running, self.trained, self.broken = dict[str, Step](), dict[str, int](), False
 
     def __deepcopy__(self, memo: Any) -> "_Searcher": return self # Tune copies its searcher; the file of results is one
@@ -167,8 +167,7 @@ class _Searcher(Searcher):
 
     def _forget(self, needed: Sequence[str]) -> None:
         "Remove the states that nobody will go on from, when a generation begins."
-        for path in (self.folder / "states").glob("*.safetensors") if not self.running else ():
-            if path.stem not in needed: path.unlink()
+        if not self.running: self.states.drop(but=[_state_name(key) for key in needed])
 
     def on_trial_result(self, trial_id: str, result: dict) -> None: self.trained[trial_id] = result["epochs"]
 
@@ -206,10 +205,9 @@ def _run(spec: RunSpec, rows: Rows, job: Job, searcher: _Searcher, folder: Path,
                    "TUNE_GLOBAL_CHECKPOINT_S": "86400", "TUNE_MAX_PENDING_TRIALS_PG": "4"}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     search, longest = searcher.search, searcher.search.longest(job.train.epochs or 1)
-    given = _Given(spec, search, [ray.put(job)], [ray.put((rows.contract, rows.parts.train))], folder.resolve(), backend, search.milestones(longest))
+    given = _Given(spec, search, [ray.put(job)], [ray.put((rows.contract, rows.parts.train))], folder.resolve(), searcher.states, backend, search.milestones(longest))
     resources: dict[str, float] = {"cpu": 0, "memory": 2**20} if backend else {"cpu": spec.train.threads, "gpu": int(searcher.gpu)}
     for old in (scratch := folder / "tune", folder / "workers"): shutil.rmtree(old, ignore_errors=True)
-    (folder / "states").mkdir(exist_ok=True)
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(ray_tune.with_parameters(_Trial, given=given), resources),
         tune_config=ray_tune.TuneConfig(search_alg=searcher, scheduler=_scheduler(search, longest), num_samples=searcher.plan.total, reuse_actors=not backend,
@@ -221,10 +219,37 @@ def _run(spec: RunSpec, rows: Rows, job: Job, searcher: _Searcher, folder: Path,
     finally:
         for old in (scratch, folder / "workers"): shutil.rmtree(old, ignore_errors=True)
     if errors: raise TrainingError(f"a trial failed three times: {str(errors[0]).strip().splitlines()[-1]}. What was finished is kept; the same command goes on from there.")
-    shutil.rmtree(folder / "states")
+    searcher.states.drop()
 
 # %% ../nbs/44_tune_on_ray.ipynb #58f4c953
+_RESULTS = "results.jsonl"
+
+
 def search_name(spec: RunSpec) -> str: return f"{spec.name}-{spec.id}-search"
+
+
+def _places(settings: Settings, name: str) -> tuple[Path, Files, Files]: # of this machine, of results, of states
+    "Where a search keeps what it needs to go on."
+    folder = settings.home / "runs" / name
+    if "://" in settings.checkpoints: return folder, Files(folder, url := f"{settings.checkpoints.rstrip('/')}/{name}"), Files(folder / "states", f"{url}/states")
+    if settings.checkpoints: folder = Path(settings.checkpoints).expanduser().resolve() / name
+    return folder, Files(folder), Files(folder / "states")
+
+
+def _whole(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _gathered(file: BinaryIO, far: Files) -> dict[str, Trial]: # by key
+    "What is known already, on this machine and in the bucket; afterwards the machine has all of it."
+    known = read_trials(file)
+    if not far.url: return known
+    for key, trial in read_trials(BytesIO(far.read(_RESULTS))).items():
+        if key not in known:
+            keep(file, trial)
+            known[key] = trial
+    return known
 
 
 def _checked(spec: RunSpec, backend: Backend | None) -> tuple[Search, Backend | None]:
@@ -244,19 +269,20 @@ def search_trials(
 ) -> tuple[Trial, ...]: # by number
     "Run every trial that is not known yet; needs a connection (`mlray.cluster_on_ray.cluster`). Raises `SpecError`, `TrainingError`, `Unavailable`."
     search, backend = _checked(spec, each)
-    folder, job = settings.home / "runs" / search_name(spec), make_job(spec, rows)
+    job, (folder, found, states) = make_job(spec, rows), _places(settings, search_name(spec))
     longest = search.longest(job.train.epochs or 1)
     search = search.paced(longest)
     plan: Plan = Population(search, rows.fingerprints, longest) if search.scheduler == "pbt" else Proposing(search, rows.fingerprints)
     with results_of(folder) as file:
-        known = read_trials(file)
+        known = _gathered(file, found)
         if known: say(f"{len(known)} trials are known already")
 
         def done(trial: Trial) -> None:
             keep(file, trial)
+            if found.url: found.write(_RESULTS, _whole(file))
             known[trial.key] = trial
             say(f"trial {trial.number} of {plan.total}: " + (trial.failed or f"{search.metric} {trial.value:.4g} in {trial.behind + trial.epochs} epochs"))
-        _run(spec, rows, job, _Searcher(search, plan, settings.gpu, folder, known, done), folder, backend)
+        _run(spec, rows, job, _Searcher(search, plan, settings.gpu, states, known, done), folder, backend)
         return tuple(replace(known[key], number=number) for number, key in enumerate(plan.order, 1) if key in known)
 
 # %% ../nbs/44_tune_on_ray.ipynb #e8c0a9dc

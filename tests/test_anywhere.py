@@ -5,6 +5,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -39,13 +42,13 @@ def test_what_a_run_prints_is_read_back(trained):
     assert came.measures["roc_auc"] == run.evaluation.scorecard.overall["roc_auc"] and "roc_auc" in came._repr_markdown_()
 
 
-@pytest.fixture
-def head(tmp_path):
+@contextmanager
+def begun(folder: Path, **variables: str) -> Iterator[str]:
     "A cluster of its own with a job server, and its address."
     port = free_port()
     start = f"import ray, sys; ray.init(address='local', include_dashboard=True, dashboard_port={port}, num_cpus=3, object_store_memory=100_000_000); print('up', flush=True); sys.stdin.read(); ray.shutdown()"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLRAY_")} | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    running = subprocess.Popen([sys.executable, "-c", start], cwd=tmp_path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLRAY_")} | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | variables
+    running = subprocess.Popen([sys.executable, "-c", start], cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert running.stdout.readline().strip() == "up"
     from ray.job_submission import JobSubmissionClient
     end = time.monotonic() + 400
@@ -55,8 +58,13 @@ def head(tmp_path):
             assert time.monotonic() < end, "the cluster takes no job"
             time.sleep(2)
         else: break
-    yield f"http://127.0.0.1:{port}"
-    running.communicate("", timeout=120)
+    try: yield f"http://127.0.0.1:{port}"
+    finally: running.communicate("", timeout=120)
+
+
+@pytest.fixture
+def head(tmp_path):
+    with begun(tmp_path) as address: yield address
 
 
 @pytest.mark.chaos

@@ -22,6 +22,7 @@ FAULTS = {
     "open_files": {"open_files": 1024}, "clock": {"clock_behind_s": 3.2e8}, "filesystem": {"filesystem": "nfs4"}, "sqlite": {"journal_mode": "wal", "sqlite": (3, 40, 1)}, "registry": {"registry_fault": "the audit has 2 faults"},
     "readable": {"readable": ("home/audit.key",)}, "secret": {"secrets_in_settings": ("registry",)}, "port": {"listeners": (Listener("0.0.0.0", 8265),)}, "token": {"ray": "10.0.0.4:6379", "ray_token": False},
     "socket": {"open_sockets": ("/tmp/ray/haproxy/admin.sock",)}, "proxy": {"proxy": ""}, "nodes": {"nodes": (Node("a", {"ray": "2.60.0"}), Node("b", {"ray": "2.59.0"}))},
+    "node": {"nodes": (Node("a", {"ray": "2.60.0"}), Node("b", silent="No space left on device"))}, "node_disk": {"nodes": (Node("a", {"ray": "2.60.0"}, disk="/tmp/ray", disk_free_bytes=2**20, disk_free_share=0.0),)}, "leaving": {"nodes": (Node("a", {}, leaves_in_s=30.0),)},
 }
 
 

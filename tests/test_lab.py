@@ -45,14 +45,15 @@ def ask():
     with Client(url, key) as client:
         while time.monotonic() < end:
             began = time.monotonic()
-            try: done.append(client.predict("patients", [row]).predictions[0]["score"])
+            try: done.append(client.predict("patients", [row]))
             except Exception as error: failed.append(repr(error)[:200])
             slowest[0] = max(slowest[0], time.monotonic() - began)
 threads = [threading.Thread(target=ask) for _ in range(8)]
 print("begun", flush=True)
 for t in threads: t.start()
 for t in threads: t.join()
-print(json.dumps({"answered": len(done), "scores": len(set(done)), "failed": failed[:5], "failures": len(failed), "slowest_s": round(slowest[0], 2)}))
+if len(sys.argv) > 5: open(sys.argv[5], "w").write("\\n".join(reply.request_id for reply in done))
+print(json.dumps({"answered": len(done), "scores": len({reply.predictions[0]["score"] for reply in done}), "failed": failed[:5], "failures": len(failed), "slowest_s": round(slowest[0], 2)}))
 '''
 
 
@@ -122,29 +123,43 @@ def image(share: Path) -> tuple[list[Path], dict[str, str]]:
                     "RAY_memory_monitor_refresh_ms": "0"} # the memory it sees is all the machine's, and others use it, too
 
 
+def arrived(lab: Lab, n: str) -> None:
+    "Switch a host on, with nothing but its image."
+    lab.hosts.start(n)
+    lab.hosts.run(n, "ln", "-s", str(Path(sys.prefix).resolve()), "/root/.mlray-env")
+
+
 @contextmanager
-def raised(folder: Path) -> Iterator[Lab]:
-    "Hosts, `ray up`, and the job server's port on the laptop."
+def tunnel(hosts: Hosts) -> Iterator[None]:
+    "The head's job server, on the laptop's own port."
+    running = hosts.popen("laptop", "ssh", "-N", "-o", "StrictHostKeyChecking=no", "-o", "ServerAliveInterval=5", "-L", "8265:localhost:8265", hosts.ip("n1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try: yield
+    finally:
+        running.kill()
+        running.wait()
+
+
+@contextmanager
+def raised(folder: Path, **variables: str) -> Iterator[Lab]:
+    "Hosts with some variables of every login, `ray up`, and the job server's port on the laptop."
     share = folder / "share"
     write_project(share)
-    with Hosts(folder / "hosts", *image(share)) as hosts:
-        hosts.start(*NODES)
-        for n in NODES: hosts.run(n, "ln", "-s", str(Path(sys.prefix).resolve()), "/root/.mlray-env")
+    shared, usual = image(share)
+    with Hosts(folder / "hosts", shared, usual | variables) as hosts:
+        made = Lab(hosts, share)
+        for n in NODES: arrived(made, n)
         hosts.run("laptop", "mv", str(share / "project"), "/root/project")
         (share / "local.yaml").write_text(launcher(hosts))
         hosts.run("laptop", "bash", "-c", "umask 077; ray get-auth-token --generate")
-        made, began = Lab(hosts, share), time.monotonic()
+        began = time.monotonic()
         up = hosts.run("laptop", "bash", "-c", f"cd {ROOT} && ray up -y {share}/local.yaml", timeout=300, **OPERATOR)
         assert up.returncode == 0, up.stdout + up.stderr
         made.seconds["ray up"] = time.monotonic() - began
         wait_for(lambda: made.alive() == 3)
         made.seconds["three nodes"] = time.monotonic() - began
-        tunnel = hosts.popen("laptop", "ssh", "-N", "-o", "StrictHostKeyChecking=no", "-o", "ServerAliveInterval=5", "-L", "8265:localhost:8265", hosts.ip("n1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try: yield made
-        finally:
-            tunnel.kill()
-            tunnel.wait()
-            print("\n" + "  ".join(f"{what} {s:.1f} s" for what, s in made.seconds.items()))
+        try:
+            with tunnel(hosts): yield made
+        finally: print("\n" + "  ".join(f"{what} {s:.1f} s" for what, s in made.seconds.items()))
 
 
 @pytest.fixture(scope="module")

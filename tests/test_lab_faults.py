@@ -1,5 +1,7 @@
 """Hosts that are slow, full, or about to be taken away, while a cluster serves and trains (`tests/hosts.py`). `-m chaos` runs it."""
 import json
+import re
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -8,27 +10,29 @@ from contextlib import contextmanager
 import pytest
 
 from tests.hosts import missing
-from tests.test_lab import LOAD, NODES, Lab, raised, wait_for
-from tests.test_lab_head import asked, loaded
+from tests.test_lab import LOAD, NODES, OPERATOR, Lab, arrived, begun, raised, tunnel, wait_for
+from tests.test_lab_head import asked, loaded, up
 
 pytestmark = [pytest.mark.chaos, pytest.mark.skipif(bool(missing()), reason=f"no hosts: {missing()}")]
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with raised(tmp_path_factory.mktemp("faults")) as made: yield made
+    "Hosts whose `home` is their own: what is shared has a place of its own each, and the journal of a host is on that host's disk."
+    with raised(tmp_path_factory.mktemp("faults"), MLRAY_AUDIT_KEY="a" * 64) as made:
+        places = f"home = /tmp/home\nregistry = sqlite:///{made.share}/registry.db\nstore = file://{made.share}/store\ncheckpoints = {made.share}/states\njournal = yes"
+        made.hosts.run("laptop", "sed", "-i", f"s|^home = .*|{places.replace(chr(10), chr(92) + 'n')}|", "/root/project/settings.ini")
+        yield made
 
 
 RELEASED = """
-import sys
-from pathlib import Path
 from mlray.access import new_key
 from mlray.gate import judge
 from mlray.registry import add_evidence, add_key, open_registry, promote
 from mlray.run import train
-from mlray.settings import Settings
+from mlray.settings import read_settings
 from mlray.spec import Rule, read_spec
-settings = Settings(home=Path(sys.argv[1]) / "home", root=Path("project"), tracking="disabled")
+settings = read_settings("lab", "project").model_copy(update={"ray": "local"})
 registry, made = open_registry(settings), train(read_spec("project/patients.yaml", ["model={}"]), settings).version
 for gate in registry.policy.gates: add_evidence(registry, made, gate, judge({"roc_auc": 0.8}, (Rule(metric="roc_auc", at_least=0.5),)), b"{}")
 promote(registry, made)
@@ -43,7 +47,7 @@ def key(lab: Lab) -> str:
     "That of a service on three hosts; its model was made on the head."
     (lab.share / "released.py").write_text(RELEASED)
     lab.hosts.run("laptop", "cp", "-r", "/root/project", f"{lab.share}/project")
-    made = lab.hosts.run("n1", "bash", "-c", f"ln -s {lab.share}/project project && python {lab.share}/released.py {lab.share}")
+    made = lab.hosts.run("n1", "bash", "-c", f"ln -s {lab.share}/project project && python {lab.share}/released.py")
     assert made.returncode == 0, made.stderr
     key = made.stdout.split()[-1]
     lab.mlray("serve", "patients", "--on", "lab", "--detach")
@@ -79,29 +83,85 @@ def test_a_slow_host_costs_time_and_no_answer(lab, key):
     wait_for(lambda: lab.alive() == 3)
 
 
+JOURNALED = "from pathlib import Path; from mlray.archive import journaled, put_away; f = Path('/tmp/home/journal'); put_away(f); print(chr(10).join(journaled(f).select('id').collect()['id']) if f.is_dir() else '')"
+FULL = "mount -o remount,size=$(( $(df --output=used -k /tmp | tail -1) + 4 ))k /tmp; dd if=/dev/zero of=/tmp/filler bs=1k 2>/dev/null; df --output=avail -k /tmp | tail -1"
+
+
+def told(lab: Lab, n: str) -> list[dict[str, str]]:
+    "What the doctor has against a host."
+    said = lab.laptop("mlray", "doctor", "--on", "lab", "--json", timeout=400)
+    assert said.returncode in (0, 1), said.stderr
+    return [c for c in json.loads(said.stdout)["complaints"] if c["found"].startswith(lab.hosts.ip(n))]
+
+
 def test_a_full_disk_of_one_host_stops_nothing(lab, key):
-    "No byte more goes to the disk on which Ray keeps its logs and sockets; what serves goes on, and what is trained ends up the same."
-    shrink = "mount -o remount,size=$(( $(df --output=used -k /tmp | tail -1) + 4 ))k /tmp; dd if=/dev/zero of=/tmp/filler bs=1k 2>/dev/null; df --output=avail -k /tmp | tail -1"
-    left = lab.hosts.run("n3", "bash", "-c", shrink).stdout.split()
+    "No byte more goes to the disk on which Ray keeps its logs and packages, and the host its journal; what serves and trains elsewhere goes on, the operator is told, and what was answered is journaled."
+    assert told(lab, "n3") == []
+    left = lab.hosts.run("n3", "bash", "-c", FULL).stdout.split()
     assert left == ["0"], left
     try:
-        load = loaded(lab, "n1", key, 50)
+        load = loaded(lab, "n1", key, 50, f"{lab.share}/ids")
         trained = lab.mlray("train", "patients.yaml", "train.seed=5", "--on", "lab")
-        told = json.loads(load.communicate(timeout=300)[0].splitlines()[-1])
-        print("\na host without room:", told, "trained meanwhile:", trained["version"])
+        seen = json.loads(load.communicate(timeout=300)[0].splitlines()[-1])
+        print("\na host without room:", seen, "trained meanwhile:", trained["version"])
+        complaints = told(lab, "n3")
+        print("the doctor:", [c["found"] for c in complaints])
     finally: lab.hosts.run("n3", "bash", "-c", "mount -o remount,size=2g /tmp; rm -f /tmp/filler")
-    assert told["failures"] == 0 and told["scores"] == 1 and told["answered"] > 200
+    assert seen["failures"] == 0 and seen["scores"] == 1 and seen["answered"] > 200
+    assert {"node", "node_disk"} & {c["what"] for c in complaints}
+    acknowledged, kept = set((lab.share / "ids").read_text().split()), set[str]()
+    for n in NODES: kept |= set(lab.hosts.run(n, "/root/.mlray-env/bin/python", "-c", JOURNALED).stdout.split())
+    print(f"{len(acknowledged)} answers acknowledged, {len(acknowledged - kept)} of them not journaled")
+    assert len(acknowledged) == seen["answered"] and acknowledged <= kept
+    assert told(lab, "n3") == []
     assert lab.mlray("train", "patients.yaml", "train.seed=5", "--on", "lab")["digest"] == trained["digest"]
 
 
-def test_a_host_that_is_taken_away_with_notice_costs_no_answer(lab, key):
-    "What a cloud says two minutes before it takes a spot node, said to Ray as its autoscaler says it; half a minute later the power goes."
-    load = loaded(lab, "n1", key, 75)
-    said = lab.hosts.run("n3", "bash", "-c", f"/root/.mlray-env/bin/ray drain-node --address {lab.hosts.ip('n1')}:6379 --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'taken away' --deadline-remaining-seconds 30", RAY_AUTH_MODE="token")
+def announced(lab: Lab, n: str, seconds: int) -> None:
+    "What a cloud says before it takes a spot node, said to Ray as its autoscaler says it."
+    said = lab.hosts.run(n, "bash", "-c", f"/root/.mlray-env/bin/ray drain-node --address {lab.hosts.ip('n1')}:6379 --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'taken away' --deadline-remaining-seconds {seconds}", RAY_AUTH_MODE="token")
     assert said.returncode == 0, said.stdout + said.stderr
-    time.sleep(30) # the notice
-    lab.hosts.kill("n3")
-    told = json.loads(load.communicate(timeout=300)[0].splitlines()[-1])
-    print("\na spot node with notice:", told)
-    assert told["failures"] == 0 and told["scores"] == 1 and told["answered"] > 200
+
+
+def test_a_host_that_is_taken_away_with_notice_costs_no_answer_and_no_training(lab, key):
+    "Half a minute after the notice the power goes; the one who trains is told of it, and the training ends on the hosts that stay."
+    lab.hosts.run("laptop", "sed", "-i", "s|^workers = .*|workers = 1..3|", "/root/project/settings.ini") # fewer will do
+    running = begun(lab, log := lab.share / "notice.err", 1500)
+    victim = next(n for n in ("n3", "n2") if any("RayTrainWorker" in c for c in lab.hosts.processes(n)))
+    load = loaded(lab, "n1", key, 75)
+    announced(lab, victim, 30)
+    told_at = time.monotonic()
+    wait_for(lambda: f"{lab.hosts.ip(victim)} is taken away in" in log.read_text(), 30)
+    assert [c["what"] for c in told(lab, victim)][-1:] == ["leaving"]
+    time.sleep(max(told_at + 30 - time.monotonic(), 0)) # the rest of the notice
+    lab.hosts.kill(victim)
+    seen = json.loads(load.communicate(timeout=300)[0].splitlines()[-1])
+    print("\na spot node with notice:", seen)
+    assert seen["failures"] == 0 and seen["scores"] == 1 and seen["answered"] > 200
     wait_for(lambda: lab.alive() == 2)
+    version = running.communicate(timeout=600)[0].split()
+    print("\n".join(line for line in log.read_text().splitlines() if "epoch" not in line))
+    assert running.returncode == 0 and version, log.read_text()[-3000:]
+
+
+def test_a_head_that_is_taken_away_with_notice_says_so_and_its_training_is_taken_up(lab, key):
+    "The run ends with it, as it was told; another head in its place goes on from the states that all see, with nothing of the first one's disk."
+    running = begun(lab, log := lab.share / "head.err", 1500)
+    announced(lab, "n1", 20)
+    wait_for(lambda: f"{lab.hosts.ip('n1')} is taken away in" in log.read_text(), 30)
+    time.sleep(10)
+    lab.hosts.kill("n1")
+    running.communicate(timeout=300)
+    said = log.read_text()
+    print("\na head with notice:", [line for line in said.splitlines() if "taken away" in line or line.startswith("mlray:")])
+    assert running.returncode == 3 and "and with it this run, which it leads" in said and "--resume" in said
+    for n in NODES:
+        if n not in lab.hosts.inits: arrived(lab, n)
+    up(lab)
+    with tunnel(lab.hosts):
+        wait_for(lambda: lab.alive() == 3, 180)
+        last = max(int(e) for e in re.findall(r"  epoch (\d+) ", said))
+        with open(log := lab.share / "resumed.err", "w") as heard: resumed = lab.hosts.popen("laptop", "bash", "-c", "cd ~/project && exec mlray train patients.yaml train.epochs=1500 train.patience=1500 --resume --on lab", variables=OPERATOR, stdout=subprocess.PIPE, stderr=heard)
+        version = resumed.communicate(timeout=600)[0].split()
+        print(f"the last epoch that was told: {last}; taken up, and ended as {version[-1:]}, {log.read_text().count('  epoch ')} epochs told")
+        assert resumed.returncode == 0 and version, log.read_text()[-3000:]

@@ -41,9 +41,9 @@ def asked(lab: Lab, n: str, key: str) -> dict | None:
     return json.loads(said.stdout) if said.returncode == 0 and said.stdout else None
 
 
-def loaded(lab: Lab, n: str, key: str, seconds: int) -> subprocess.Popen:
-    "Eight clients who ask one host, and have begun."
-    load = lab.hosts.popen("laptop", "python", str(lab.share / "load.py"), f"http://{lab.hosts.ip(n)}:8000", key, ROW, str(seconds), stdout=subprocess.PIPE)
+def loaded(lab: Lab, n: str, key: str, seconds: int, *ids: str) -> subprocess.Popen:
+    "Eight clients who ask one host, and have begun; into a file go the names of what was answered."
+    load = lab.hosts.popen("laptop", "python", str(lab.share / "load.py"), f"http://{lab.hosts.ip(n)}:8000", key, ROW, str(seconds), *ids, stdout=subprocess.PIPE)
     assert load.stdout.readline().strip() == "begun"
     return load
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import yaml
 
 from mlray.archive import erase, journaled, purge, put_away
 from mlray.checkpoints import Checkpoints
@@ -27,6 +28,8 @@ from mlray.rows import read_rows
 from mlray.run import LocalBackend, make_job
 from mlray.settings import Settings, shipped
 from mlray.spec import RunSpec
+from tests.test_federation import made as customers, spec_of as holders_of
+from tests.test_stream import SPEC as LOANS, table as rows_that_pass_by
 
 pytest.importorskip("moto", reason="pip install 'mlray[dev]'")
 
@@ -118,13 +121,16 @@ def test_a_folder_that_all_see(job, tmp_path):
     assert Checkpoints(tmp_path / "shared/run").newest().epoch == 2 and not (tmp_path / "one").exists()
 
 
-def command(home: Path, *more: str, **variables: str) -> subprocess.Popen:
-    "A training on Ray; what it says goes to a file, for a pipe that nobody reads would stop it."
-    environment = os.environ | {"MLRAY_HOME": str(home), "MLRAY_TRACKING": "disabled", "MLRAY_OBJECT_STORE_MB": "100", "MLRAY_WORKERS": "2"} | variables
-    overrides = ("train.epochs=40", "train.patience=40", "train.batch_size=16")
-    arguments = ("train", str(shipped("configs") / "diabetes.yaml"), *overrides, "--on", "ray", "--json", *more)
+def started(home: Path, *words: str, **variables: str) -> subprocess.Popen:
+    "A command with a home of its own; what it says goes to a file, for a pipe that nobody reads would stop it."
+    environment = os.environ | {"MLRAY_HOME": str(home), "MLRAY_TRACKING": "disabled", "MLRAY_OBJECT_STORE_MB": "100"} | variables
     with home.with_suffix(".out").open("w") as out, home.with_suffix(".err").open("w") as err:
-        return subprocess.Popen([sys.executable, "-c", "from mlray.cli import main; main()", *arguments], cwd=shipped("configs").parent, env=environment, stdout=out, stderr=err)
+        return subprocess.Popen([sys.executable, "-c", "from mlray.cli import main; main()", *words, "--json"], cwd=shipped("configs").parent, env=environment, stdout=out, stderr=err)
+
+
+def command(home: Path, *more: str, **variables: str) -> subprocess.Popen:
+    "A training on two workers of Ray."
+    return started(home, "train", str(shipped("configs") / "diabetes.yaml"), "train.epochs=40", "train.patience=40", "train.batch_size=16", "--on", "ray", *more, **{"MLRAY_WORKERS": "2"} | variables)
 
 
 def printed(process: subprocess.Popen, home: Path) -> dict:
@@ -150,6 +156,76 @@ def test_a_killed_driver_with_two_workers_on_ray_goes_on_from_the_bucket(s3, tmp
     assert resumed["digest"] == undisturbed["digest"] and keys(s3[0], "states/") == []
     assert any(resumed["digest"] in k for k in keys(s3[0], "bundles/"))
     with capsys.disabled(): print(f"\n{kills} kills, the last at epoch {reached} of 40, the same digest {resumed['digest'][:12]}; {time.monotonic() - seconds:.0f} s, load {os.getloadavg()[0]:.0f}")
+
+
+def lines(key: str, client: Any) -> int:
+    try: return client.get_object(Bucket="kept", Key=key)["Body"].read().count(b"\n")
+    except client.exceptions.NoSuchKey: return 0
+
+
+SEARCH = """
+search:
+  trials: 6
+  grace: 4
+  space:
+    train.learning_rate: {low: 1.0e-4, high: 0.1, log: true}
+    model.hidden: {choices: [[16], [32], [64, 64]]}
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.ray
+@pytest.mark.parametrize("scheduler", ["asha", "pbt"])
+def test_a_killed_search_goes_on_from_the_bucket_on_a_machine_that_has_nothing(s3, tmp_path, scheduler, capsys):
+    "What was tried is not tried again; of a population, states that others go on from come from the bucket."
+    (spec := tmp_path / "s.yaml").write_text((shipped("configs") / "diabetes.yaml").read_text() + SEARCH)
+    words = ("tune", str(spec), "train.epochs=60", "train.patience=60", "train.batch_size=8", *(["search.scheduler=pbt", "search.trials=3", "search.grace=20"] if scheduler == "pbt" else []))
+    where, client, began = {"MLRAY_CHECKPOINTS": "s3://kept/tried"}, s3[0], time.monotonic()
+    whole = printed(started(tmp_path / "other", *words), tmp_path / "other")
+    found = lambda: next((k for k in keys(client, "tried/") if k.endswith("results.jsonl")), "")
+    process, wanted = started(tmp_path / "first", *words, **where), 4
+    while process.poll() is None and (not found() or lines(found(), client) < wanted): time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    known = lines(found(), client) if found() else 0
+    assert process.wait() == -signal.SIGKILL and wanted <= known < len(whole["trials"]), "it had ended, so nothing was shown"
+    resumed = printed(started(tmp_path / "second", *words, **where), tmp_path / "second")
+    said = (tmp_path / "second.err").read_text()
+    assert f"{known} trials are known already" in said and said.count("  trial ") - said.count("is best") == len(whole["trials"]) - known, said
+    assert [(t["key"], t["early"]) for t in resumed["trials"]] == [(t["key"], t["early"]) for t in whole["trials"]]
+    if scheduler == "pbt": assert resumed["digest"] == whole["digest"]
+    assert not [k for k in keys(client, "tried/") if "/states/" in k or "/epoch-" in k]
+    with capsys.disabled(): print(f"\n{scheduler}: killed with {known} of {len(whole['trials'])} trials known, the rest on another machine; {time.monotonic() - began:.0f} s, load {os.getloadavg()[0]:.0f}")
+    for key in keys(client, "tried/"): client.delete_object(Bucket="kept", Key=key)
+
+
+def shop(folder: Path) -> tuple[str, ...]:
+    "Rows of three holders; a command."
+    for name, rows in {"east": 2000, "north": 900, "west": 1500, "test": 1000}.items(): customers(rows, rows).write_parquet(folder / f"{name}.parquet")
+    (spec := folder / "shop.yaml").write_text(yaml.safe_dump(holders_of(folder, epochs=12, patience=12).model_dump(mode="json", exclude_defaults=True)))
+    return "train", str(spec), "--on", "ray"
+
+
+def loans(folder: Path) -> tuple[str, ...]:
+    "Rows that pass by; a command."
+    (spec := folder / "loans.yaml").write_text(LOANS.format(folder=rows_that_pass_by(folder / "loans", 60_000)))
+    return "train", str(spec), "train.epochs=12", "train.patience=12", "--on", "ray"
+
+
+@pytest.mark.chaos
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", [shop, loans], ids=["federated", "streamed"])
+def test_a_killed_run_goes_on_from_the_bucket_on_a_machine_that_has_nothing(s3, tmp_path, kind, capsys):
+    words, client, began, where = kind(tmp_path), s3[0], time.monotonic(), {"MLRAY_WORKERS": "1", "MLRAY_OBJECT_STORE_MB": "200"}
+    undisturbed = printed(started(tmp_path / "other", *words, **where), tmp_path / "other")
+    where["MLRAY_CHECKPOINTS"] = f"s3://kept/{kind.__name__}"
+    process, reached = started(tmp_path / "first", *words, **where), 0
+    while reached < 4 and process.poll() is None: reached = max([int(Path(k).name[6:14]) for k in keys(client, f"{kind.__name__}/") if "/epoch-" in k] + [0])
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and 4 <= reached < 12, f"it had ended, so nothing was shown: {(tmp_path / 'first.err').read_text()[-3000:]}"
+    assert not list(tmp_path.glob("first/runs/*/epoch-*")), "no state is on the machine that may go"
+    resumed = printed(started(tmp_path / "second", *words, "--resume", **where), tmp_path / "second")
+    assert resumed["digest"] == undisturbed["digest"] and keys(client, f"{kind.__name__}/") == []
+    with capsys.disabled(): print(f"\n{kind.__name__}: killed after {reached} of 12, the same digest {resumed['digest'][:12]} on another machine; {time.monotonic() - began:.0f} s, load {os.getloadavg()[0]:.0f}")
 
 
 # --- rows of a journal -----------------------------------------------------------------------------------------------
