@@ -87,7 +87,8 @@ def forget_pages(
     "Delete the pages about mistakes that show one of these answers, with what the journal had of its row."
     gone = 0
     for path in sorted((settings.home / "reports").rglob("*.*")):
-        if path.is_file() and any(id in (text := path.read_text(encoding="utf-8")) for id in ids if id):
+        text = path.read_text(encoding="utf-8") if path.is_file() and ids else ""
+        if any(id in text for id in ids if id):
             path.unlink()
             gone += 1
     return gone

@@ -183,7 +183,7 @@ def test_planted_values_are_nowhere(gates, whole, tmp_path, monkeypatch, caplog)
         done = json.loads(CliRunner().invoke(app, ["journal", "erase", PEOPLE[i], "--json"]).stdout)
         assert (done["rows"], done["feedback"], done["aside"]) == (1, 1, int(i % 40 in (0, 1))), done
     by_column = {5: f"street={STREETS[5]}", 6: f"mail={MAILS[6]}", 7: f"person={PEOPLE[7]}"} # kept as it is, as a pseudonym, and as whom callers ask about
-    for i, what in by_column.items():
+    for what in by_column.values():
         done = json.loads(CliRunner().invoke(app, ["journal", "erase", what, "--json"]).stdout)
         assert (done["rows"], done["requests"], done["feedback"]) == (1, 1, 1), (what, done)
     for what, kept in ((f"number={NUMBERS[8]}", "as a bucket"), (f"name={NAMES[8]}", "not at all"), (f"stret={STREETS[8]}", "Did you mean 'street'")):
