@@ -229,7 +229,7 @@ def _one(registry: Registry, settings: Settings, name: str, lease: Lease, spec_o
             decision, waits = considered(before, spec, *source(before, spec, now), int(now))
             after, against = carry_out(registry, spec, before, decision)
             why = against or decision.why
-    for told in filter(None, (_told(seen := Looked(before, after, decision, now, why, waits)), _untold(seen), waits and waits.alert(before.fence))): tell_one(settings, told, now)
+    for told in filter(None, (_told(seen := Looked(before, after, decision, now, why, waits)), _untold(seen), waits.alert(before.fence) if waits else None)): tell_one(settings, told, now)
     _leave(settings, registry, seen)
     return seen
 
