@@ -256,6 +256,7 @@ Modules:
 - `mlray.watching`: What `mlray monitor` and `mlray journal` do
 - `mlray.watermark`: A source that grows, read from where it was left: each row once
 - `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances
+- `mlray.whose`: Whose rows: by the name that callers give, or by what stands in a column
 - `mlray.windows`: What was answered, counted once by version and hour, kept, and added up
 - `mlray.wire`: What goes over the wire, in words that every route shares
 - `mlray.work_list`: Which answers should somebody label next"""

@@ -104,7 +104,7 @@ class Backup(Displayed):
     def table(self) -> Table:
         "One line a fact."
         key = "in it: keep it as you keep the key" if self.keys else "NOT in it: keep it elsewhere, nothing comes back without it"
-        facts = [("made", self.made[:19].replace("T", " ")), ("of", self.source), ("versions", self.versions), ("rows of the audit", self.rows), ("blobs", self.blobs), ("bytes copied now", f"{self.copied:,}"), ("key of the audit", key)]
+        facts = [("made", self.made[:19].replace("T", " ")), ("of", self.source), ("versions", self.versions), ("rows of the audit", self.rows), ("blobs", self.blobs), ("bytes copied now", f"{self.copied:,}"), ("key of the audit", key), ("rows of people", "none: whoever is erased is not in it. A copy of MLRAY_HOME has them: erase there, too, with MLRAY_HOME=THE_COPY mlray journal erase PERSON")]
         return table(["", ""], facts, f"Backup {self.name}")
 
 

@@ -44,4 +44,4 @@ def registry_restore(folder: Folder, at: Annotated[str, typer.Option("--at", met
     settings = settings_of(env)
     done = check_backup(folder, settings.home, at) if check else restore(folder, settings, at)
     said = f"backup {done.name} is whole: {done.versions} versions, {done.blobs} blobs, {done.rows} rows of the audit" if check else f"{settings.registry_url.rpartition('@')[2]} has what {done.source} had at {done.made[:19].replace('T', ' ')}: {done.versions} versions, {done.rows} rows of the audit"
-    shown(as_json, done.as_dict() | {"restored": not check}, said)
+    shown(as_json, done.as_dict() | {"restored": not check}, said, *([] if check else ["No rows of people are in a backup of the registry. If you bring a journal back from an older copy, erase again whoever was erased since: `mlray journal erase PERSON`."]))

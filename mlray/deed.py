@@ -22,7 +22,7 @@ from .database import LEASES, OUTBOX, REQUESTS, Connection, Database
 from .errors import Refused, RegistryError
 
 # %% ../nbs/32c_deed.ipynb #551aba50
-MIRRORED = frozenset({"register", "promote", "rollback", "deprecate", "retire"}) # what mirrors are told of
+MIRRORED = frozenset({"register", "promote", "rollback", "remove", "deprecate", "retire"}) # what mirrors are told of
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ __all__ = ['GroupSums', 'group_sums', 'gap_report_of', 'rates_by_group', 'worst_
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from .errors import DataError
-from .gaps import GapReport, Terms, class_terms, label_terms, largest_gap, number_terms, places_of
+from .gaps import Division, GapReport, Means, Terms, class_terms, label_terms, number_terms, places_of, report_by
 from .score import Measure, Z, wilson
 from .task import Task
 
@@ -80,7 +79,7 @@ def _products(values: np.ndarray) -> np.ndarray: # [rows, numbers] → [3, numbe
 def _means(
     sums: np.ndarray,   # [3, numbers, numbers] of one group
     least: int,         # rows that a mean must be taken over
-) -> tuple[np.ndarray, np.ndarray]: # [numbers], NaN over too few rows, and the covariance of these means
+) -> Means:
     products, values, known = sums
     n = np.diag(known)
     means = np.divide(np.diag(values), n, out=np.full(len(n), np.nan), where=n >= max(least, 1))
@@ -97,16 +96,11 @@ def gap_report_of(
     seed: int = 0,
 ) -> GapReport:
     "`mlray.gaps.gap_report`, of sums."
-    shown, found, rng = dict[tuple[str, ...], dict[tuple[str, ...], dict[str, float]]](), dict[str, Measure](), np.random.default_rng(seed)
-    for columns in [*((c,) for c in sums.columns), *combinations(sorted(sums.columns), 2)]:
-        part = sums.by(columns)
-        shown[columns] = {g: {"rows": float(n)} for g, n in part.rows.items()}
-        for name, of in part.sums.items():
-            each = [_means(s, min_group) for s in of.values()]
-            drawn = [rng.multivariate_normal(np.zeros(len(m)), c, draws, method="eigh") + m for m, c in each]
-            found[f"{name}_difference[{','.join(columns)}]"] = largest_gap(np.stack([m for m, _ in each], -1), np.stack(drawn, -1)) if each else Measure(math.nan)
-            for group, (means, _) in zip(of, each, strict=True): shown[columns][group] |= {name: float(means[0])} if len(means) == 1 else {}
-    return GapReport(shown, found, min_group)
+    def divided(by: tuple[str, ...]) -> Division:
+        part = sums.by(by)
+        return part.rows, {name: [_means(s, min_group) for s in of.values()] for name, of in part.sums.items()}
+
+    return report_by(sums.columns, divided, min_group, draws, seed)
 
 # %% ../nbs/21e_group_sums.ipynb #2a05a89f
 def rates_by_group(

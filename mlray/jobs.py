@@ -23,6 +23,7 @@ from typing import Literal
 import msgspec
 import polars as pl
 
+from .forgotten import rows_of_person
 from .plan import Model
 from .traffic import Traffic
 from .wire import Refused
@@ -176,7 +177,7 @@ def forget_jobs(
     for path in shelf.folder.glob("[0-9a-f]*"):
         if (job := shelf.get(path.name)) is None: continue
         rows = shelf.rows(path.name)
-        if not (column in rows.columns and (rows[column].cast(pl.String, strict=False) == person).any() if column else job.subject == person): continue
+        if not (rows_of_person(rows, person, column).any() if column else job.subject == person): continue
         if shelf.ended(path.name) is None: end(shelf, path.name, "cancelled")
         _delete(path)
         gone += 1

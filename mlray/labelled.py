@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .archive import journaled
+from .archive import journaled, marked
 from .believed import LeftOut, believed
 from .bundle import Bundle, decide, predict
 from .column import Column
@@ -161,14 +161,13 @@ def next_spec(
 
 def forget_rows(
     settings: Settings,
-    marks: frozenset[str], # pseudonyms, or ids of requests
+    marks: frozenset[str], # pseudonyms, ids of requests, or rows of them
 ) -> int: # rows
     "Take out of what was learned from every row that carries a mark; a run on such a file cannot be done again, and says so."
     gone = 0
     for path in (settings.home / "labelled").rglob("*.parquet"):
         frame = pl.read_parquet(path)
-        texts = [n for n, t in frame.schema.items() if t == pl.String]
-        left = frame.filter(~pl.any_horizontal(pl.col(n).is_in(list(marks)).fill_null(False) for n in texts))
+        left = frame.filter(~marked(frame.schema, marks, "journal id", "journal row"))
         if left.height == frame.height: continue
         gone += frame.height - left.height
         left.write_parquet(path.with_suffix(".part"), compression="zstd")

@@ -97,7 +97,7 @@ def export_model(
 
 @dataclass(frozen=True)
 class MlflowMirror:
-    "A folder of models: `NAME/3` each a model, `NAME/aliases/production.json` and `NAME/status/3.json` what became of them."
+    "A folder of models: `NAME/3` each a model, `NAME/aliases/production.json` and `NAME/status/3.json` what became of them, `NAME/ended/canary.json` how an alias ended that is there no more."
     folder: Path
 
     def take(self, letter: Letter, registry: Registry) -> None:
@@ -105,12 +105,24 @@ class MlflowMirror:
         found, entry = letter.version, letter.entry
         home = self.folder / found.name
         export_model(load_bundle(registry.store.path(found.digest), found.digest), found, home / str(found.number))
-        if "alias" in entry.details: self._newer(home / "aliases" / f"{entry.details['alias']}.json", letter.seq, {"version": str(found), "digest": found.digest, "generation": entry.details["generation"]})
+        if "alias" in entry.details: self._pointed(home, f"{entry.details['alias']}.json", letter)
         if entry.action in ("deprecate", "retire"): self._newer(home / "status" / f"{found.number}.json", letter.seq, {"version": str(found), "sunset": found.sunset, "retired": found.retired, "successor": found.successor})
 
+    def _pointed(self, home: Path, name: str, letter: Letter) -> None:
+        "Where an alias points, or that it ended; whichever letter has the higher number."
+        here, ended, entry = home / "aliases" / name, home / "ended" / name, letter.entry
+        if entry.action != "remove":
+            if self._seq(ended) < letter.seq: self._newer(here, letter.seq, {"version": str(letter.version), "digest": letter.version.digest, "generation": entry.details["generation"]})
+            return
+        self._newer(ended, letter.seq, {"version": str(letter.version), "why": entry.details["why"]}) # first: an old letter that comes between the two finds it
+        if self._seq(here) < letter.seq and here.is_file():
+            here.unlink()
+            sync_folder(here.parent)
+
+    def _seq(self, path: Path) -> int: return int(json.loads(path.read_bytes())["seq"]) if path.is_file() else 0
+
     def _newer(self, path: Path, seq: int, said: Mapping[str, Any]) -> None:
-        if path.is_file() and json.loads(path.read_bytes())["seq"] >= seq: return
-        _put(path, json.dumps({"seq": seq, **said}).encode())
+        if self._seq(path) < seq: _put(path, json.dumps({"seq": seq, **said}).encode())
 
 # %% ../nbs/46a_mirror_on_mlflow.ipynb #d2a4dcfc
 def _value(column: Column, value: Any) -> Any:

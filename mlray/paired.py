@@ -19,7 +19,7 @@ import polars as pl
 from .comparison import Comparison, Difference, compare, corrected, paired_mean, paired_proportion
 from .counts import confusion, count
 from .fairness import NAMED
-from .gaps import Terms, drawn_means, places_of
+from .gaps import Terms, drawn_means, means_of, places_of
 from .intervals import MOST_GROUPS, bootstrap
 from .rates import PROPORTIONS, RATES, proportion
 from .score import Measure, placements
@@ -252,7 +252,7 @@ def term_differences(
         places = places_of(groups, sorted(columns))
         if term not in ours or not 2 <= len(places) <= MOST_GROUPS: continue
         both = np.concatenate([side[term].reshape(groups.height, -1) for side in (ours, theirs)], axis=1)
-        means, drawn = (np.stack(x, axis=-1) for x in zip(*(drawn_means(both[at], least, draws, rng) for at in places.values()), strict=True)) # [terms, groups], [draws, terms, groups]
+        means, drawn = drawn_means([means_of(both[at], least) for at in places.values()], draws, rng) # [terms, groups], [draws, terms, groups]
         known, half = ~np.isnan(means), len(means) // 2
         if (known[:half] != known[half:]).any() or not (known.sum(1) > 1).any(): continue
         kept = [k for k in range(half) if known[k].sum() > 1]

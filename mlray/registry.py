@@ -232,23 +232,25 @@ def rollback(
 ) -> tuple[Version, int]: # what the alias points at now, and its new generation
     "Point an alias at what it pointed at before. Raises `RegistryError` when there is nothing before."
     alias = kept_as(alias, registry.region)
+    said = said_as(alias, registry.region)
+
     def do(deed: Deed) -> dict[str, Any]:
         c = deed.connection
         past = {r.generation: r for r in c.execute(MOVES.select().where(MOVES.c.name == name, MOVES.c.alias == alias))}
-        if not c.execute(ALIASES.select().where(ALIASES.c.name == name, ALIASES.c.alias == alias)).first(): raise RegistryError(f"There is no {name}@{alias}, so nothing to go back from. `mlray models` lists what there is.")
+        if not c.execute(ALIASES.select().where(ALIASES.c.name == name, ALIASES.c.alias == alias)).first(): raise RegistryError(f"There is no {name}@{said}, so nothing to go back from. `mlray models` lists what there is.")
         rows = {r.number: r for r in c.execute(VERSIONS.select().where(VERSIONS.c.name == name))}
         here: Any = past[max(past)]
         to = here
         while to is not None and (to.number == here.number or rows[to.number].retired): to = past.get(to.under)
-        if to is None: raise RegistryError(f"{name}@{alias} is {name}/{here.number}, and there is nothing before it to go back to. Promote another version" + (f", or take the alias away: `mlray rollback {name} {alias} --remove WHY`." if alias.partition("@")[0] != "production" else "."))
+        if to is None: raise RegistryError(f"{name}@{said} is {name}/{here.number}, and there is nothing before it to go back to. Promote another version" + (f", or take the alias away: `mlray rollback {name} {said} --remove WHY`." if alias.partition("@")[0] != "production" else "."))
         load_bundle(registry.store.path(rows[to.number].digest), rows[to.number].digest)
         doubts = unsigned(c, registry.attestor, name, rows[to.number].digest, gates_for(registry.policy, alias, None)) if registry.policy.signature else [] # it was let out once, and goes back all the same
         new, under = move(c, name, to.number, alias, expect, to.under, back=True)
         deed.log("rollback", f"{name}/{to.number}", alias=alias, generation=new, under=under, before=here.number, digest=rows[to.number].digest, **({"unsigned": doubts} if doubts else {}))
         return {"number": to.number, "generation": new}
 
-    said = registry.act(Ask("model:rollback", f"{name}@{alias}", name, once=once), do)
-    return version(registry, f"{name}/{said['number']}"), said["generation"]
+    done = registry.act(Ask("model:rollback", f"{name}@{alias}", name, once=once), do)
+    return version(registry, f"{name}/{done['number']}"), done["generation"]
 
 # %% ../nbs/33_registry.ipynb #d0c1df15
 def remove(
@@ -260,11 +262,12 @@ def remove(
 ) -> Version: # that it pointed at
     "Take an alias away; where it has been stays. Raises `RegistryError` where there is none, and for production."
     alias = kept_as(alias, registry.region)
-    if alias.partition("@")[0] == "production": raise RegistryError(f"{name}@{alias} is what answers, and is not taken away. Promote another version, or `mlray rollback {name}`.")
+    said = said_as(alias, registry.region)
+    if alias.partition("@")[0] == "production": raise RegistryError(f"{name}@{said} is what answers, and is not taken away. Promote another version, or `mlray rollback {name}`.")
 
     def do(deed: Deed) -> dict[str, Any]:
         number = take_away(deed.connection, name, alias)
-        if number is None: raise RegistryError(f"There is no {name}@{alias} to take away. `mlray models` lists what there is.")
+        if number is None: raise RegistryError(f"There is no {name}@{said} to take away. `mlray models` lists what there is.")
         deed.log("remove", f"{name}/{number}", alias=alias, why=why)
         return {"number": number}
 

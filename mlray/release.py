@@ -10,6 +10,7 @@ __all__ = ['approve', 'withdraw', 'approvals', 'approvals_table', 'deprecate', '
 
 # %% ../nbs/33c_release.ipynb #07bbffaa
 import re
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -19,7 +20,7 @@ from .display import Table, table
 from .errors import Refused, RegistryError
 from .policy import Approval
 from .registry import Registry, Version, version
-from .standing import ALIAS, approvals_of, kept_as
+from .standing import ALIAS, approvals_of, kept_as, said_as
 
 # %% ../nbs/33c_release.ipynb #387bde62
 def approve(
@@ -61,7 +62,7 @@ def withdraw(
     alias = kept_as(alias, registry.region)
     def do(deed: Deed) -> dict[str, Any]:
         mine = [a.seq for a in approvals_of(deed.connection, found.name, found.number, alias) if a.counts and a.actor == registry.actor]
-        if not mine: raise RegistryError(f"{registry.actor} has given no approval of {found} for {alias} that still counts. `mlray show {found}` lists them.")
+        if not mine: raise RegistryError(f"{registry.actor} has given no approval of {found} for {said_as(alias, registry.region)} that still counts. `mlray show {found}` lists them.")
         entry = deed.log("withdraw", str(found), alias=alias, approvals=mine, note=note)
         deed.connection.execute(APPROVALS.update().where(APPROVALS.c.seq.in_(mine)).values(withdrawn=entry.seq))
         return {"approvals": mine}
@@ -74,7 +75,7 @@ def approvals(
     found: Version,
 ) -> tuple[Approval, ...]: # oldest first
     "Who stands for a version, and who did."
-    with registry.database.change() as c: return approvals_of(c, found.name, found.number)
+    with registry.database.change() as c: return tuple(replace(a, alias=said_as(a.alias, registry.region)) for a in approvals_of(c, found.name, found.number))
 
 
 def approvals_table(given: tuple[Approval, ...]) -> Table:

@@ -32,7 +32,7 @@ from .lease import acting, give_back, holder_here, holder_of, take
 from .policy import reasons
 from .registry import Registry, Version, bundle_of, generation, promote, version
 from .rollout import Decision, Hold, Promote, RollBack, decision_from
-from .rollout_run import Progress, Standing, apart_of, begin, done, gauges, next_step
+from .rollout_run import Held, Progress, Standing, apart_of, begin, considered, done, gauges, held_from
 from .settings import Settings
 from .spec import RunSpec
 from .standing import candidate_for, in_region, kept_as, said_as, take_away
@@ -190,6 +190,7 @@ class Looked:
     decision: Decision | None   # None: others had ended it
     at: float                   # seconds since 1970
     why: str                    # it stands where it stands
+    held: Held | None = None    # what it waits for
 
 
 def _told(seen: Looked) -> Told | None:
@@ -217,7 +218,7 @@ def _untold(seen: Looked) -> Told | None:
 # %% ../nbs/38l_rollout_step.ipynb #7c8c2585
 def _one(registry: Registry, settings: Settings, name: str, lease: Lease, spec_of: Callable[[Standing], RunSpec], source: Source) -> Looked:
     "Look at one rollout, and do what follows."
-    before, now, decision = standing_of(registry, name), registry._now().timestamp(), None
+    before, now, decision, waits = standing_of(registry, name), registry._now().timestamp(), None, None
     if before is None or before.over: raise Conflict(f"The rollout of {name} is over.")
     with acting(registry, lease):
         if gone := _gone(registry, before):
@@ -225,11 +226,10 @@ def _one(registry: Registry, settings: Settings, name: str, lease: Lease, spec_o
             after = _write(registry, before, replace(before, over=over, since=int(now), fence=before.fence + 1), over, why, False, share=share)
         else:
             spec = spec_of(before)
-            decision = next_step(before, spec, *source(before, spec, now))
+            decision, waits = considered(before, spec, *source(before, spec, now), int(now))
             after, against = carry_out(registry, spec, before, decision)
             why = against or decision.why
-    seen = Looked(before, after, decision, now, why)
-    for told in filter(None, (_told(seen), _untold(seen))): tell_one(settings, told, now)
+    for told in filter(None, (_told(seen := Looked(before, after, decision, now, why, waits)), _untold(seen), waits.alert(before.fence) if waits else None)): tell_one(settings, told, now)
     _leave(settings, registry, seen)
     return seen
 
@@ -305,13 +305,14 @@ def progress(
     path, lease = settings.home / "rollouts" / f"{name}.json", holder_of(registry, lease_of(in_region(name, registry.region)))
     last = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     mine = last.get("canary") == standing.canary and last.get("decision")
-    return Progress(standing, steps, lease.holder if lease else "", decision_from(last["decision"]) if mine else None, last.get("at", "") if mine else "")
+    waits = last.get("held") if mine and (last.get("held") or {}).get("since") == standing.since else None # of this step
+    return Progress(standing, steps, lease.holder if lease else "", decision_from(last["decision"]) if mine else None, last.get("at", "") if mine else "", waits and held_from(waits))
 
 # %% ../nbs/38l_rollout_step.ipynb #cf787556
 def _leave(settings: Settings, registry: Registry, seen: Looked) -> None:
     "What was seen last, in files that are whole at any moment."
     name, folder = seen.before.name, settings.home / "rollouts"
-    said = {"canary": seen.before.canary, "at": datetime.fromtimestamp(seen.at, UTC).isoformat(), "decision": seen.decision.as_dict() if seen.decision is not None else None}
+    said = {"canary": seen.before.canary, "at": datetime.fromtimestamp(seen.at, UTC).isoformat(), "decision": seen.decision.as_dict() if seen.decision is not None else None, "held": asdict(seen.held) if seen.held else None}
     for path, text in ((folder / f"{name}.json", lambda: json.dumps(said)), (settings.home / "monitor" / f"rollout-{name}.prom", lambda: gauges(progress(registry, settings, name)))):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")

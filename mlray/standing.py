@@ -10,7 +10,7 @@ __all__ = ['ALIAS', 'kept_as', 'said_as', 'moves_in', 'in_region', 'approvals_of
            'held_by', 'served']
 
 # %% ../nbs/32d_standing.ipynb #c0055ea4
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +47,11 @@ def moves_in(
     entries: Iterable[Entry],
 ) -> tuple[Entry, ...]:
     "Rows of the audit, their aliases as they are said in a region."
-    return tuple(replace(e, details={**e.details, "alias": said_as(e.details["alias"], region)}) if "alias" in e.details else e for e in entries)
+    def said(details: Mapping[str, Any]) -> dict[str, Any]:
+        one = {"alias": said_as(details["alias"], region)} if "alias" in details else {}
+        return {**one, "served": [[said_as(alias, region), *when] for alias, *when in details["served"]]} if "served" in details else one
+
+    return tuple(replace(e, details={**e.details, **now}) if (now := said(e.details)) else e for e in entries)
 
 
 def in_region(

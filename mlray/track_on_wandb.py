@@ -107,15 +107,24 @@ class WandbMirror:
             logged = run.log_artifact(_reference(found.name, str(found), found.digest), aliases=self._aliases(letter))
             if self.mode == "online":
                 logged.wait(30)
-                if self.collection and "alias" in told: run.link_artifact(logged, f"wandb-registry-{self.collection}/{found.name}", aliases=[told["alias"]])
+                if entry.action == "remove": self._end(logged, found.name, told["alias"])
+                elif self.collection and "alias" in told: run.link_artifact(logged, f"wandb-registry-{self.collection}/{found.name}", aliases=[told["alias"]])
             run.finish()
         except Exception as error: # what W&B raises has no common parent; whatever it is, the letter waits
             with suppress(Exception): run and run.finish(exit_code=1)
             raise Unavailable(f"W&B did not take row {letter.seq}: {error}") from error
 
+    def _end(self, logged: Any, name: str, alias: str) -> None:
+        "Take an alias from the artifact, and from what is linked to it; it may have been taken before."
+        linked = [a for a in logged.linked_artifacts if a.project == f"wandb-registry-{self.collection}"] if self.collection else []
+        for one in (logged, *linked):
+            if alias not in one.aliases: continue
+            one.aliases = [a for a in one.aliases if a != alias]
+            one.save()
+
     def _aliases(self, letter: Letter) -> list[str]:
         number = f"mlray-{letter.version.number}"
-        return [number, str(letter.entry.details["alias"])] if "alias" in letter.entry.details else [number]
+        return [number, str(letter.entry.details["alias"])] if "alias" in letter.entry.details and letter.entry.action != "remove" else [number]
 
 # %% ../nbs/46_track_on_wandb.ipynb #c0a7ade6
 @dataclass(frozen=True)

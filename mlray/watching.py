@@ -10,6 +10,7 @@ __all__ = ['watch', 'tend']
 
 # %% ../nbs/58j_watching.ipynb #f835ef74
 import os
+import shlex
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -24,14 +25,15 @@ from .beside import beside, pairs
 from .column import age_of
 from .display import Displayed, table
 from .errors import DataError, MlrayError, SettingsError, suggest
-from .forgotten import forget_aside
+from .forgotten import forget_aside, forget_pages
 from .jobs import Shelf, forget_jobs
-from .keeping import new_epoch, pseudonyms, read_keys
+from .keeping import new_epoch, read_keys
 from .labelled import forget_rows
 from .mirror import fetch_rows, send_rows
 from .monitor import gauges, monitor, page
 from .registry import Version, bundle_of, open_registry, version
 from .settings import Settings
+from .whose import contracts_of, rows_of_caller, rows_with, unknown
 
 # %% ../nbs/58j_watching.ipynb #d18d1212
 def _named(reference: str, settings: Settings) -> Version:
@@ -79,18 +81,23 @@ def _since(text: str) -> datetime | None:
 
 
 def _erase(what: str, settings: Settings) -> tuple[dict[str, Any], Any]:
-    if not what: raise MlrayError("Whose rows? `mlray journal erase PERSON`, as callers name them, or `mlray journal erase COLUMN=VALUE` for a column that is kept as a pseudonym.")
-    column, is_column, value = what.partition("=")
-    marks = pseudonyms(read_keys(settings), column if is_column else "subject", value if is_column else what)
-    folder, feedback = settings.home / "journal", settings.home / "journal" / "feedback"
-    named = journaled(folder).filter(pl.any_horizontal(pl.selectors.by_name("subject", *([f"column:{column}"] if is_column else []), require_all=False).is_in(list(marks)))).select("id").unique().collect()["id"]
-    gone, said = erase(folder, marks), erase(feedback, frozenset(named.to_list())) if len(named) else 0
-    learned = forget_rows(settings, marks | frozenset(named.to_list()))
-    who, where = (value, column) if is_column else (what, "")
-    aside, jobs = forget_aside(settings, who, where), forget_jobs(Shelf(settings.home / "jobs"), who, where)
+    if not what: raise MlrayError("Whose rows? `mlray journal erase PERSON`, as callers name them, or `mlray journal erase COLUMN=VALUE` for a column that is kept as it is, or as a pseudonym.")
+    folder, keys = settings.home / "journal", read_keys(settings)
+    column, _, value = what.partition("=")
+    theirs, who, where, wrong = rows_of_caller(folder, keys, what), what, "", ""
+    if "=" in what and not theirs.rows: # or it is a name that has this sign in it
+        contracts, who, where = contracts_of(open_registry(settings), folder), value, column
+        theirs, wrong = rows_with(folder, keys, column, value, contracts), unknown(column, contracts)
+    of = theirs.row_marks if where else theirs.ids # a person is one request's; a value may stand in one row of many
+    gone, said = erase(folder, theirs.marks), erase(folder / "feedback", of) if of else 0
+    done = {"rows": gone, "requests": len(theirs.ids), "feedback": said, "learned": forget_rows(settings, theirs.marks | of), "aside": forget_aside(settings, who, where), "jobs": forget_jobs(Shelf(settings.home / "jobs"), who, where),
+            "pages": forget_pages(settings, theirs.ids)}
     send_rows(settings)
-    text = f"{gone} rows of {len(named)} requests are erased, {said} rows of feedback, {learned} rows that were kept to learn from, {aside} rows in quarantine or accepted, and {jobs} jobs. Windows, profiles and bundles hold counts only, and stay. Sources, and copies of this folder, are yours to see to."
-    return {"rows": gone, "requests": len(named), "feedback": said, "learned": learned, "aside": aside, "jobs": jobs}, text
+    if wrong and not any(done.values()): raise MlrayError(f"{wrong} Nothing was erased.")
+    text = f"{gone} rows of {done['requests']} requests are erased, {said} rows of feedback, {done['learned']} rows that were kept to learn from, {done['aside']} rows in quarantine or accepted, {done['jobs']} jobs, and {done['pages']} pages about mistakes."
+    if theirs.unreached: raise MlrayError(" ".join([*(u.sentence for u in theirs.unreached), "So far:", text]))
+    return done, (f"{text} Windows, profiles and bundles hold counts only, and stay; so do backups of the registry, which have no rows. A copy of this folder from before has theirs still: where one is brought back, erase in it before anybody reads it, with `MLRAY_HOME=THE_COPY mlray journal erase {shlex.quote(what)}`. "
+                  "Sources are yours to see to.")
 
 
 def _purge(older: str, settings: Settings) -> tuple[dict[str, Any], Any]:

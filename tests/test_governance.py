@@ -28,7 +28,7 @@ from mlray.database import HEAD, OUTBOX, REQUESTS, Database
 from mlray.errors import Conflict, Refused, RegistryError, Unavailable
 from mlray.ledger import audit
 from mlray.opened import open_registry
-from mlray.outbox import deliver, send_again, waiting
+from mlray.outbox import Letter, deliver, send_again, waiting
 from mlray.plan import set_share
 from mlray.policy import Policy, windows
 from mlray.proof import change_signer, sign
@@ -40,9 +40,11 @@ from mlray.registry import (
     bundle_of,
     events,
     generation,
+    history,
     keys,
     promote,
     register,
+    remove,
     retire,
     revoke_key,
     rollback,
@@ -329,7 +331,7 @@ class Deaf:
     def __init__(self, rng: random.Random, often: float): self.rng, self.often, self.heard, self.state = rng, often, [], {}
     def take(self, letter, registry):
         self.heard.append(letter.seq)
-        if letter.seq > self.state.get(letter.entry.details.get("alias"), (0, 0))[0]: self.state[letter.entry.details.get("alias")] = (letter.seq, letter.version.number)
+        if letter.seq > self.state.get(letter.entry.details.get("alias"), (0, 0))[0]: self.state[letter.entry.details.get("alias")] = (letter.seq, letter.version.number if letter.entry.action != "remove" else None)
         if self.rng.random() < self.often: raise Unavailable("The line went dead.")
 
 
@@ -348,6 +350,11 @@ def test_what_is_kept_is_delivered_in_order_at_least_once_and_nothing_else(house
     assert mirrors["b"].heard == told and sorted(set(mirrors["a"].heard)) == told and len(mirrors["a"].heard) > len(told) and rounds > 1
     assert mirrors["a"].state == mirrors["b"].state and mirrors["a"].heard == sorted(mirrors["a"].heard)
     with root.database.change() as c: assert {(r.target, r.attempts) for r in c.execute(OUTBOX.select()) if r.target == "b"} == {("b", 1)}
+    promote(easy, proved[0], "canary")
+    assert remove(easy, "tiny", "canary", "it was tried") == proved[0]
+    while any(waiting(easy, t) for t in mirrors): deliver(easy, mirrors)
+    assert mirrors["a"].state == mirrors["b"].state and mirrors["b"].state["canary"][1] is None and mirrors["b"].state["production"][1] == proved[1].number, "an alias that ended is told as one that moved"
+    told = [e.seq for e in audit(root).entries if e.action in ("promote", "remove")]
     assert send_again(easy, "b") == len(told) + 2 and not audit(easy).faults # and the two that were registered before there was a mirror
 
 
@@ -361,6 +368,20 @@ def test_an_mlflow_folder_follows_the_aliases_and_an_old_letter_changes_nothing(
         assert not deliver(root, {"mlflow": MlflowMirror(folder)})[0].error
         said = json.loads((folder / "tiny/aliases/production.json").read_bytes())
         assert (said["version"], said["generation"]) == ("tiny/1", 3) and sorted(p.name for p in (folder / "tiny").iterdir()) == ["1", "2", "aliases"]
+    promote(root, proved[0], "canary")
+    deliver(root, {"mlflow": MlflowMirror(folder)})
+    assert (folder / "tiny/aliases/canary.json").is_file()
+    remove(root, "tiny", "canary", "it was tried")
+    for _ in range(2):
+        assert not deliver(root, {"mlflow": MlflowMirror(folder)})[0].error and sorted(p.name for p in (folder / "tiny/aliases").iterdir()) == ["production.json"]
+        assert json.loads((folder / "tiny/ended/canary.json").read_bytes())["why"] == "it was tried"
+        send_again(root, "mlflow")
+    every = [Letter(e, version(root, e.object)) for e in history(root) if e.details.get("alias") == "canary"]
+    for letter in (*every, *reversed(every), *every[:1]): MlflowMirror(folder).take(letter, root)
+    assert not (folder / "tiny/aliases/canary.json").exists(), "a letter from before its end brings no alias back"
+    promote(root, proved[1], "canary")
+    deliver(root, {"mlflow": MlflowMirror(folder)})
+    assert json.loads((folder / "tiny/aliases/canary.json").read_bytes())["version"] == "tiny/2", "and one that begins again is there"
     assert not [p for p in folder.rglob(".*")], "something was left half written"
     model = folder / "tiny/1" / proved[0].digest / "model.onnx"
     model.write_bytes(model.read_bytes()[:-1] + b"x")

@@ -182,6 +182,14 @@ def test_planted_values_are_nowhere(gates, whole, tmp_path, monkeypatch, caplog)
     for i in erased:
         done = json.loads(CliRunner().invoke(app, ["journal", "erase", PEOPLE[i], "--json"]).stdout)
         assert (done["rows"], done["feedback"], done["aside"]) == (1, 1, int(i % 40 in (0, 1))), done
-    gone = [v[i] for i in erased for v in (NAMES, MAILS, list(map(str, NUMBERS)), STREETS, PEOPLE)]
+    by_column = {5: f"street={STREETS[5]}", 6: f"mail={MAILS[6]}", 7: f"person={PEOPLE[7]}"} # kept as it is, as a pseudonym, and as whom callers ask about
+    for what in by_column.values():
+        done = json.loads(CliRunner().invoke(app, ["journal", "erase", what, "--json"]).stdout)
+        assert (done["rows"], done["requests"], done["feedback"]) == (1, 1, 1), (what, done)
+    for what, kept in ((f"number={NUMBERS[8]}", "as a bucket"), (f"name={NAMES[8]}", "not at all"), (f"stret={STREETS[8]}", "Did you mean 'street'")):
+        letter = str(CliRunner().invoke(app, ["journal", "erase", what]).exception)
+        assert kept in letter and ("send as person: `mlray journal erase PERSON`" in letter or kept.startswith("Did")), letter
+    assert found(settings.home, [STREETS[8]]), "what leads to nobody erases nobody"
+    gone = [v[i] for i in (*erased, *by_column) for v in (NAMES, MAILS, list(map(str, NUMBERS)), STREETS, PEOPLE)]
     assert not (left := found(settings.home, gone)), left
     assert found(settings.home, [STREETS[2]]), "of others nothing is taken"

@@ -267,7 +267,7 @@ def test_who_is_erased_is_learned_from_no_more(raw, trained, tmp_path, monkeypat
     for name, value in {"MLRAY_HOME": tmp_path, "MLRAY_TRACKING": "disabled"}.items(): monkeypatch.setenv(name, str(value))
     monkeypatch.chdir(tmp_path)
     done = json.loads(CliRunner().invoke(app, ["journal", "erase", "person 4", "--json"], catch_exceptions=False).stdout)
-    assert done == {"rows": 10, "requests": 10, "feedback": 10, "learned": 10, "aside": 0, "jobs": 0}
+    assert done == {"rows": 10, "requests": 10, "feedback": 10, "learned": 10, "aside": 0, "jobs": 0, "pages": 0}
     marks = {pseudonym(keys, "subject", "person 4"), *(f"r{i:04}" for i in range(4, 60, 6))}
     everything = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "erased.json")
     shown = [v for p in tmp_path.rglob("*.parquet") for c in pl.read_parquet(p).select(pl.col(pl.String)).get_columns() for v in c]

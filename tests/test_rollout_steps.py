@@ -248,6 +248,31 @@ def test_no_traffic_decides_nothing(trained, tmp_path):
     assert from_journal(house.registry, house.settings)(standing_of(house.registry, "diabetes"), bundle_of(house.registry, house.version).spec, house.now[0].timestamp()) == ([], [], {})
 
 
+class Unlabelled(World):
+    "Nobody says what was true."
+    def window(self, standing, who, start): return replace(super().window(standing, who, start), labelled=None)
+
+
+@pytest.mark.parametrize("limit", [None, 3000])
+def test_labels_that_never_come_are_somebodys_business(trained, tmp_path, monkeypatch, limit):
+    "What it waits for, since when and what would end it is in its status; an alert says so once; labels end it, and so does the limit."
+    house = housed(trained, tmp_path / "home", policy=FAIR | {"limit": limit}).at_noon()
+    start(house.registry, house.version, plain(house))
+    look = lambda world, looks: watched_with(house, world, looks)
+    assert look(World(requests=0), 2).over == "" and progress(house.registry, house.settings, "diabetes").held.stuck is False
+    assert look(Unlabelled(), 5).share == 0.1
+    waits = (shown := progress(house.registry, house.settings, "diabetes")).held
+    assert waits.unlabelled == ("accuracy",) and waits.stuck and waits.labelled == 0 and waits.requests >= 1000 and waits.since == shown.standing.since and "no label has come yet" in dict(waits.waits)["accuracy"]
+    assert shown.as_dict()["held"]["ends"] in shown.tables()[1].title and (f"rolled back after {limit} requests" if limit else "nothing else does") in waits.ends and "worklist" in waits.ends
+    alerts = lambda: [t for t in map(json.loads, (house.settings.home / f"alerts/{house.canary}/alerts.jsonl").read_text().splitlines()) if "labels that do not come: accuracy" in t["what"]]
+    assert len(alerts()) == 1 and alerts()[0]["may"].startswith("Labels end it")
+    if limit:
+        assert look(Unlabelled(seed=1), 20).over == "rolled back" and "not shown within 3000 requests: accuracy" in progress(house.registry, house.settings, "diabetes").steps[-1][-1] and progress(house.registry, house.settings, "diabetes").held is None
+    else:
+        assert look(Unlabelled(seed=1), 20).over == "" and look(World(), 60).over == "promoted"
+    assert len(alerts()) == 1
+
+
 def test_shadow_first_then_canary_then_everybody(trained, tmp_path):
     shadow = [{"metric": "disagreement", "at_most": 0.05}, {"metric": "error_rate", "at_most": 0.02}]
     house = housed(trained, tmp_path / "home", policy=FAIR | {"shadow": shadow}).at_noon()

@@ -204,9 +204,9 @@ def test_heads_of_the_audit_come_back_from_wandb(tmp_path, server):
 
 
 def test_a_mirror_tells_wandb_what_the_registry_did(tmp_path, server):
-    from mlray.outbox import deliver, send_again, waiting
+    from mlray.outbox import Letter, deliver, send_again, waiting
     from mlray.policy import Policy
-    from mlray.registry import Registry, promote, register
+    from mlray.registry import Registry, promote, register, remove
     from mlray.track_on_wandb import WandbMirror
     from tests.test_registry import tiny
     registry = Registry(f"sqlite:///{tmp_path}/registry.db", tmp_path / "store", "ada", policy=Policy(gates=()), mirrors=("wandb",))
@@ -222,6 +222,16 @@ def test_a_mirror_tells_wandb_what_the_registry_did(tmp_path, server):
     before = set(server.runs)
     send_again(registry, "wandb")
     assert deliver(registry, mirror)[0].delivered == (1, 2) and set(server.runs) == before, "a letter that comes twice is another run"
+    promote(registry, found, "canary")
+    deliver(registry, mirror)
+    places = ("mlray", "tiny"), ("wandb-registry-model", "tiny")
+    assert all("canary" in server.held[place] for place in places)
+    remove(registry, "tiny", "canary", "it was tried")
+    ended, = waiting(registry, "wandb")
+    for again in (lambda: deliver(registry, mirror), lambda: mirror["wandb"].take(Letter(ended, found), registry)):
+        again()
+        assert not waiting(registry, "wandb") and not server.unknown and [sorted(server.held[place]) for place in places] == [["latest", "mlray-1", "production"], ["production"]]
+    assert [run.config["action"]["value"] for run in server.runs.values()] == ["register", "promote", "promote", "remove"]
     server.cut()
     promote(registry, found, "canary")
     assert "did not take row" in str(deliver(registry, mirror)[0].error) and len(waiting(registry, "wandb")) == 1

@@ -37,6 +37,7 @@ class WandbServer:
         self.runs: dict[str, Recorded] = {}
         self.artifacts: list[dict[str, Any]] = []
         self.links: list[dict[str, Any]] = []
+        self.held: dict[tuple[str, str], dict[str, str]] = {} # project and collection → alias → digest: each alias is at one version
         self.uploads: dict[str, bytes] = {}
         self.received: list[bytes] = []
         self.unknown: list[str] = []
@@ -134,6 +135,7 @@ class WandbServer:
         v = v.get("input") or v
         self.artifacts.append(v | {"state": "PENDING"})
         name = str((v.get("artifactCollectionNames") or [v.get("artifactCollectionName")])[0])
+        self.held.setdefault(("mlray", name), {}).update({a["alias"]: v["digest"] for a in v.get("aliases") or ()})
         return {"createArtifact": {"artifact": {"id": str(len(self.artifacts) - 1), "digest": v["digest"], "state": "PENDING",
                                                 "artifactSequence": {"id": gid("Sequence", name), "latestArtifact": None}}}}
 
@@ -174,10 +176,29 @@ class WandbServer:
     def op_ArtifactByID(self, v: dict[str, Any]) -> Any:
         made, project = self.artifacts[int(v["id"])], {"id": gid("Project", "mlray"), "internalId": "1", "name": "mlray", "entity": {"name": "local"}}
         of = {"__typename": "ArtifactSequence", "name": str((made.get("artifactCollectionNames") or [made.get("artifactCollectionName")])[0]), "project": project}
-        aliases = [{"__typename": "ArtifactAlias", "id": a["alias"], "alias": a["alias"], "artifactCollection": of} for a in made.get("aliases") or ()]
+        aliases = self.aliases("mlray", of["name"], made["digest"], of)
         return {"artifact": {"__typename": "Artifact", "id": v["id"], "artifactSequence": of, "versionIndex": int(v["id"]), "artifactType": {"name": made["artifactTypeName"]}, "description": None, "metadata": made.get("metadata") or "{}",
                              "ttlDurationSeconds": 0, "ttlIsInherited": False, "tags": [], "historyStep": None, "state": made["state"], "size": 0, "digest": made["digest"], "digestAlgorithm": "MANIFEST_MD5", "commitHash": "0",
                              "fileCount": 1, "createdAt": "2026-01-01T00:00:00", "updatedAt": None, "aliases": aliases}}
+
+    def aliases(self, project: str, collection: str, digest: str, of: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"__typename": "ArtifactAlias", "id": a, "alias": a, "artifactCollection": of} for a, d in self.held.get((project, collection), {}).items() if d == digest]
+
+    def op_FetchLinkedArtifacts(self, v: dict[str, Any]) -> Any:
+        made, at = self.op_ArtifactByID({"id": v["artifactID"]})["artifact"], list[dict[str, Any]]()
+        for (name, collection), held in self.held.items():
+            if made["digest"] not in held.values(): continue
+            project = {"id": gid("Project", name), "internalId": "2", "name": name, "entity": {"name": "local"}}
+            of = {"__typename": "ArtifactSequence" if name == "mlray" else "ArtifactPortfolio", "name": collection, "project": project}
+            at.append({"node": {"versionIndex": 0, "createdAt": "2026-01-01T00:00:00", "aliases": self.aliases(name, collection, made["digest"], of), "artifactCollection": of}})
+        return {"artifact": {"artifactMemberships": {"edges": at}}}
+
+    def op_DeleteAliases(self, v: dict[str, Any]) -> Any:
+        for a in v["input"]["aliases"]: self.held[a["projectName"], a["artifactCollectionName"]].pop(a["alias"], None)
+        return {"result": {"success": True}}
+
+    def op_UpdateArtifact(self, v: dict[str, Any]) -> Any: return {"result": self.op_ArtifactByID({"id": v["input"]["artifactID"]})}
+    def op_IsProjectReadOnly(self, v: dict[str, Any]) -> Any: return {"project": {"readOnly": False}}
 
     def op_FetchOrgInfoFromEntity(self, v: dict[str, Any]) -> Any:
         return {"entity": {"organization": {"name": "local", "orgEntity": {"name": "local-org"}}, "user": None}}
@@ -185,6 +206,7 @@ class WandbServer:
     def op_LinkArtifact(self, v: dict[str, Any]) -> Any:
         asked = v.get("input") or v
         self.links.append(asked)
+        self.held.setdefault((asked["projectName"], asked["artifactPortfolioName"]), {}).update({a["alias"]: self.artifacts[int(asked["artifactID"])]["digest"] for a in asked["aliases"]})
         project = {"id": gid("Project", asked["projectName"]), "internalId": "2", "name": asked["projectName"], "entity": {"name": asked["entityName"]}}
         of = {"__typename": "ArtifactPortfolio", "name": asked["artifactPortfolioName"], "project": project}
         aliases = [{"__typename": "ArtifactAlias", "id": a["alias"], "alias": a["alias"], "artifactCollection": of} for a in asked["aliases"]]
