@@ -37,8 +37,9 @@ from mlray.fitting import (
 )
 from .fitting_privately import Budget, private_pass
 from .loss import loss_of, valid_loss
-from .network import build, scores
+from .network import Mixed, build, fitted, scores
 from .recipe import Model, Train
+from .reduction import mean_under
 from .task import BINARY, Task
 
 # %% ../nbs/13b_model.ipynb #517fd829
@@ -56,7 +57,7 @@ class Job:
     task: Task = BINARY     # with its scale
     weights: np.ndarray | None = None       # of the rows, float32 of the shape of the labels or [rows], with mean 1; None: all the same
     valid_weights: np.ndarray | None = None # likewise
-    mitigation: Mitigation | None = None    # while an estimator is fitted
+    mitigation: Mitigation | None = None    # exponentiated_gradient: a mixture is fitted
     groups: np.ndarray | None = None        # then: the name of each training row's group
     budget: Budget | None = None # of differential privacy, where the spec asks for it
     stream: Stream | None = None # the rows to learn from, where they lie elsewhere; then `rows` are none
@@ -93,6 +94,7 @@ class Epoch:
 def adopt(network: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
     "Begin with the weights of a parent. Raises `TrainingError` unless every shape agrees."
     mine = network.state_dict()
+    if "mixture_shares" in weights: raise TrainingError("train.from: the parent is a mixture of networks, made for its own rows under a constraint, and there is no one network to go on with. Name a version without mitigation, or leave out train.from.")
     for name in sorted(set(mine) | set(weights)):
         here, there = (tuple(w[name].shape) if name in w else None for w in (mine, weights))
         if here != there: raise TrainingError(f"The parent's weights do not fit: {name} has shape {there} there and {here} here. Copy the model section of the parent's spec, or leave out train.from.")
@@ -120,6 +122,9 @@ def epochs(
     "Fit a network, epoch by epoch, or an estimator in one. Raises `TrainingError` when the loss is no longer a number."
     if job.model.estimator:
         if start is None: yield estimated(job)
+        return
+    if job.mitigation:
+        yield from _with_mixture(job, job.mitigation, start, device)
         return
     torch.set_num_threads(job.train.threads)
     tensors = lambda rows, labels: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (*rows.tensors, labels))
@@ -156,6 +161,43 @@ def replayed(state: State | None) -> Iterator[Epoch]:
     "The epochs behind a state, for those who listen; the last one brings it."
     if state is None: return
     for number, metrics in enumerate(state.history, 1): yield Epoch(number, metrics, state if number == state.epoch else None)
+
+# %% ../nbs/13b_model.ipynb #1230ceb4
+_STEPS = 100 # of a further network, at least, if the first one made as many
+
+
+def _mixture(job: Job, mitigation: Mitigation, base: State, device: str | torch.device) -> Epoch:
+    "Networks fitted one after another under a constraint, as one epoch."
+    count = min(max(round(base.best_epoch / 4), math.ceil(_STEPS * (job.train.batch_size or 1) / len(job.labels))), job.train.epochs or 1)
+    pace = job.train.model_copy(update={"epochs": count, "patience": count, "changes": ()})
+    tensors = lambda rows: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in rows.tensors)
+    begun, inputs = {k: v.numpy() for k, v in base.best.items()}, tensors(job.rows)
+
+    def one(labels: np.ndarray, weights: np.ndarray) -> tuple[Mapping[str, Tensor], np.ndarray]:
+        learned = base.best
+        if not np.array_equal(labels, job.labels) or float(np.ptp(weights)) > 1e-3: # other rows than the first network's
+            *_, last = epochs(replace(job, mitigation=None, train=pace, labels=labels, weights=weights, initial=begun), device=device)
+            assert last.state is not None
+            learned = {**last.state.now, **{k: v for k, v in last.state.average.items() if k != "steps"}}
+        network = fitted(job.features, job.model, learned, job.task.outputs).to(device)
+        return learned, scores(network, *inputs, task=job.task).cpu().numpy()
+
+    mean = mean_under(mitigation, one, job.labels, np.asarray(job.groups), job.model.threshold if isinstance(job.model.threshold, float) else 0.5)
+    mixed = Mixed([fitted(job.features, job.model, weights, job.task.outputs) for weights in mean.models], mean.shares, mean.always).to(device)
+    loss = lambda rows, labels: valid_loss(job.task, scores(mixed, *rows, task=job.task).clone().cpu(), torch.from_numpy(labels))
+    number, valid = base.epoch + 1, loss(tensors(job.valid_rows), job.valid_labels)
+    metrics = {"train_loss": loss(inputs, job.labels), "valid_loss": valid, "best_epoch": number, "networks": len(mean.models), "networks_fitted": mean.fitted}
+    return Epoch(number, metrics, State(number, number, valid, copied(mixed.state_dict()), {}, {}, {}, (*base.history, metrics), (*base.workers, 1)))
+
+
+def _with_mixture(job: Job, mitigation: Mitigation, start: State | None, device: str | torch.device) -> Iterator[Epoch]:
+    "The epochs of a first network, and then the mixture."
+    if start and "mixture_shares" in start.best: return
+    base = start
+    for epoch in epochs(replace(job, mitigation=None), start, device=device):
+        yield epoch
+        base = epoch.state
+    if base: yield _mixture(job, mitigation, base, device)
 
 # %% ../nbs/13b_model.ipynb #1870f7e4
 def dump_state(state: State) -> bytes:

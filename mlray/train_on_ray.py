@@ -157,8 +157,9 @@ class RayBackend:
             run_config=RunConfig(name=uuid4().hex[:8], **place_of(kept), failure_config=FailureConfig(max_failures=0), callbacks=[_Announced(news)])) # type: ignore[list-item]
 
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
-        if job.model.estimator and (self.workers > 1 or self.gpu): # fitted as a whole, on one worker
-            yield from replace(self, workers=1, workers_min=None, gpu=False).train(job, name, home, resume, note)
+        whole = job.model.estimator or job.mitigation # fitted as a whole, on one worker; no estimator has use for a GPU
+        if whole and (self.workers > 1 or (self.gpu and job.model.estimator)):
+            yield from replace(self, workers=1, workers_min=None, gpu=self.gpu and not job.model.estimator).train(job, name, home, resume, note)
             return
         kept = open_checkpoints((home / name).resolve(), self.checkpoints)
         if not resume: kept.forget()
