@@ -11,7 +11,7 @@ __all__ = ['Job', 'State', 'Epoch', 'adopt', 'estimated', 'epochs', 'replayed', 
 # %% ../nbs/13b_model.ipynb #e8dd2484
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -111,6 +111,14 @@ def estimated(job: Job) -> Epoch:
     return Epoch(1, metrics, State(1, 1, metrics["valid_loss"], best, {}, {}, {}, (metrics,), (1,)))
 
 
+def _validated(network: nn.Module, rows: Sequence[Tensor], task: Task, rank: int, world: int, together: Callable[[Tensor], Tensor] | None) -> Tensor:
+    "The answers for all validation rows, of which each worker finds its share; the last shares begin again where it does not divide evenly."
+    if world == 1 or together is None: return scores(network, *rows, task=task).clone()
+    count, share = len(rows[0]), math.ceil(len(rows[0]) / world)
+    mine = torch.arange(rank * share, (rank + 1) * share, device=rows[0].device) % count
+    return together(scores(network, *(t[mine] for t in rows), task=task).clone())[:count]
+
+
 def epochs(
     job: Job,                                               # this worker's rows
     start: State | None = None,                             # go on from here
@@ -118,6 +126,7 @@ def epochs(
     world: int = 1,                                         # how many there are
     parallel: Callable[[nn.Module], nn.Module] = lambda n: n, # wraps the network so that gradients are averaged
     device: str | torch.device = "cpu",
+    together: Callable[[Tensor], Tensor] | None = None,     # what all workers found, in the order of their ranks; None: each of them validates every row
 ) -> Iterator[Epoch]: # until `train.epochs`, or until `train.patience` epochs brought nothing better
     "Fit a network, epoch by epoch, or an estimator in one. Raises `TrainingError` when the loss is no longer a number."
     if job.model.estimator:
@@ -149,7 +158,7 @@ def epochs(
             windows: Iterable[Window] = [(train, weights)] if job.stream is None else (([t.to(device) for t in w], v if v is None else v.to(device)) for w, v in job.stream.windows(job.train.seed, number, rank, world))
             train_loss = pass_over(wrapped, optimizer, average, windows, job.stream.each(world) if job.stream else len(train[-1]), job.train, number, world, loss_)
         averaged.load_state_dict({**network.state_dict(), **average.values})
-        loss = valid_loss(job.task, scores(averaged, *valid[:-1], task=job.task).clone(), valid[-1], valid_weights)
+        loss = valid_loss(job.task, _validated(averaged, valid[:-1], job.task, rank, world, together), valid[-1], valid_weights)
         if loss < state.best_loss or job.budget: state = replace(state, best_epoch=number, best_loss=loss, best=copied(averaged.state_dict(), first))
         learned = {"epsilon": job.budget.spent(number)} if job.budget else {"train_loss": train_loss}
         metrics = {**learned, "valid_loss": loss, "best_epoch": state.best_epoch}

@@ -49,6 +49,13 @@ def _agreed(state: State | None, world: int) -> State | None:
     return load_state(bytes(data.cpu().numpy()))
 
 
+def _together(found: torch.Tensor) -> torch.Tensor:
+    "What all workers found, in the order of their ranks."
+    parts = [torch.empty_like(found) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, found.contiguous())
+    return torch.cat(parts)
+
+
 def _averaged(network: nn.Module) -> nn.Module:
     "Every worker has all weights; gradients are averaged."
     from torch.nn.parallel import DistributedDataParallel
@@ -74,7 +81,7 @@ def _work(config: dict[str, Any]) -> None:
         if world < config["workers"]: news.put(f"there is room for {world} of {config['workers']} workers")
         for epoch in replayed(start): news.put(replace(epoch, state=None))
     parallel = (lambda n: n) if world == 1 else _sharded if job.train.parallel == "fsdp" else _averaged
-    for epoch in epochs(job.shard(rank, world), start, rank, world, parallel, get_device()):
+    for epoch in epochs(job.shard(rank, world), start, rank, world, parallel, get_device(), _together):
         if rank == 0 and epoch.state: kept.save(epoch.state)
         ray.train.report({"epoch": epoch.number, **epoch.metrics})
         if rank == 0: news.put(replace(epoch, state=None))
