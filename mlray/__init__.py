@@ -176,6 +176,7 @@ Modules:
 - `mlray.rates`: What a confusion matrix says: every rate, for one matrix or a million
 - `mlray.reading`: What was read of which source, by whom and when
 - `mlray.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
+- `mlray.reduction`: Exponentiated gradient over models that are dear: a class of them that grows while a budget lasts
 - `mlray.region_cli`: A release that moves from region to region
 - `mlray.registry`: Versions, what was proved about them, and which of them is in production
 - `mlray.registry_on_ray`: The registry, from any node of a cluster

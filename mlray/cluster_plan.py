@@ -77,7 +77,7 @@ def demand(
 ) -> tuple[Demand, ...]:
     "What specs ask for that are trained side by side while the service runs; nothing where there is no spec."
     worker = {"CPU": 1.0} | ({"GPU": 1.0} if settings.gpu else {})
-    training = [Demand(f"train {spec.name}", worker) for spec in specs for _ in range(1 if spec.model.estimator else settings.workers)]
+    training = [Demand(f"train {spec.name}", worker) for spec in specs for _ in range(1 if spec.model.estimator or (spec.mitigation and spec.mitigation.method == "exponentiated_gradient") else settings.workers)]
     return (*training, *(Demand("serve", {"CPU": 0.5}) for _ in range(settings.replicas if specs else 0)))
 
 # %% ../nbs/52_cluster_plan.ipynb #a2ddad56

@@ -57,15 +57,10 @@ class Mitigation(Part):
     by: Annotated[tuple[str, ...], Field(min_length=1)]  # sensitive columns that form the groups
     constraint: Literal["demographic_parity", "equal_opportunity", "equalized_odds", "false_positive_rate_parity"] = "demographic_parity"
     eps: Annotated[float, Field(gt=0, lt=1)] = 0.01      # how far groups may be from the whole (exponentiated_gradient) or from each other (thresholds)
-    rounds: Annotated[int, Field(ge=2, le=200)] = 30     # exponentiated_gradient: models that are fitted, at most
+    rounds: Annotated[int, Field(ge=2, le=200)] = 30     # exponentiated_gradient: rounds with an estimator; networks that are fitted, at most
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.method == "reweighing" and self.constraint != "demographic_parity": raise ValueError("reweighing makes group and label independent, which is demographic_parity; for another constraint take exponentiated_gradient or thresholds")
         if self.method == "thresholds" and self.constraint == "equalized_odds": raise ValueError("one threshold a group cannot equalise two rates without a lottery; take equal_opportunity, or exponentiated_gradient")
         return self
-
-    @property
-    def of_a_network(self) -> str:
-        "What a network can do about this constraint, which is not made for many models one after another."
-        return {"demographic_parity": "A network takes reweighing, which aims at this constraint, or thresholds, which keep it", "equalized_odds": "No method for a network keeps equalized_odds: thresholds keep equal_opportunity or false_positive_rate_parity, one of the two"}.get(self.constraint, "A network takes thresholds, which keep this constraint")

@@ -11,7 +11,7 @@ __all__ = ['Job', 'State', 'Epoch', 'adopt', 'estimated', 'epochs', 'replayed', 
 # %% ../nbs/13b_model.ipynb #e8dd2484
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,8 +37,9 @@ from mlray.fitting import (
 )
 from .fitting_privately import Budget, private_pass
 from .loss import loss_of, valid_loss
-from .network import build, scores
+from .network import Mixed, build, fitted, scores
 from .recipe import Model, Train
+from .reduction import mean_under
 from .task import BINARY, Task
 
 # %% ../nbs/13b_model.ipynb #517fd829
@@ -56,7 +57,7 @@ class Job:
     task: Task = BINARY     # with its scale
     weights: np.ndarray | None = None       # of the rows, float32 of the shape of the labels or [rows], with mean 1; None: all the same
     valid_weights: np.ndarray | None = None # likewise
-    mitigation: Mitigation | None = None    # while an estimator is fitted
+    mitigation: Mitigation | None = None    # exponentiated_gradient: a mixture is fitted
     groups: np.ndarray | None = None        # then: the name of each training row's group
     budget: Budget | None = None # of differential privacy, where the spec asks for it
     stream: Stream | None = None # the rows to learn from, where they lie elsewhere; then `rows` are none
@@ -93,6 +94,7 @@ class Epoch:
 def adopt(network: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
     "Begin with the weights of a parent. Raises `TrainingError` unless every shape agrees."
     mine = network.state_dict()
+    if "mixture_shares" in weights: raise TrainingError("train.from: the parent is a mixture of networks, made for its own rows under a constraint, and there is no one network to go on with. Name a version without mitigation, or leave out train.from.")
     for name in sorted(set(mine) | set(weights)):
         here, there = (tuple(w[name].shape) if name in w else None for w in (mine, weights))
         if here != there: raise TrainingError(f"The parent's weights do not fit: {name} has shape {there} there and {here} here. Copy the model section of the parent's spec, or leave out train.from.")
@@ -109,6 +111,14 @@ def estimated(job: Job) -> Epoch:
     return Epoch(1, metrics, State(1, 1, metrics["valid_loss"], best, {}, {}, {}, (metrics,), (1,)))
 
 
+def _validated(network: nn.Module, rows: Sequence[Tensor], task: Task, rank: int, world: int, together: Callable[[Tensor], Tensor] | None) -> Tensor:
+    "The answers for all validation rows, of which each worker finds its share; the last shares begin again where it does not divide evenly."
+    if world == 1 or together is None: return scores(network, *rows, task=task).clone()
+    count, share = len(rows[0]), math.ceil(len(rows[0]) / world)
+    mine = torch.arange(rank * share, (rank + 1) * share, device=rows[0].device) % count
+    return together(scores(network, *(t[mine] for t in rows), task=task).clone())[:count]
+
+
 def epochs(
     job: Job,                                               # this worker's rows
     start: State | None = None,                             # go on from here
@@ -116,10 +126,14 @@ def epochs(
     world: int = 1,                                         # how many there are
     parallel: Callable[[nn.Module], nn.Module] = lambda n: n, # wraps the network so that gradients are averaged
     device: str | torch.device = "cpu",
+    together: Callable[[Tensor], Tensor] | None = None,     # what all workers found, in the order of their ranks; None: each of them validates every row
 ) -> Iterator[Epoch]: # until `train.epochs`, or until `train.patience` epochs brought nothing better
     "Fit a network, epoch by epoch, or an estimator in one. Raises `TrainingError` when the loss is no longer a number."
     if job.model.estimator:
         if start is None: yield estimated(job)
+        return
+    if job.mitigation:
+        yield from _with_mixture(job, job.mitigation, start, device)
         return
     torch.set_num_threads(job.train.threads)
     tensors = lambda rows, labels: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (*rows.tensors, labels))
@@ -144,7 +158,7 @@ def epochs(
             windows: Iterable[Window] = [(train, weights)] if job.stream is None else (([t.to(device) for t in w], v if v is None else v.to(device)) for w, v in job.stream.windows(job.train.seed, number, rank, world))
             train_loss = pass_over(wrapped, optimizer, average, windows, job.stream.each(world) if job.stream else len(train[-1]), job.train, number, world, loss_)
         averaged.load_state_dict({**network.state_dict(), **average.values})
-        loss = valid_loss(job.task, scores(averaged, *valid[:-1], task=job.task).clone(), valid[-1], valid_weights)
+        loss = valid_loss(job.task, _validated(averaged, valid[:-1], job.task, rank, world, together), valid[-1], valid_weights)
         if loss < state.best_loss or job.budget: state = replace(state, best_epoch=number, best_loss=loss, best=copied(averaged.state_dict(), first))
         learned = {"epsilon": job.budget.spent(number)} if job.budget else {"train_loss": train_loss}
         metrics = {**learned, "valid_loss": loss, "best_epoch": state.best_epoch}
@@ -156,6 +170,43 @@ def replayed(state: State | None) -> Iterator[Epoch]:
     "The epochs behind a state, for those who listen; the last one brings it."
     if state is None: return
     for number, metrics in enumerate(state.history, 1): yield Epoch(number, metrics, state if number == state.epoch else None)
+
+# %% ../nbs/13b_model.ipynb #1230ceb4
+_STEPS = 100 # of a further network, at least, if the first one made as many
+
+
+def _mixture(job: Job, mitigation: Mitigation, base: State, device: str | torch.device) -> Epoch:
+    "Networks fitted one after another under a constraint, as one epoch."
+    count = min(max(round(base.best_epoch / 4), math.ceil(_STEPS * (job.train.batch_size or 1) / len(job.labels))), job.train.epochs or 1)
+    pace = job.train.model_copy(update={"epochs": count, "patience": count, "changes": ()})
+    tensors = lambda rows: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in rows.tensors)
+    begun, inputs = {k: v.numpy() for k, v in base.best.items()}, tensors(job.rows)
+
+    def one(labels: np.ndarray, weights: np.ndarray) -> tuple[Mapping[str, Tensor], np.ndarray]:
+        learned = base.best
+        if not np.array_equal(labels, job.labels) or float(np.ptp(weights)) > 1e-3: # other rows than the first network's
+            *_, last = epochs(replace(job, mitigation=None, train=pace, labels=labels, weights=weights, initial=begun), device=device)
+            assert last.state is not None
+            learned = {**last.state.now, **{k: v for k, v in last.state.average.items() if k != "steps"}}
+        network = fitted(job.features, job.model, learned, job.task.outputs).to(device)
+        return learned, scores(network, *inputs, task=job.task).cpu().numpy()
+
+    mean = mean_under(mitigation, one, job.labels, np.asarray(job.groups), job.model.threshold if isinstance(job.model.threshold, float) else 0.5)
+    mixed = Mixed([fitted(job.features, job.model, weights, job.task.outputs) for weights in mean.models], mean.shares, mean.always).to(device)
+    loss = lambda rows, labels: valid_loss(job.task, scores(mixed, *rows, task=job.task).clone().cpu(), torch.from_numpy(labels))
+    number, valid = base.epoch + 1, loss(tensors(job.valid_rows), job.valid_labels)
+    metrics = {"train_loss": loss(inputs, job.labels), "valid_loss": valid, "best_epoch": number, "networks": len(mean.models), "networks_fitted": mean.fitted}
+    return Epoch(number, metrics, State(number, number, valid, copied(mixed.state_dict()), {}, {}, {}, (*base.history, metrics), (*base.workers, 1)))
+
+
+def _with_mixture(job: Job, mitigation: Mitigation, start: State | None, device: str | torch.device) -> Iterator[Epoch]:
+    "The epochs of a first network, and then the mixture."
+    if start and "mixture_shares" in start.best: return
+    base = start
+    for epoch in epochs(replace(job, mitigation=None), start, device=device):
+        yield epoch
+        base = epoch.state
+    if base: yield _mixture(job, mitigation, base, device)
 
 # %% ../nbs/13b_model.ipynb #1870f7e4
 def dump_state(state: State) -> bytes:

@@ -141,7 +141,7 @@ def _check_mitigation(spec: "RunSpec", asked: Mitigation) -> None:
         if asked.method == "thresholds" and spec.contract[name].role != "feature": raise ValueError(f"mitigation.by: a line for each group needs {name!r} in every request, so it must be a feature; it has the role {spec.contract[name].role!r}")
     if asked.method == "thresholds" and isinstance(spec.model.threshold, Threshold): raise ValueError("mitigation: the method thresholds chooses the lines itself; leave model.threshold out")
     if asked.method != "exponentiated_gradient": return
-    if not spec.model.estimator: raise ValueError(f"mitigation: exponentiated_gradient fits up to {asked.rounds} models and ships their mixture, which takes an estimator, such as model.estimator: lightgbm:LGBMClassifier. {asked.of_a_network}")
+    if spec.search and not spec.model.estimator: raise ValueError("search and exponentiated_gradient over networks: every trial would fit a mixture of its own. Search without mitigation, then write the values found into the spec")
     if spec.train.class_weight is not None or any(c.role == "weight" for c in spec.contract.values()): raise ValueError("mitigation: exponentiated_gradient weighs rows itself; leave out train.class_weight and the column with role weight, or take reweighing")
 
 # %% ../nbs/01_spec.ipynb #bc2bdc1a
@@ -168,7 +168,7 @@ def _check_streamed(spec: "RunSpec") -> None:
     weighted = spec.train.class_weight is not None or any(c.role == "weight" for c in spec.contract.values()) or (spec.mitigation is not None and spec.mitigation.method == "reweighing")
     for name, asked, instead in (("model.estimator", spec.model.estimator, "it is fitted to all rows at once; take a network"), ("data.train.holders", spec.data.train.holders, "those rows are streamed from nowhere; leave train.rows out"),
                                  ("train.privacy", spec.train.privacy, "its batches are drawn from all rows at once"), ("data.split.by", spec.data.split.by, "the latest rows are only known at the end; split by hash, or give valid and test as sources"),
-                                 ("a weight of rows", weighted, "weights are relative to their mean over all rows"), ("search", spec.search, "trials share rows in memory; search with a part of the rows, then write the values found into the spec")):
+                                 ("exponentiated_gradient", spec.mitigation is not None and spec.mitigation.method == "exponentiated_gradient", "it labels and weighs all rows anew, again and again"), ("a weight of rows", weighted, "weights are relative to their mean over all rows"), ("search", spec.search, "trials share rows in memory; search with a part of the rows, then write the values found into the spec")):
         if asked: raise ValueError(f"with train.rows: stream there is no {name} yet: {instead}")
 
 # %% ../nbs/01_spec.ipynb #cae55f53

@@ -49,6 +49,13 @@ def _agreed(state: State | None, world: int) -> State | None:
     return load_state(bytes(data.cpu().numpy()))
 
 
+def _together(found: torch.Tensor) -> torch.Tensor:
+    "What all workers found, in the order of their ranks."
+    parts = [torch.empty_like(found) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, found.contiguous())
+    return torch.cat(parts)
+
+
 def _averaged(network: nn.Module) -> nn.Module:
     "Every worker has all weights; gradients are averaged."
     from torch.nn.parallel import DistributedDataParallel
@@ -74,7 +81,7 @@ def _work(config: dict[str, Any]) -> None:
         if world < config["workers"]: news.put(f"there is room for {world} of {config['workers']} workers")
         for epoch in replayed(start): news.put(replace(epoch, state=None))
     parallel = (lambda n: n) if world == 1 else _sharded if job.train.parallel == "fsdp" else _averaged
-    for epoch in epochs(job.shard(rank, world), start, rank, world, parallel, get_device()):
+    for epoch in epochs(job.shard(rank, world), start, rank, world, parallel, get_device(), _together):
         if rank == 0 and epoch.state: kept.save(epoch.state)
         ray.train.report({"epoch": epoch.number, **epoch.metrics})
         if rank == 0: news.put(replace(epoch, state=None))
@@ -172,8 +179,9 @@ class RayBackend:
             run_config=RunConfig(name=uuid4().hex[:8], **place_of(kept), failure_config=FailureConfig(max_failures=0), callbacks=[_Announced(news)])) # type: ignore[list-item]
 
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
-        if job.model.estimator and (self.workers > 1 or self.gpu): # fitted as a whole, on one worker
-            yield from replace(self, workers=1, workers_min=None, gpu=False).train(job, name, home, resume, note)
+        whole = job.model.estimator or job.mitigation # fitted as a whole, on one worker; no estimator has use for a GPU
+        if whole and (self.workers > 1 or (self.gpu and job.model.estimator)):
+            yield from replace(self, workers=1, workers_min=None, gpu=self.gpu and not job.model.estimator).train(job, name, home, resume, note)
             return
         kept = open_checkpoints((home / name).resolve(), self.checkpoints)
         if not resume: kept.forget()
