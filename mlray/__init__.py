@@ -22,6 +22,7 @@ Modules:
 - `mlray.backup_cli`: The commands that keep a registry and bring it back
 - `mlray.batch`: Cut a source into pieces that anybody can read alone, and answer one of them
 - `mlray.batch_cli`: `mlray predict`: a file in, a file of answers out
+- `mlray.batch_in_bucket`: A batch whose answers go to a bucket, with what a folder promises
 - `mlray.batch_run`: A file in, a file of answers out: larger than memory, and none lost or doubled when it is killed
 - `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
 - `mlray.believed`: Which labels from production a next version may learn from

@@ -7,14 +7,16 @@ pauses, until its deadline. What the service refuses becomes an error that says 
 
 # %% auto #0
 __all__ = ['ARROW', 'Reply', 'Job', 'ServiceError', 'NotAllowed', 'NotFound', 'BrokenContract', 'Overloaded', 'error_of',
-           'Patience', 'Client', 'AsyncClient']
+           'Patience', 'believing', 'Client', 'AsyncClient']
 
 # %% ../nbs/37e_client.ipynb #7271f93b
 import asyncio
 import random
+import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
@@ -106,6 +108,21 @@ class Patience:
         wait = max(asked, chance * min(self.longest, self.first * 2**attempt))
         return None if attempt + 1 >= self.attempts or wait >= left else wait
 
+# %% ../nbs/37e_client.ipynb #clientca1
+def believing(
+    ca: str | Path | None,  # PEM: the authority that vouches for the service; None: those of this machine
+) -> Any: # as a client takes it for `verify`
+    "Whose word is taken for who a service is. Raises `ServingError`."
+    if ca is None: return True
+    try: return ssl.create_default_context(cafile=str(Path(ca).expanduser()))
+    except OSError as error: raise ServingError(f"{ca} holds no certificates in PEM ({error.strerror or error}). Name the file of the authority that vouches for the service.") from error # an error of TLS is one of these
+
+
+def _unbelieved(error: BaseException | None) -> str: # empty: it is something else
+    "Why a certificate was not believed."
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError): error = error.__cause__ or error.__context__
+    return error.verify_message if error is not None else ""
+
 # %% ../nbs/37e_client.ipynb #c51643f3
 class _Call:
     "One question, over several attempts."
@@ -126,6 +143,7 @@ class _Call:
         asked = (response.headers.get("retry-after", "0") if response is not None else "0")
         wait = self.patience.pause(self.attempt - 1, self.end - time.monotonic(), float(asked) if asked.isdigit() else 0.0, random.random())
         if response is not None and (response.status_code not in _AGAIN or wait is None): raise error_of(response)
+        if why := _unbelieved(error): raise ServingError(f"The certificate of {url} is not believed: {why}. Name the authority that vouches for it with `--ca`, as `tls_ca` in settings.ini, or in Python with `verify=believing(…)`; and ask by a name that it is made out to.") from error
         if wait is None: raise Unavailable(f"Nothing answers at {url} ({error}). Start it with `mlray serve`.") from error
         return wait
 

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import socket
+import ssl
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,10 @@ def _start(settings: Settings) -> None:
 def _in_front(settings: Settings) -> dict[str, str]:
     "What the proxy in front is told."
     if bool(settings.tls_cert) != bool(settings.tls_key): raise ServingError("TLS needs both tls_cert and tls_key, files in PEM.")
+    if settings.tls_cert and settings.tls_key and settings.ray == "local": # or else HAProxy would not start, and nobody could say why
+        pair = settings.tls_cert.expanduser(), settings.tls_key.expanduser()
+        try: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*pair, password=lambda: "")
+        except OSError as error: raise ServingError(f"tls_cert and tls_key ({pair[0]}, {pair[1]}) are no certificate and the key that belongs to it, in PEM and without a password: {error.strerror or error}.") from error
     return {"MLRAY_HAPROXY_QUEUED": str(settings.max_queued), **{f"MLRAY_HAPROXY_{n}": str(path.expanduser().resolve() if path else "") for n, path in (("CERT", settings.tls_cert), ("KEY", settings.tls_key))}}
 
 

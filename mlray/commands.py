@@ -258,10 +258,10 @@ def until_stopped() -> None:
     except KeyboardInterrupt: stderr().print("stopping …")
 
 
-def ask_service(name: str, rows: Sequence[Any], url: str, key: str, verify: "str | bool" = True) -> Any:
+def ask_service(name: str, rows: Sequence[Any], url: str, key: str, ca: Any = None) -> Any:
     "One request to a running service."
-    from mlray.client import Client
-    with Client(url, key, verify=verify) as client: return client.predict(name, rows).as_dict()
+    from mlray.client import Client, believing
+    with Client(url, key, verify=believing(ca)) as client: return client.predict(name, rows).as_dict()
 
 
 def create_key(role: str, settings: "Settings") -> str:
@@ -312,7 +312,7 @@ def demonstrate(spec: "RunSpec", settings: "Settings", keep: bool, show: Callabl
         deploy_versions([spec.name], settings)
         row = {n: checked.good[n][0] for n in run.rows.contract.features}
         step(f"ask {settings.url}")
-        said = ask_service(spec.name, [row], settings.url, key)
+        said = ask_service(spec.name, [row], settings.url, key, settings.tls_ca)
         show(f"\n{json.dumps(row, ensure_ascii=False)}\n→ {json.dumps(said['predictions'][0], ensure_ascii=False)} from {said['model']}/{said['version']}\n",
               f"URL   {settings.url}/v1/models/{spec.name}:predict", _curl(settings, spec.name, row, key if keep else "$MLRAY_API_KEY"))
         if keep:

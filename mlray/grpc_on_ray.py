@@ -14,6 +14,7 @@ import logging
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -25,7 +26,7 @@ from .errors import ServingError
 from .inference_messages import form_of, messages, read_message
 from .plan import Plan
 from .routes import PUBLIC, ROUTES
-from .serve_on_ray import Gateway, deploy
+from .serve_on_ray import Gateway, deploy, listed
 from .settings import Settings
 from .wire import Asked, Refusal, Refused, Reply
 
@@ -119,16 +120,20 @@ def add_calls(servicer: Any, server: Any) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 # %% ../nbs/43a_grpc_on_ray.ipynb #406d450d
+def _ready(settings: Settings, where: str) -> bool:
+    if settings.tls_cert: # made out to a name, perhaps, that this machine is not reached by here: an open port and what HAProxy knows have to do
+        with socket.create_connection((settings.host, settings.grpc_port or 0), timeout=2): return listed(settings, "grpc")
+    with grpc.insecure_channel(where) as channel: channel.unary_unary(f"/{SERVICE}/ServerReady")(b"", timeout=2)
+    return True
+
+
 def _wait_for(settings: Settings, seconds: float = 30) -> None:
     "Until the proxy in front has heard of the replicas."
     end, where = time.monotonic() + seconds, f"{settings.host}:{settings.grpc_port}"
     while time.monotonic() < end:
-        try:
-            if settings.tls_cert: # made out to a name, perhaps, that this machine is not reached by here: an open port has to do
-                with socket.create_connection((settings.host, settings.grpc_port or 0), timeout=2): return
-            with grpc.insecure_channel(where) as channel: channel.unary_unary(f"/{SERVICE}/ServerReady")(b"", timeout=2)
-        except (grpc.RpcError, OSError): time.sleep(0.05)
-        else: return
+        with suppress(grpc.RpcError, OSError):
+            if _ready(settings, where): return
+        time.sleep(0.05)
     raise ServingError(f"gRPC did not answer at {where} within {seconds:g} s. Ray's logs are in /tmp/ray/session_latest/logs/serve.")
 
 

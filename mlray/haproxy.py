@@ -70,13 +70,16 @@ def _said(at: Path, command: str) -> str: # empty: nobody is there
     return ""
 
 
-def servers_up(node: str) -> list[str] | None: # their names; None: no HAProxy of this node is on this host
+def servers_up(
+    node: str,
+    kind: str = "http", # or grpc
+) -> list[str] | None: # their names; None: no HAProxy of this node is on this host
     "The servers that a node's HAProxy sends requests to."
     at = Path(os.environ.get("RAY_SERVE_HAPROXY_SOCKET_PATH", "/tmp/haproxy-serve/admin.sock"))
     at = at.parent / node / at.name
     if not at.exists(): return None
     rows = csv.DictReader(_said(at, "show stat").removeprefix("# ").splitlines())
-    return [row["svname"] for row in rows if row["pxname"].startswith("http-") and row["svname"] != "BACKEND" and row["status"].startswith("UP")]
+    return [row["svname"] for row in rows if row["pxname"].startswith(f"{kind}-") and row["svname"] != "BACKEND" and row["status"].startswith("UP")]
 
 # %% ../nbs/42_haproxy.ipynb #849c4617
 _PATIENCE_S = 60 # until Ray Serve has started another

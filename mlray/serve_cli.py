@@ -46,18 +46,18 @@ def set_traffic(name: str, canary: str | None, settings: "Settings") -> tuple[di
     return vars(traffic), table(["for", "version", "share"], [(role, f"{name}/{getattr(traffic, role)}", f"{share:.0%}") for role, share in shares.items() if getattr(traffic, role)])
 
 
-def answer_file(name: str, source: Path, target: Path | None, url: str, key: str, told: Callable[[Any], None]) -> tuple[dict[str, Any], str]:
+def answer_file(name: str, source: Path, target: Path | None, url: str, key: str, told: Callable[[Any], None], ca: Path | None = None) -> tuple[dict[str, Any], str]:
     "The rows of a file, answered as a job; answers go beside it, or to `target`."
     import polars as pl
 
-    from mlray.client import Client, Patience
+    from mlray.client import Client, Patience, believing
     read = {".csv": pl.read_csv, ".parquet": pl.read_parquet, ".jsonl": pl.read_ndjson, ".ndjson": pl.read_ndjson, ".arrow": pl.read_ipc}
     if source.suffix not in read: raise DataError(f"{source} is read by its ending: one of {', '.join(read)}.")
     goal = target or source.with_name(f"{source.stem}-answers.parquet")
     if goal.suffix not in (".parquet", ".csv"): raise DataError(f"Answers are written as .parquet or .csv; found {goal}.")
     try: rows: pl.DataFrame = read[source.suffix](source)  # type: ignore[operator]
     except (OSError, pl.exceptions.PolarsError) as error: raise DataError(f"{source} cannot be read: {str(error).splitlines()[0]}") from error
-    with Client(url, key, Patience(seconds=600)) as client:
+    with Client(url, key, Patience(seconds=600), believing(ca)) as client:
         job = client.wait(client.submit(name, rows).id, told=told)
         if job.state != "done": raise ServingError(f"The job {job.id} {'was cancelled' if job.state == 'cancelled' else f'failed: {job.message}'}")
         answers = pl.read_ipc_stream(client.result_stream(job.id))
@@ -92,14 +92,17 @@ def row_of(
 def ask(name: Annotated[str, typer.Argument(help="A model.")], row: Annotated[str | None, typer.Argument(metavar="[JSON]", help="A row or a list of rows; - reads stdin.")] = None,
         file: Annotated[Path | None, typer.Option("--file", help="Rows in CSV, Parquet, JSON lines or Arrow, answered as one job.")] = None,
         to: Annotated[Path | None, typer.Option("--to", help="Where their answers go, .parquet or .csv (default: beside the file).")] = None,
-        url: Annotated[str | None, typer.Option("--url", help="Of the service (default: that of the settings).")] = None, env: Env = None, as_json: Json = False) -> None:
+        url: Annotated[str | None, typer.Option("--url", help="Of the service (default: that of the settings).")] = None,
+        ca: Annotated[Path | None, typer.Option("--ca", help="The authority that vouches for its certificate, in PEM (default: tls_ca of the settings).")] = None, env: Env = None, as_json: Json = False) -> None:
     "Ask the running service; the key comes from MLRAY_API_KEY."
     key = os.environ.get("MLRAY_API_KEY")
     if not key: raise ServingError("Set MLRAY_API_KEY to an API key; `mlray key create` makes one.")
     if (row is None) == (file is None): raise ServingError("Ask with a row, as JSON, or with --file.")
+    settings = settings_of(env)
+    url, ca = url or settings.url, ca or settings.tls_ca
     if file:
-        with stderr().status("waiting") as line: return shown(as_json, *answer_file(name, file, to, url or settings_of(env).url, key, lambda job: line.update(f"{job.done} of {job.rows} rows")))
+        with stderr().status("waiting") as line: return shown(as_json, *answer_file(name, file, to, url, key, lambda job: line.update(f"{job.done} of {job.rows} rows"), ca))
     rows = row_of(str(row))
-    said = ask_service(name, rows if isinstance(rows, list) else [rows], url or settings_of(env).url, key)
+    said = ask_service(name, rows if isinstance(rows, list) else [rows], url, key, ca)
     from mlray.faces import face_of_answer
     shown(as_json, said, face_of_answer(said))

@@ -137,6 +137,7 @@ class Settings(Replicas):
     jobs_kept_s: Annotated[float, Field(gt=0)] = 86_400 # so long the answers of a batch can be fetched
     tls_cert: Path | None = None            # PEM; with both, HTTPS
     tls_key: Path | None = None
+    tls_ca: Path | None = None              # PEM: the authority that vouches for the service, for whoever asks it; empty: those of this machine
 
     @property
     def url(self) -> str:

@@ -44,7 +44,7 @@ def s3() -> Iterator[tuple[Any, Any]]:
     server.start()
     url = "http://{}:{}".format(*server.get_host_and_port())
     with pytest.MonkeyPatch.context() as environment:
-        for name, value in {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}.items(): environment.setenv(name, value)
+        for name, value in {"AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}.items(): environment.setenv(name, value)
         client = boto3.client("s3", endpoint_url=url)
         client.create_bucket(Bucket="kept")
         yield client, server
@@ -279,3 +279,186 @@ def test_the_commands_send_and_bring(s3, tmp_path):
     assert tend("fetch", "", "", "", False, other)[0] == {"files": 1}
     assert pl.DataFrame(tend("rows", "", "", "", False, other)[0])["subject"].to_list() == ["a", "b"]
     with pytest.raises(SettingsError, match="archive"): tend("fetch", "", "", "", False, Settings(home=tmp_path))
+
+
+# --- answers of a batch ----------------------------------------------------------------------------------------------
+
+QUIET = type("Quiet", (), {"start": lambda *a, **k: None, "add": lambda *a, **k: None, "finish": lambda *a, **k: None})()
+
+
+def patients(times: int = 1) -> pl.DataFrame:
+    "Of each 442, three break the contract."
+    from mlray.samples import diabetes
+    at = pl.int_range(pl.len())
+    one = diabetes().with_columns(pl.when(at == 3).then(7000).otherwise("bmi").alias("bmi"), pl.when(at == 11).then(pl.lit("group 9")).otherwise("sex").alias("sex"), pl.when(at == 200).then(None).otherwise("glucose").alias("glucose"))
+    return pl.concat([one] * times)
+
+
+def here(folder: Path) -> dict[str, bytes]: return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("part-*.parquet")}
+def there(client: Any, below: str) -> dict[str, bytes]: return {k.removeprefix(below): client.get_object(Bucket="kept", Key=k)["Body"].read() for k in keys(client, below) if "part-" in k}
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Of fifty rows."
+    from mlray import batch
+    monkeypatch.setattr(batch, "_MOST", 50)
+
+
+def answer(settings: Settings, source: Any, out: str, engine: Any = None, version: str = "diabetes/1") -> Any:
+    from mlray.batch_in_bucket import place_of
+    from mlray.batch_run import in_process, predict_file
+    return predict_file(version, source, place_of(out, settings), settings, engine or in_process, progress=QUIET)
+
+
+def test_a_bucket_gets_the_parts_that_a_folder_gets_and_a_batch_goes_on_there(s3, trained, pieces, tmp_path):
+    from mlray.batch_run import in_process
+    settings, client = trained[0], s3[0]
+    patients().write_parquet(tmp_path / "rows.parquet")
+    local = answer(settings, tmp_path / "rows.parquet", str(tmp_path / "out"))
+
+    def dying(work, pieces):
+        for i, one in enumerate(in_process(work, pieces)):
+            yield one
+            if i == 3: raise Unavailable("the power is gone")
+    with pytest.raises(Unavailable, match="power"): answer(settings, tmp_path / "rows.parquet", "s3://kept/answers/", dying)
+    client.put_object(Bucket="kept", Key="answers/part-000001.parquet", Body=b"rot") # a part that is not what was kept,
+    client.put_object(Bucket="kept", Key="answers/_batch/000002.log", Body=b"rot")   # and a note that cannot be read
+    done = answer(settings, tmp_path / "rows.parquet", "s3://kept/answers")
+    assert (done.resumed, done.parts, done.answered, done.refused, done.refused_at) == (2, 9, 439, 3, "s3://kept/answers/refused") and (local.answered, local.refused) == (439, 3)
+    assert there(client, "answers/") == here(tmp_path / "out") and len(here(tmp_path / "out")) == 9 + 2
+    assert answer(settings, tmp_path / "rows.parquet", "s3://kept/answers").resumed == 9 and not list((settings.home / "downloads").glob("*"))
+    found = pl.concat([pl.read_parquet("s3://kept/answers/part-*.parquet").select("row"), pl.read_parquet("s3://kept/answers/refused/*.parquet").select("row")])["row"].to_list()
+    assert sorted(found) == list(range(1, 443))
+
+
+def test_a_place_that_is_another_batchs_is_a_letter(s3, trained, tmp_path, monkeypatch):
+    from mlray.batch_in_bucket import place_of
+    from mlray.errors import DataError
+    settings, client = trained[0], s3[0]
+    patients().head(20).write_parquet(tmp_path / "rows.parquet")
+    answer(settings, tmp_path / "rows.parquet", "s3://kept/taken")
+    patients().head(30).write_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"s3://kept/taken was begun with other rows: rows.parquet has changed"): answer(settings, tmp_path / "rows.parquet", "s3://kept/taken")
+    client.put_object(Bucket="kept", Key="thesis/thesis.txt", Body=b"!")
+    with pytest.raises(DataError, match="something else than a batch"): answer(settings, tmp_path / "rows.parquet", "s3://kept/thesis")
+    client.put_object(Bucket="kept", Key="there.csv", Body=b"!")
+    for out, letter in (("s3://kept/there.csv", "there already"), ("s3://kept/thesis/thesis.txt", "is a file")):
+        with pytest.raises(DataError, match=letter): answer(settings, tmp_path / "rows.parquet", out)
+    for source in ("s3://kept/none.parquet", "s3://kept/none-*.csv"):
+        with pytest.raises(DataError, match="There is nothing at"): answer(settings, source, "s3://kept/nothing")
+    with pytest.raises(Unavailable, match="s3://nowhere/out could not be used"): answer(settings, tmp_path / "rows.parquet", "s3://nowhere/out")
+    # two that begin at once: whatever the order of their steps, at most one goes on, and what stays is one claim or none
+    claims = [{"digest": d, "names": ["rows"], "reasons": 0} for d in ("a", "b")]
+    one, two = (place_of("s3://kept/race", settings.model_copy(update={"home": tmp_path / n})) for n in ("one", "two"))
+    one.begin(claims[0])
+    with pytest.raises(DataError, match="being claimed"): two.begin(claims[1])
+    assert two.about() == claims[0] and one.begin(claims[0]) is None # the same batch once more is no other
+    from mlray.store import Bucket
+    write = Bucket.write
+    def both(self, path, data): # the other one writes between this one's writing and its look
+        write(self, path, data)
+        monkeypatch.setattr(Bucket, "write", write)
+        with pytest.raises(DataError, match="being claimed"): two.begin(claims[1])
+    monkeypatch.setattr(Bucket, "write", both)
+    one.begin(claims[0])
+    assert two.about() == claims[0]
+
+
+def test_rows_and_answers_in_buckets_as_files(s3, trained, pieces, tmp_path):
+    "Text, Parquet, several of them, and a Delta table that grows while its batch is cut off; one file comes out."
+    from mlray.batch_run import in_process
+    deltalake = pytest.importorskip("deltalake", reason="pip install 'mlray[delta]'")
+    from mlray.errors import DataError
+    settings, client = trained[0], s3[0]
+    def whole(frame: pl.DataFrame, name: str) -> list[bytes]: # the two files that a batch here makes of such rows
+        frame.write_parquet(tmp_path / "rows.parquet")
+        answer(settings, tmp_path / "rows.parquet", str(tmp_path / f"{name}.csv"))
+        return [(tmp_path / f"{name}{e}.csv").read_bytes() for e in ("", ".refused")]
+    client.put_object(Bucket="kept", Key="in/rows.csv", Body=patients().write_csv().encode())
+    for name, part in (("a", patients()[:200]), ("b", patients()[200:])):
+        part.write_parquet(tmp_path / "part.parquet")
+        client.put_object(Bucket="kept", Key=f"in/rows-{name}.parquet", Body=(tmp_path / "part.parquet").read_bytes())
+        deltalake.write_deltalake("s3://kept/in/events", part.to_arrow(), mode="append", storage_options=dict(os.environ))
+    in_order, newest_first = whole(patients(), "in_order"), whole(pl.concat([patients()[200:], patients()[:200]]), "newest_first") # as a Delta table has its files
+    for number, (source, expected) in enumerate((("s3://kept/in/rows.csv", in_order), ("s3://kept/in/rows-*.parquet", in_order), ("s3://kept/in/events", newest_first))):
+        done = answer(settings, source, f"s3://kept/out/{number}.csv")
+        assert (done.answered, done.refused, done.out, done.refused_at) == (439, 3, f"s3://kept/out/{number}.csv", f"s3://kept/out/{number}.refused.csv")
+        assert [client.get_object(Bucket="kept", Key=f"out/{number}{e}")["Body"].read() for e in (".csv", ".refused.csv")] == expected, source
+    assert keys(client, "out/") == sorted(f"out/{n}{e}" for n in range(3) for e in (".csv", ".refused.csv")), "nothing else stays"
+    with pytest.raises(DataError, match="there already"): answer(settings, "s3://kept/in/rows.csv", "s3://kept/out/0.csv")
+
+    def dying(work, pieces):
+        yield next(iter(in_process(work, pieces)))
+        deltalake.write_deltalake("s3://kept/in/events", patients().to_arrow(), mode="append", storage_options=dict(os.environ))
+        raise Unavailable("the power is gone")
+    with pytest.raises(Unavailable, match="power"): answer(settings, "s3://kept/in/events", "s3://kept/out/later.parquet", dying)
+    done = answer(settings, "s3://kept/in/events", "s3://kept/out/later.parquet")
+    assert (done.rows, done.resumed) == (442, 1), "it goes on with the version that it was begun with"
+    assert answer(settings, "s3://kept/in/events", "s3://kept/out/newest").rows == 884
+
+
+GO = """
+import sys
+from pathlib import Path
+from mlray import batch
+from mlray.batch_cli import predict_batch
+from mlray.settings import Settings
+batch._MOST = 500
+home = Path(sys.argv[1])
+predict_batch("diabetes/1", sys.argv[2], sys.argv[3], settings=Settings(root=home, home=home / "home", tracking="disabled"))
+"""
+
+
+@pytest.mark.chaos
+def test_twenty_kills_leave_no_trace_in_a_bucket(s3, trained, tmp_path, capsys):
+    import random
+    client, settings, draw, kills, began = s3[0], trained[0], random.Random(5), 0, time.monotonic()
+    patients(300).write_parquet(tmp_path / "rows.parquet")
+    client.upload_file(str(tmp_path / "rows.parquet"), "kept", "kills/rows.parquet")
+    go = lambda out: [sys.executable, "-c", GO, str(settings.root), "s3://kept/kills/rows.parquet", out]
+    subprocess.run(go(str(tmp_path / "whole")), check=True, capture_output=True)
+    noted = lambda: sum(k.endswith(".log") for k in keys(client, "kills/out/_batch/"))
+    while kills < 20:
+        before = noted()
+        process = subprocess.Popen(go("s3://kept/kills/out"), stderr=subprocess.DEVNULL)
+        wanted = before + draw.randrange(0, 12) # parts; or none: while it starts
+        while process.poll() is None and noted() < wanted: time.sleep(.002)
+        time.sleep(draw.random() * (.05 if wanted > before else 2))
+        assert process.poll() is None, "it was done before it was killed 20 times"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    left = noted()
+    subprocess.run(go("s3://kept/kills/out"), check=True, capture_output=True)
+    parts = there(client, "kills/out/")
+    assert parts == here(tmp_path / "whole")
+    rows = pl.concat([pl.read_parquet(data).select("row") for data in parts.values()])["row"].to_list()
+    assert sorted(rows) == list(range(1, 300 * 442 + 1))
+    with capsys.disabled(): print(f"\n{kills} kills, {left} of {len(here(tmp_path / 'whole'))} files noted before the last try; {len(rows):,} rows out of {300 * 442:,} rows in, the bytes of a folder; {time.monotonic() - began:.0f} s, load {os.getloadavg()[0]:.0f}")
+
+
+@pytest.mark.chaos
+@pytest.mark.ray
+@pytest.mark.xdist_group("ray")
+def test_workers_of_ray_write_into_a_bucket_and_may_be_killed(s3, ray_cluster, trained, pieces, tmp_path, monkeypatch, capsys):
+    import psutil
+
+    from mlray import batch
+    from mlray.predict_on_ray import on_ray
+    monkeypatch.setattr(batch, "_MOST", 2000)
+    client, killed = s3[0], list[int]()
+    patients(300).write_parquet(tmp_path / "rows.parquet")
+    client.upload_file(str(tmp_path / "rows.parquet"), "kept", "ray/rows.parquet")
+
+    def murdered(work, pieces):
+        for i, one in enumerate(on_ray(work, pieces)):
+            yield one
+            if i % 16 == 3:
+                for p in [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::MapBatch")][:1]:
+                    os.kill(p.pid, signal.SIGKILL)
+                    killed.append(p.pid)
+    done = answer(trained[0], "s3://kept/ray/rows.parquet", "s3://kept/ray/out", murdered)
+    answer(trained[0], tmp_path / "rows.parquet", str(tmp_path / "here"))
+    assert killed and there(client, "ray/out/") == here(tmp_path / "here")
+    with capsys.disabled(): print(f"\n{len(killed)} workers killed; {done.answered:,} answers, {done.refused:,} refused, {done.parts} parts in the bucket: the bytes of one process; load {os.getloadavg()[0]:.0f}")
