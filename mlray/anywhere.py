@@ -158,7 +158,7 @@ def answer(
     if ending.exit_code in (0, 1) and results.strip(): return json.loads(results)
     letters = [line.removeprefix("mlray: ") for line in lines if line.startswith("mlray: ")]
     why = letters[-1] if letters else ending.said or f"It ended as {ending.status.lower()}, and said: {' '.join(lines[-3:]) or 'nothing'}"
-    raise (Unavailable if ending.exit_code == 3 else MlrayError)(f"{why.rstrip()} {look}")
+    raise (Unavailable if ending.exit_code == 3 else MlrayError)(f"{why.rstrip().rstrip('.')}. {look}")
 
 # %% ../nbs/58x_anywhere.ipynb #bd6f92cb
 def _elsewhere(words: Sequence[str], settings: "Settings | None", on: str, read: "RunSpec | None", tracker: "Tracker | None") -> tuple[Any, str]: # what was printed, and where

@@ -61,7 +61,7 @@ def curve(
 ) -> str: # HTML
     "A small line through values, with the first and the latest of them."
     known = [(i, v) for i, v in enumerate(values) if math.isfinite(v)]
-    thinned = known[::-(-len(known) // _POINTS) or 1] + known[-1:]
+    thinned = known[:-1:-(-len(known) // _POINTS) or 1] + known[-1:]
     low, high = min((v for _, v in known), default=0.0), max((v for _, v in known), default=0.0)
     points = " ".join(f"{100 * i / max(len(values) - 1, 1):.1f},{22 - 20 * (v - low) / ((high - low) or 1):.1f}" for i, v in thinned)
     said = f"{values[0]:.4g} → {values[-1]:.4g}" if len(values) > 1 else f"{values[0]:.4g}"
