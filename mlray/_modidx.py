@@ -2935,6 +2935,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mlray.source.date_form': ('source.html#date_form', 'mlray/source.py'),
                               'mlray.source.empty': ('source.html#empty', 'mlray/source.py'),
                               'mlray.source.has_decimal_comma': ('source.html#has_decimal_comma', 'mlray/source.py'),
+                              'mlray.source.is_utf16': ('source.html#is_utf16', 'mlray/source.py'),
                               'mlray.source.looked_at': ('source.html#looked_at', 'mlray/source.py'),
                               'mlray.source.open_source': ('source.html#open_source', 'mlray/source.py'),
                               'mlray.source.query_sql': ('source.html#query_sql', 'mlray/source.py'),

@@ -300,6 +300,7 @@ def main() -> None:
     except MlrayError as error:
         print(f"mlray: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print(f"mlray: stopped. {_GOES_ON.get(next((w for w in sys.argv[1:] if not w.startswith('-')), ''), '')}".rstrip(), file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__ and error.__context__.__cause__, KeyboardInterrupt): raise # typer makes 130 of Ctrl-C, without a word
+        print(f"\nmlray: stopped. {_GOES_ON.get(next((w for w in sys.argv[1:] if not w.startswith('-')), ''), '')}".rstrip(), file=sys.stderr)
         sys.exit(130)

@@ -22,7 +22,7 @@ import yaml
 from .data import Csv
 from .errors import DataError, SpecError, suggest
 from .infer import contract_yaml, infer_contract
-from .source import as_written, date_form, has_decimal_comma, reading, why_unreadable
+from .source import as_written, date_form, has_decimal_comma, is_utf16, reading, why_unreadable
 
 # %% ../nbs/50_first_look.ipynb #c253668c
 MISSING = ("", "?", "NA", "N/A", "n/a", "NaN", "nan", "null", "NULL", "None", "-")
@@ -72,11 +72,12 @@ def file_format(
     if path.suffix in (".parquet", ".pq"): return FileFormat("parquet")
     if path.suffix in (".jsonl", ".ndjson"): return FileFormat("ndjson")
     if path.suffix not in _DELIMITED: raise DataError(f"{path.name}: rows are read from {', '.join((*_DELIMITED, '.parquet', '.jsonl'))}; found {path.suffix or 'no ending'}. Rename the file, or convert it{' (in a spreadsheet: save as CSV UTF-8)' * (path.suffix in ('.xlsx', '.xls', '.ods'))}.")
+    if is_utf16(path): raise DataError(f"{path.name} cannot be read: {why_unreadable(path, Csv())}")
     with path.open(encoding="utf-8", errors="replace", newline="") as file: head = file.read(2**16)
     if not head.strip(): raise DataError(f"{path} is empty; a line with the names of the columns was expected, and rows below it.")
     head = head.removeprefix("\ufeff")
     try: separator = csv.Sniffer().sniff(head, ",;\t|").delimiter
-    except csv.Error: separator = ","
+    except csv.Error: separator = max(",;\t|", key=head.splitlines()[0].count)
     fields = [f.strip() for f in next(csv.reader([head.splitlines()[0]], delimiter=separator))]
     if columns and len(columns) != len(fields): raise DataError(f"{path.name} has {len(fields)} columns; {len(columns)} names were given.")
     if not columns and (twice := next((f for f in fields if f and fields.count(f) > 1 and not _number(f)), None)): raise DataError(f"The first line of {path.name} has {twice!r} {fields.count(twice)} times; each column needs a name of its own. Rename one in the file, or, if that line is a row, name the columns with --columns.")
