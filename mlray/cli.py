@@ -11,6 +11,7 @@ __all__ = ['app', 'On', 'Spec', 'Overrides', 'Port', 'Workers', 'check', 'train'
 
 # %% ../nbs/59_cli.ipynb #2580d77e
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,7 +37,7 @@ from mlray.commands import (
 )
 from .console_cli import console_app
 from .delivery_cli import delivery_app
-from .errors import MlrayError
+from .errors import MlrayError, SpecError
 from .export_cli import export_app
 from .first_screen import Chapters
 from .lab_cli import lab_app
@@ -105,7 +106,7 @@ def check(spec: Spec, overrides: Overrides = None, infer: Annotated[bool, typer.
     found = {part: survey(read, part, settings) for part in read.data.sources}
     note_surveys(read, found, settings)
     kept = [str(s.quarantine) for s in found.values() if s.quarantine]
-    _show(as_json, {**{part: s.as_dict() for part, s in found.items()}, "quarantine": kept}, *(f for part, s in found.items() for f in (part, s.table() if s.problems else s.table().title)), *(f"bad rows: {p}" for p in kept))
+    _show(as_json, {**{part: s.as_dict() for part, s in found.items()}, "quarantine": kept}, *(f for part, s in found.items() for f in (part, s.table() if s.problems else s.table().title)), *(f"bad rows: {p}" for p in kept), *dict.fromkeys(a for s in found.values() for a in s.advice))
     if any(s.problems for s in found.values()): raise typer.Exit(1)
 
 
@@ -237,8 +238,13 @@ def explain(version: Reference, row: Annotated[str, typer.Argument(metavar="JSON
     if method == "counterfactual" and not why.found: raise typer.Exit(1)
 
 # %% ../nbs/59_cli.ipynb #6957dd45
-def _asked(path: Path | None, target: str | None) -> tuple[Path | None, str | None]:
+def _asked(path: Path | None, target: str | None, columns: Sequence[str]) -> tuple[Path | None, str | None]:
     "What the flags leave open, asked at a terminal."
+    if path and not target:
+        from mlray.first_look import file_format
+        names = file_format(path, columns).scan(path).collect_schema().names()
+        if not sys.stdin.isatty(): raise SpecError(f"Which column of {path} is to be predicted? Say --target, and one of {', '.join(names[:40])}.")
+        return path, typer.prompt(f"The column to predict ({', '.join(names[:40])})", err=True)
     if path or target or not sys.stdin.isatty(): return path, target
     said = typer.prompt("A file with your rows (CSV, Parquet, JSON lines; empty: rows that ship with mlray)", default="", show_default=False, err=True)
     return (Path(said), typer.prompt("The column to predict", err=True)) if said else (None, None)
@@ -253,14 +259,13 @@ def new(name: Annotated[str, typer.Argument(help="Of the package, the spec and t
         columns: Annotated[str | None, typer.Option("--columns", metavar="A,B,…", help="Names, where the file has no header.")] = None,
         kind: Annotated[str | None, typer.Option("--kind", help="Without a file: tabular, text or image rows that ship with mlray.")] = None, as_json: Json = False) -> None:
     "A project of your own: notebooks, a spec, a gate, tests that pass."
-    from mlray.errors import SpecError
     from mlray.project import project_from, sample_project
     from mlray.project_folder import write_project
-    source, target = (source, target) if kind else _asked(source, target)
+    named = [c.strip() for c in columns.split(",")] if columns else []
+    source, target = (source, target) if kind else _asked(source, target, named)
     if source and kind: raise SpecError("--from and --kind exclude each other: the rows come from a file, or with mlray.")
-    if source and not target: raise SpecError(f"Which column is to be predicted? Say --target; `head -1 {source}` shows the columns.")
     if not source and (target or positive or sensitive or columns): raise SpecError("--target, --positive, --sensitive and --columns speak of a file; name it with --from.")
-    made = project_from(name, source, str(target), positive, sensitive or (), [c.strip() for c in columns.split(",")] if columns else ()) if source else sample_project(name, kind or "tabular")
+    made = project_from(name, source, str(target), positive, sensitive or (), named) if source else sample_project(name, kind or "tabular")
     files = write_project(made, Path(name))
     _show(as_json, {"project": name, "spec": f"configs/{name}.yaml", "files": files}, f"{name}/ has {len(files)} files. Now:\n  cd {name}\n  mlray demo configs/{name}.yaml    from rows to an answered request\n  mlray lab                         nbs/index.ipynb: the same as a notebook")
 
@@ -285,6 +290,9 @@ def doctor(env: Env = None, as_json: Json = False) -> None:
     if found.grave: raise typer.Exit(1)
 
 # %% ../nbs/59_cli.ipynb #f38644f9
+_GOES_ON = {"train": "The same command with --resume goes on from the last epoch that was kept.", **dict.fromkeys(("tune", "predict", "gate"), "What was finished is kept; the same command goes on from there.")}
+
+
 def main() -> None:
     "The command `mlray`."
     try:
@@ -292,6 +300,7 @@ def main() -> None:
     except MlrayError as error:
         print(f"mlray: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("mlray: stopped.", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__ and error.__context__.__cause__, KeyboardInterrupt): raise # typer makes 130 of Ctrl-C, without a word
+        print(f"\nmlray: stopped. {_GOES_ON.get(next((w for w in sys.argv[1:] if not w.startswith('-')), ''), '')}".rstrip(), file=sys.stderr)
         sys.exit(130)

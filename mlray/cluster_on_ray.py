@@ -66,7 +66,8 @@ def _start(settings: Settings) -> None:
     if settings.ray != "local":
         try: ray.init(address=settings.ray, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise Unavailable(f"The Ray cluster at {settings.ray} did not answer: {str(error).splitlines()[0]}") from error
+            where = os.environ.get("RAY_ADDRESS") or settings.ray
+            raise Unavailable(f"The Ray cluster at {where} did not answer: {str(error).splitlines()[0].rstrip('.')}. Does it run, and can it be reached from here? `ray` in settings.ini says where it is; RAY_ADDRESS, where it is set, beats that.") from error
         return
     here = set(psutil.Process().children())
     try:

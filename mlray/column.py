@@ -71,12 +71,13 @@ class Column(Part):
         if self.time_zone is not None:
             try: ZoneInfo(self.time_zone)
             except (OSError, ValueError, KeyError) as error: raise ValueError(f"there is no time zone {self.time_zone!r}; write UTC, or a name such as Europe/Berlin") from error
-        for bound in (self.min, self.max): _bound(self, bound)
+        low, high = (_bound(self, bound) for bound in (self.min, self.max))
+        if low is not None and high is not None and low > high: raise ValueError(f"min is {self.min} and max is {self.max}, so no value could keep it. Exchange them")
         if (self.type == "array") != (self.length is not None): raise ValueError("an array needs length, the number of its values")
         if self.pattern is not None:
             try: re.compile(f"^(?:{self.pattern})$")
             except re.error as error: raise ValueError(f"pattern {self.pattern!r} is no regular expression: {error}") from error
-        if self.role == "target" and self.type not in ("integer", "number", "category", "boolean"): raise ValueError(f"a target cannot be of type {self.type!r}")
+        if self.role == "target" and self.type not in ("integer", "number", "category", "boolean"): raise ValueError(f"a target cannot be of type {self.type!r}. Answers in words are classes: {{type: category, values: [no, yes], role: target, positive: yes}}, each word in quotes")
         if self.role == "time" and self.type not in ("date", "datetime", "integer"): raise ValueError("a column with role 'time' is of type date, datetime or integer")
         if self.role == "target" and self.nullable: raise ValueError("a target is not nullable: nothing is learned from a row without a label, and such rows go to quarantine")
         if self.role == "weight" and (self.type not in _NUMBERS or self.nullable or not isinstance(self.min, (int, float)) or self.min < 0):

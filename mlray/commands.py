@@ -140,17 +140,19 @@ def supply_of(spec: "RunSpec", settings: "Settings", on: str) -> Iterator["Suppl
         yield InMemory()
 
 # %% ../nbs/58_commands.ipynb #d97dc9a7
-def tune_run(spec: "RunSpec", settings: "Settings", on: str, quiet: "bool | Tracker" = False) -> "Tuned":
+def tune_run(spec: "RunSpec", settings: "Settings", on: str, quiet: "bool | Tracker" = False, seen: Callable[..., None] | None = None) -> "Tuned":
     "A search on Ray, and the version that comes of it."
     if spec.search is None: raise SpecError(f"{spec.name} has no `search`. Say where to look, such as `search: {{trials: 20, space: {{train.learning_rate: {{low: 1.0e-4, high: 0.1, log: true}}}}}}`.")
     from mlray.cluster_on_ray import cluster
     with cluster(settings), backend_on(on, settings) as backend:
         from mlray.tune_on_ray import tune
+        from mlray.tuned import told_trials
         each = None
         if spec.search.workers > 1:
             from mlray.train_on_ray import RayBackend
             each = RayBackend(spec.search.workers, settings.gpu, settings.failures, settings.collective_timeout_s)
-        return tune(spec, settings, backend, tracker_of(settings, quiet), say=lambda text: stderr().print(f"  {text}"), each=each)
+        say: Callable[[str], None] = lambda text: None if seen else stderr().print(f"  {text}", markup=False)
+        return tune(spec, settings, backend, tracker_of(settings, quiet), say=say, each=each, seen=seen or (told_trials(_at_once) if os.environ.get("MLRAY_TOLD") else lambda trials, most: None))
 
 
 def reproduce_version(reference: str, settings: "Settings") -> "Reproduction":

@@ -20,6 +20,7 @@ import dataframely as dy
 import polars as pl
 
 from .column import Column, age_of, bounds
+from .data import one_column
 from .display import Displayed, Table, table
 from .errors import ContractError, DataError, suggest
 from .task import task_of
@@ -240,8 +241,7 @@ def check(
     repeated: Mapping[str, pl.Series] | None = None, # of each unique column the values that come twice in the whole source; None: these rows are the whole
 ) -> Checked:
     "Divide rows into those that keep the contract and those that do not. Raises `DataError` for a missing column."
-    for name in contract.columns:
-        if name not in frame.columns: raise DataError(f"There is no column {name!r}, which the contract names. {suggest(name, frame.columns)}")
+    if lost := [n for n in contract.columns if n not in frame.columns]: raise DataError(f"There is no column {lost[0]!r}, which the contract names. {one_column(frame.columns) or suggest(lost[0], frame.columns)}")
     raw = frame.select(*contract.columns, *([UNREAD] if UNREAD in frame.columns and frame[UNREAD].is_not_null().any() else []))
     typed = raw.select(*contract.columns).with_row_index(_ROW).with_columns(read_columns(contract, raw.schema, missing))
     broken = _breaking(contract, raw, typed, missing, repeated)

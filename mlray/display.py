@@ -105,7 +105,8 @@ def _terminal(
     for i, row in enumerate(shown.rows):
         made.add_row(*(Text(_broken(c[i + 1], most), style="" if not isinstance(v, bool) else "green" if v else "bold red") for c, v in zip(cells, row, strict=True)))
     if shown.title: yield Text(shown.title, style="bold")
-    yield from (made, Text())
+    if shown.rows or not shown.title: yield made # a title alone says that there is nothing
+    yield Text()
 
 # %% ../nbs/03_display.ipynb #7c49389d
 class Displayed:

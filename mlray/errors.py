@@ -8,12 +8,13 @@ next; the command line prints it and leaves with its exit code, without a traceb
 # %% auto #0
 __all__ = ['MlrayError', 'Unavailable', 'SpecError', 'SettingsError', 'ContractError', 'DataError', 'TrainingError',
            'BundleError', 'RegistryError', 'Refused', 'Conflict', 'ExplanationError', 'GateError', 'SignatureError',
-           'ServingError', 'suggest']
+           'ServingError', 'suggest', 'refused']
 
 # %% ../nbs/00_errors.ipynb #1bc895db
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import ClassVar
+from typing import Any, ClassVar
 
 # %% ../nbs/00_errors.ipynb #8ed0f2a0
 class MlrayError(Exception):
@@ -51,3 +52,17 @@ def suggest(
     if close: return f"Did you mean {close[0]!r}?"
     if len(names) > 24: names[20:] = [f"and {len(names) - 20} more"]
     return f"Known: {', '.join(names)}." if names else "There is none yet."
+
+# %% ../nbs/00_errors.ipynb #942dfd92
+def refused(
+    found: Mapping[str, Any],   # one entry of `ValidationError.errors()`
+    known: Iterable[str],       # the keys that would have been understood there
+) -> str: # sentences
+    "What is wrong with a value, and what to do."
+    kind, given = found["type"], found["input"]
+    if kind == "extra_forbidden": return f"unknown key. {suggest(str(found['loc'][-1]), known)}"
+    if kind == "missing": return "this key is needed and is not there."
+    text = found["msg"].removeprefix("Value error, ") + (f"; found {given!r}" if not isinstance(given, dict) else "")
+    if kind == "string_type" and isinstance(given, bool): text += ", as YAML takes yes, no, on and off without quotes for true and false. Write 'yes' and 'no' in quotes"
+    if kind == "literal_error" and isinstance(given, str): text += ". " + suggest(given, re.findall(r"'(.*?)'", found["ctx"]["expected"]))
+    return text if text.endswith("?") else f"{text.rstrip('.')}."

@@ -59,7 +59,7 @@ class Verdict:
 
     def table(self) -> Table:
         "One line a finding."
-        title = "Verdict: passed" if self.passed else "Verdict: failed" if self.findings else "Verdict: failed, because there is no rule"
+        title = "Verdict: passed" if self.passed else "Verdict: failed" if self.findings else "Verdict: failed, because there is no rule. Promise something in the spec: `gates: {quality: [{metric: roc_auc, at_least: 0.7}]}`"
         return table(["measure", "rule", "value", "result", "why"], [(f.measure, f.rule, f.value, "waived" if f.waived else f.passed, f"{f.why}; waived by {f.waived}" if f.waived else f.why) for f in self.findings], title)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:

@@ -129,9 +129,9 @@ def _about_evidence(policy: Policy, candidate: Candidate, gates: Sequence[str], 
     missing, failed = [g for g in gates if g not in proofs], [g for g in gates if g in proofs and not proofs[g].passed]
     stale = [g for g in gates if g in proofs and most is not None and not -1 <= age[g] <= most] # an hour ahead is a clock, more is no evidence
     why = []
-    if missing: why.append(f"it has no verdict of the gate {' and '.join(missing)}. Run `mlray gate {candidate.name}` first")
-    if failed: why.append(f"it failed the gate {' and '.join(failed)}. `mlray show {candidate.name}` has the findings")
-    if stale: why.append(f"the verdict of the gate {' and '.join(stale)} is not of the last {most:g} hours. Run `mlray gate {candidate.name}` again")
+    if missing: why.append(f"it has no verdict of the gate{'s' * (len(missing) > 1)} {' and '.join(missing)}. Run `mlray gate {candidate.name}` first")
+    if failed: why.append(f"it failed the gate{'s' * (len(failed) > 1)} {' and '.join(failed)}. `mlray show {candidate.name}` has the findings")
+    if stale: why.append(f"the verdict of the gate{'s' * (len(stale) > 1)} {' and '.join(stale)} is not of the last {most:g} hours. Run `mlray gate {candidate.name}` again")
     return why
 
 

@@ -74,7 +74,7 @@ def project_from(
 
 
 def _file_source(path: Path, written: FileFormat, name: str) -> str:
-    fields = ", ".join(f"{k}={v!r}" for k, v in (("separator", written.separator), ("columns", written.columns), ("missing", written.missing)) if v != getattr(FileFormat("csv"), k))
+    fields = ", ".join(f"{k}={v!r}" for k, v in (("separator", written.separator), ("columns", written.columns), ("missing", written.missing), ("decimal_comma", written.decimal_comma), ("dates", dict(written.dates))) if v and v != getattr(FileFormat("csv"), k))
     return dedent(f'''
         import polars as pl
 

@@ -29,7 +29,7 @@ from .leakage import LeakageReport, leakage_report
 from .pieces import HASH, ROWS, Gathering, look, looked_at, repeated_values
 from .profile import Profile, profile
 from .settings import Settings
-from .source import open_source, read_source, reading, wanted
+from .source import advice, empty, looked_at as looked_at_file, open_source, read_source, reading, wanted
 from .spec import RunSpec
 from .table import Fingerprint, Splits, fingerprint, learnable, split
 
@@ -114,14 +114,14 @@ class Aside:
         return self.part.rename(self.folder / f"{self.name}-{self.digest.digest[:12]}.csv") if self.digest else None
 
 
-def _not_kept(part: str, kept: int, aside: int, problems: Sequence[Problem], on_invalid: str) -> None:
+def _not_kept(part: str, kept: int, aside: int, problems: Sequence[Problem], on_invalid: str, advised: Sequence[str] = ()) -> None:
     "Raise what a run cannot begin with."
     for p in problems:
         if p.rule == "fresh": raise ContractError(f"The {part} rows are stale: column {p.column!r}: expected {p.expected}; {p.examples[0]}. Bring the source up to date.")
     if not aside: return
     first = f"first in column {problems[0].column!r}: expected {problems[0].expected}; {', '.join(problems[0].examples)}"
-    if on_invalid == "stop": raise ContractError(f"{aside} {part} rows break the contract, {first}. Fix the source, or put such rows aside with `data.on_invalid: quarantine`.")
-    if not kept: raise DataError(f"None of the {aside} {part} rows keeps the contract, {first}. Is the contract that of this source, in its order of columns?")
+    if on_invalid == "stop": raise ContractError(f"{aside} {part} rows break the contract, {first}. {' '.join(advised) or 'Fix the source, or put such rows aside with `data.on_invalid: quarantine`.'}")
+    if not kept: raise DataError(f"None of the {aside} {part} rows keeps the contract, {first}. {' '.join(advised) or 'Is the contract that of this source, in its order of columns?'}")
 
 # %% ../nbs/35_rows.ipynb #17fec0e5
 def read_rows(
@@ -135,7 +135,7 @@ def read_rows(
     read = _read_and_check(spec, settings, now or datetime.now(UTC))
     contract, checked = Contract(spec.contract, spec.rules), {part: c for part, (c, _) in read.items()}
     if spec.data.on_invalid == "quarantine" and not any(p.rule == "fresh" for c in checked.values() for p in c.problems): quarantine(spec, settings, checked)
-    for part, c in checked.items(): _not_kept(part, c.kept, c.put_aside, c.problems, spec.data.on_invalid)
+    for part, c in checked.items(): _not_kept(part, c.kept, c.put_aside, c.problems, spec.data.on_invalid, advice(contract, c.bad, spec.data.csv.missing))
     parts = split(checked["train"].good, spec.data.split, *(checked[part].good if part in checked else None for part in ("test", "valid")))
     for part, frame in vars(parts).items(): learnable(contract, labels(contract, frame), part)
     named = {part: fingerprint(c.good, version) for part, (c, version) in read.items()}
@@ -167,7 +167,7 @@ def _in_pieces(spec: RunSpec, settings: Settings, now: datetime) -> Rows:
     for source, where in spec.data.sources.items():
         lazy, versions[source] = accepted_rows(spec.name, settings) if where.growing else open_source(where, spec.data.csv, list(spec.contract), settings)
         aside = Aside(settings.home / "quarantine", f"{spec.name}-{source}")
-        with reading(where.label):
+        with reading(where.label, looked_at_file(where, spec.data.csv, settings)):
             rows, before = wanted(lazy, list(spec.contract)), 0
             repeated = repeated_values(contract, rows, spec.data.csv.missing) if set(spec.contract) <= set(rows.collect_schema().names()) else {}
             for piece in rows.collect_batches(chunk_size=ROWS):
@@ -175,7 +175,7 @@ def _in_pieces(spec: RunSpec, settings: Settings, now: datetime) -> Rows:
                 gathering.add(source, found)
                 if spec.data.on_invalid == "quarantine": aside.write(found.bad)
                 before += piece.height
-        if not before: raise DataError(f"{where.label} has no rows.")
+        if not before: raise empty(where.label)
         aside.close()
     return gathered_rows(spec, gathering, Splits(**{part: gathering.sample(part).drop(HASH) for part in ("train", "valid", "test")}), versions, now)
 

@@ -14,18 +14,21 @@ import fcntl
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
-import optuna
-
 from .chart import Chart, front_chart
 from .display import Table, table
 from .errors import TrainingError, Unavailable
 from .search_space import Dimension, Price, Search
+
+with warnings.catch_warnings(): # in a notebook without ipywidgets its progress bars complain, which nobody has asked for
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    import optuna
 
 # %% ../nbs/37c_search.ipynb #0bbe94ca
 Direction = Literal["minimize", "maximize"]

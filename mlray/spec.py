@@ -24,7 +24,7 @@ from .behaviour import Behaviour
 from .column import Age, Column, Part
 from .data import Data, Federation
 from .decision import Mitigation, Threshold
-from .errors import SpecError, suggest
+from .errors import SpecError, refused, suggest
 from .feature import Feature, check_features
 from .recipe import Model, Train
 from .rollout_policy import Retrain, Rollout
@@ -210,6 +210,7 @@ class RunSpec(Part):
         "Twelve hex digits that name this intent."
         values = self.model_dump(mode="json", exclude={"about", "monitor", "retrain"} | ({"search"} if not self.search else set())) # how it is watched changes nothing of what it is
         values["rollout"] = {k: v for k, v in values["rollout"].items() if k != "every" and (k != "shadow" or v) and (k, v) != ("start", "step")}
+        values["data"]["csv"] = {k: v for k, v in values["data"]["csv"].items() if v or k not in ("decimal_comma", "dates")}
         values["contract"] = [(n, {k: v for k, v in c.items() if k != "journal"}) for n, c in values["contract"].items()] # the order of columns means something
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -255,19 +256,17 @@ def _known(location: Sequence[Any]) -> list[str]:
 
 
 def _explain(where: str, error: ValidationError) -> SpecError:
-    first, more = error.errors()[0], error.error_count() - 1
+    first, more = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden"), error.error_count() - 1 # a mistyped key is why another is missing
     place = ".".join(str(step) for step in first["loc"] if step not in ("as a number", "as chosen")) or "spec" # the two forms of a threshold
-    if first["type"] == "extra_forbidden": text = f"unknown key. {suggest(str(first['loc'][-1]), _known(first['loc']))}"
-    elif first["type"] == "missing": text = "this key is needed and is not there."
-    else: text = first["msg"].removeprefix("Value error, ") + (f"; found {first['input']!r}" if not isinstance(first["input"], dict) else "")
-    return SpecError(f"{where}: {place}: {text.rstrip('.')}." + (f" ({more} more after this one.)" if more else ""))
+    return SpecError(f"{where}: {place}: {refused(first, _known(first['loc']))}" + (f" ({more} more after this one.)" if more else ""))
 
 
 def _tree(text: str, overrides: Sequence[str], where: str) -> dict:
     "A spec as YAML has it."
     try: tree = yaml.load(text, _Strict)
     except yaml.YAMLError as error: raise SpecError(f"{where} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(tree, dict): raise SpecError(f"{where} is empty, or not a mapping. Start it with `name: …`.")
+    if tree is None: raise SpecError(f"{where} is empty. Start it with `name: …`; `mlray new NAME --from FILE --target COLUMN` writes one from rows.")
+    if not isinstance(tree, dict): raise SpecError(f"{where} is not a mapping: keys with values, such as `name: …`, were expected, and it is {'a list' if isinstance(tree, list) else 'a single text'}. configs/ has specs to start from.")
     for override in overrides: _override(tree, override)
     return tree
 
@@ -303,6 +302,7 @@ def read_spec(
     if not path.is_file():
         near = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
         raise SpecError(f"There is no spec {str(path)!r}. {suggest(str(path), near)}")
+    if path.suffix.lower() in (".csv", ".tsv", ".parquet", ".pq", ".jsonl", ".ndjson", ".arrow", ".feather", ".xlsx"): raise SpecError(f"{path} holds rows, and a spec was expected: a YAML file that says where rows are and what is to be learned. Have one written from them: `mlray new NAME --from {path} --target COLUMN`.")
     return parse_spec(path.read_text(encoding="utf-8"), overrides, str(path))
 
 # %% ../nbs/01_spec.ipynb #19155500

@@ -35,7 +35,7 @@ from .bundle import Bundle
 from .checkpoints import claimed
 from .contract import Contract, Problem, labels, schema
 from .data import Source
-from .errors import DataError, MlrayError, Unavailable
+from .errors import MlrayError, Unavailable
 from .features import Features, apply
 from .fetch import locate
 from .model import Job
@@ -44,7 +44,7 @@ from .rows import Aside, Rows, gathered_rows
 from .run import Note, make_job
 from .settings import Settings
 from .shards import WINDOW, Shard, Shards, rows_within, write_shard
-from .source import open_source, reading, scan_files, wanted
+from .source import empty, open_source, reading, scan_files, wanted
 from .spec import RunSpec
 from .table import Fingerprint, Splits
 
@@ -179,7 +179,7 @@ def _gathered(spec: RunSpec, source: str, settings: Settings, folder: Path, gath
                 if hashes.height: files.setdefault(part, {})[at] = _Kept(str(folder / part / f"{at[0]:06}-{at[1]:012}.parquet"), hashes.height)
             if (now := seen + found.good + found.bad.height) // 1_000_000 > seen // 1_000_000: note(f"{now:,} {source} rows read and checked")
             seen = now
-    if not seen: raise DataError(f"{where.label} has no rows.")
+    if not seen: raise empty(where.label)
     aside.close()
     return {part: [kept for _, kept in sorted(by.items())] for part, by in files.items()}, version
 

@@ -19,11 +19,10 @@ import polars as pl
 from .accepted import accepted_rows
 from .contract import Contract, Problem, check, read_columns, stale
 from .display import Displayed, Table, table
-from .errors import DataError
 from .pieces import ROWS, merged, repeated_values, whole_bad
 from .rows import Aside
 from .settings import Settings
-from .source import open_source, reading, wanted
+from .source import advice, empty, looked_at, open_source, reading, wanted
 from .spec import RunSpec
 from .table import Fingerprint, fingerprint
 
@@ -37,6 +36,7 @@ class Survey(Displayed):
     fingerprint: Fingerprint | None # of the good rows; None when there are none
     quarantine: Path | None = None  # where the bad rows lie
     newest: Mapping[str, str] = field(default_factory=dict) # of the columns that must be fresh, ISO 8601
+    advice: tuple[str, ...] = ()    # what to say in the spec, where rows are only written otherwise
 
     def table(self) -> Table:
         "One line a broken rule."
@@ -58,9 +58,9 @@ def survey(
     "Hold all rows of a source against the contract; bad ones go to quarantine. Raises `DataError`, or `Unavailable` when the network fails."
     source, contract, missing = spec.data.sources[part], Contract(spec.contract, spec.rules), spec.data.csv.missing
     lazy, version = accepted_rows(spec.name, settings) if source.growing else open_source(source, spec.data.csv, list(spec.contract), settings)
-    good, bad, problems, total, newest = 0, 0, dict[tuple[str, str], Problem](), None, list[pl.DataFrame]()
+    good, bad, problems, total, newest, advised = 0, 0, dict[tuple[str, str], Problem](), None, list[pl.DataFrame](), tuple[str, ...]()
     aside, timed = Aside(settings.home / "quarantine", f"{spec.name}-{part}"), [n for n, c in spec.contract.items() if c.fresh]
-    with reading(source.label):
+    with reading(source.label, looked_at(source, spec.data.csv, settings)):
         rows = wanted(lazy, list(spec.contract))
         there = rows.collect_schema().names()
         repeated = repeated_values(contract, rows, missing) if set(spec.contract) <= set(there) else {}
@@ -68,9 +68,10 @@ def survey(
             checked = check(contract, piece, missing, None, good + bad, repeated)
             if timed: newest = [pl.concat([*newest, piece.select(e for n, e in zip(contract.columns, read_columns(contract, piece.schema, missing), strict=True) if n in timed)]).max()]
             aside.write(whole_bad(checked, piece))
+            advised = advised or advice(contract, checked.bad, missing)
             named = fingerprint(checked.good, version)
             good, bad, problems, total = good + checked.good.height, bad + checked.bad.height, merged(problems, checked.problems), named if total is None else total + named
-    if not good + bad: raise DataError(f"{source.label} has no rows.")
+    if not good + bad: raise empty(source.label)
     old = stale(contract, newest[0], now or datetime.now(UTC)) if timed else ()
     latest = {n: v.isoformat() for n, v in newest[0].row(0, named=True).items() if v is not None} if timed else {}
-    return Survey(good, bad, (*problems.values(), *old), total if good else None, aside.close(), latest)
+    return Survey(good, bad, (*problems.values(), *old), total if good else None, aside.close(), latest, advised)

@@ -104,7 +104,7 @@ def learnable(
     part: str,         # how the message names these rows
 ) -> None:
     "Raise `DataError` unless there are rows that differ in each target, and training rows of every class."
-    if labels.len() == 0: raise DataError(f"There are no {part} rows. Check the source and the shares in data.split.")
+    if labels.len() == 0: raise DataError(f"There are no {part} rows: too few came to be divided into rows to learn from, to choose by and to judge on. Bring more, or change the shares in data.split.")
     task = task_of(contract.columns)
     for i, name in enumerate(task.targets):
         one = labels.arr.get(i) if task.kind == "multilabel" else labels

@@ -85,5 +85,5 @@ def _one(name: str, column: Column) -> Task:
         others = [v for v in column.values if v != column.positive]
         return Task("binary", (name,), (others[0] if len(others) == 1 else f"not {column.positive}", column.positive))
     if len(column.values) < 3:
-        raise ValueError(f"target {name!r} needs either positive (the category that counts as 1, or positive_above for a number), or values, three or more classes to choose from; found {len(column.values)} values")
+        raise ValueError(f"target {name!r} needs either positive (the category that counts as 1, or positive_above for a number), or values, three or more classes to choose from; found {len(column.values)} values. `mlray check SPEC --infer` shows those in the rows")
     return Task("multiclass", (name,), column.values)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -46,7 +47,9 @@ def test_what_a_run_prints_is_read_back(trained):
 def begun(folder: Path, **variables: str) -> Iterator[str]:
     "A cluster of its own with a job server, and its address."
     port = free_port()
-    start = f"import ray, sys; ray.init(address='local', include_dashboard=True, dashboard_port={port}, num_cpus=3, object_store_memory=100_000_000); print('up', flush=True); sys.stdin.read(); ray.shutdown()"
+    there = mkdtemp(prefix="ray-") # the names of sockets below it may not be long
+    # `ray start` notes its cluster there, and jobs look for theirs: without a note they take any that runs on this machine
+    start = f"import ray, sys; from ray._private.utils import write_ray_address; c = ray.init(address='local', _temp_dir={there!r}, include_dashboard=True, dashboard_port={port}, num_cpus=3, object_store_memory=100_000_000); write_ray_address(c.address_info['gcs_address'], {there!r}); print('up', flush=True); sys.stdin.read(); ray.shutdown()"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLRAY_")} | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | variables
     running = subprocess.Popen([sys.executable, "-c", start], cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert running.stdout.readline().strip() == "up"
@@ -59,7 +62,9 @@ def begun(folder: Path, **variables: str) -> Iterator[str]:
             time.sleep(2)
         else: break
     try: yield f"http://127.0.0.1:{port}"
-    finally: running.communicate("", timeout=120)
+    finally:
+        running.communicate("", timeout=120)
+        shutil.rmtree(there, ignore_errors=True)
 
 
 @pytest.fixture

@@ -159,7 +159,7 @@ def test_acts_are_the_registrys(house):
     mine = house.console.door.registry(Caller("promoter", ("promoter",)))
     with pytest.raises(Refused) as letter: promote(mine, found)
     assert refused.status_code == 403 and str(letter.value).replace("`", "") in unescape(re.sub(r"<[^>]+>", "", refused.text)), "the same letter as the command's"
-    assert "it has no verdict of the gate quality and fairness" in paul.get(at).text, "what stands against it is said before anybody tries"
+    assert "it has no verdict of the gates quality and fairness" in paul.get(at).text, "what stands against it is said before anybody tries"
     house.proved()
     done = [paul.post(f"{at}/promote", data={**form, "once": "press-1"}) for _ in range(2)]
     assert [d.status_code for d in done] == [303, 303] and len([e for e in audit(house.registry).entries if e.action == "promote"]) == 1, "a button that is pressed twice acts once"

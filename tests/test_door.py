@@ -109,6 +109,83 @@ def test_one_class_only(mlray, project):
     assert empty(project)
 
 
+LOANS = "age;income;sex;opened;repaid\n" + "".join(f"{20 + i};{900 + 37 * i % 1100}.{i % 10},{i % 100:02d};{'fm'[i % 2]};{1 + i % 28:02d}.05.2024;{'yes' if i % 3 else 'no'}\n".replace(f".{i % 10},", ",") for i in range(60))
+LOAN = {"name": "loans", "data": {"train": {"file": "loans.csv"}}, "contract": {"age": {"type": "integer"}, "income": {"type": "number"}, "sex": {"type": "category", "values": ["f", "m"]}, "opened": {"type": "date"}, "repaid": {"type": "category", "values": ["no", "yes"], "role": "target", "positive": "no"}}}
+
+
+def loans(project: Path, data: str | bytes = LOANS, **csv) -> str:
+    (project / "loans.csv").write_bytes(data if isinstance(data, bytes) else data.encode())
+    (project / "loans.yaml").write_text(yaml.safe_dump({**LOAN, "data": LOAN["data"] | {"csv": csv}}, sort_keys=False))
+    return "loans.yaml"
+
+
+@pytest.mark.parametrize(("data", "csv", "words"), [
+    (LOANS, {}, ("loans.csv cannot be read", "first line has one", "separator: ';'")), (LOANS.replace(",", "."), {}, ("no column 'age'", "one column only", "separator: ';'")),
+    (LOANS.replace("f;", "\xe9;").encode("latin-1"), {"separator": ";"}, ("line 2 is not UTF-8", "0xe9", "iconv -f WINDOWS-1252")), (LOANS.encode("utf-16"), {"separator": ";"}, ("UTF-16", "iconv -f UTF-16")),
+    (LOANS.replace("\n22;", "\n22;;;"), {"separator": ";"}, ("row 4 has 7 values, and the first has 5", "double quotes")), (LOANS.splitlines()[0], {"separator": ";"}, ("no rows", "Bring rows")),
+    (LOANS, {"separator": ";", "decimal_comma": ["incme"]}, ("no column 'incme', which data.csv names", "Did you mean 'income'?"))], ids=["separator", "one column", "windows", "utf-16", "ragged", "header alone", "no such column"])
+def test_a_file_that_is_written_otherwise(mlray, project, data, csv, words):
+    letter(*mlray("check", loans(project, data, **csv))[::2], *words)
+    letter(*mlray("train", "loans.yaml")[::2], *words)
+    assert empty(project)
+
+
+def test_commas_and_dates_of_another_country(mlray, project):
+    status, out, _ = mlray("check", loans(project, separator=";"))
+    assert status == 1 and "decimal_comma: [income]" in out and 'dates: {opened: "%d.%m.%Y"}' in out
+    letter(*mlray("train", "loans.yaml")[::2], "None of the 60 train rows", "decimal_comma: [income]")
+    loans(project, separator=";", decimal_comma=["income"], dates={"opened": "%d.%m.%Y"})
+    said = json.loads(mlray("check", "loans.yaml", "--json")[1])
+    assert said["train"]["good"] == 60 and said["train"]["bad"] == 0
+    loans(project, b"\xef\xbb\xbf" + LOANS.encode(), separator=";", decimal_comma=["income"], dates={"opened": "%d.%m.%Y"}) # as Excel begins its files
+    assert json.loads(mlray("check", "loans.yaml", "--json")[1])["train"]["digest" if "digest" in said["train"] else "fingerprint"] == said["train"]["fingerprint"], "the same rows"
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("", ("is empty", "mlray new")), ("- a\n", ("is not a mapping", "a list")), ("name: x\ncontrat: {}\n", ("contrat: unknown key", "Did you mean 'contract'?")),
+    (yaml.safe_dump(LOAN | {"contract": LOAN["contract"] | {"age": {"type": "interger"}}}), ("contract.age.type", "Did you mean 'integer'?")),
+    (yaml.safe_dump(LOAN | {"contract": LOAN["contract"] | {"age": {"type": "integer", "min": 120, "max": 0}}}), ("min is 120", "Exchange them")),
+    (yaml.safe_dump(LOAN | {"contract": LOAN["contract"] | {"repaid": {"type": "category", "values": [False, True], "role": "target"}}}), ("found False", "in quotes")),
+    (yaml.safe_dump(LOAN | {"contract": LOAN["contract"] | {"repaid": {"type": "text", "role": "target"}}}), ("cannot be of type 'text'", "type: category"))], ids=["empty", "list", "key", "type", "bounds", "yes and no", "words"])
+def test_a_spec_that_is_written_otherwise(mlray, project, text, words):
+    (project / "s.yaml").write_text(text)
+    letter(*mlray("check", "s.yaml")[::2], *words)
+    assert empty(project)
+
+
+def test_rows_where_a_spec_was_expected(mlray, project):
+    loans(project)
+    letter(*mlray("train", "loans.csv")[::2], "holds rows", "mlray new NAME --from loans.csv --target COLUMN")
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    (LOANS.splitlines()[0] + "\n", ("no rows",)), ("", ("is empty",)), ("\n".join(LOANS.splitlines()[:2]), ("1 row", "20 at least")), (LOANS.replace("sex;", "age;"), ("'age' 2 times",)),
+    (LOANS.replace("\n22;", "\n22;;;"), ("row 4 has 7 values",)), (LOANS.encode("utf-16"), ("UTF-16",))], ids=["header alone", "empty", "one row", "name twice", "ragged", "utf-16"])
+def test_a_project_of_rows_that_are_none(mlray, project, data, words):
+    loans(project, data)
+    letter(*mlray("new", "mine", "--from", "loans.csv", "--target", "repaid")[::2], *words)
+    assert not (project / "mine").exists() and not list(project.glob("mine-part-*"))
+
+
+def test_a_project_of_no_file_no_column(mlray, project, monkeypatch):
+    loans(project)
+    letter(*mlray("new", "mine", "--from", "loan.csv", "--target", "repaid")[::2], "no file loan.csv", "Did you mean 'loans.csv'?")
+    letter(*mlray("new", "mine", "--from", ".", "--target", "repaid")[::2], "is a folder", "loans.csv")
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    letter(*mlray("new", "mine", "--from", "loans.csv")[::2], "--target", "age, income, sex, opened, repaid")
+
+
+def test_interrupted(project):
+    "Ctrl-C: one line that says how to go on, and 130."
+    run = subprocess.Popen([sys.executable, "-c", "from mlray.cli import main; main()", "train", write(project / "s.yaml", train={"epochs": 100_000, "patience": 100_000})], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in run.stderr:
+        if "epoch 1 " in line: break
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 130 and not out and "Traceback" not in err
+    assert err.splitlines()[-1] == "mlray: stopped. The same command with --resume goes on from the last epoch that was kept."
+
+
 def test_a_version_that_does_not_exist(mlray, trained, project, monkeypatch):
     letter(*mlray("promote", "diabetes/7")[::2], "no model 'diabetes'")
     monkeypatch.setenv("MLRAY_HOME", str(trained[0].home))

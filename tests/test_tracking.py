@@ -152,22 +152,38 @@ tracker = ProgressTracker()
 tracker.expect(20)
 for step in range(1, 13): tracker.log({"valid_loss": 1 / step}, step)
 tracker.finish({})
+""", """
+from pathlib import Path
+from mlray import read_spec, train
+from mlray.settings import Settings, shipped
+run = train(read_spec(shipped("configs") / "diabetes.yaml", ["train.epochs=3"]), Settings(root=Path("."), home=Path(".mlray"), tracking="disabled"))
+""", """
+from mlray.search import Trial
+from mlray.spec import changed
+from mlray.tuned import SearchProgress
+spec = read_spec(shipped("configs") / "diabetes.yaml", ["search={trials: 4, direction: minimize, space: {model.dropout: {low: 0, high: 0.4}}}"])
+show = SearchProgress(spec)
+trials = [Trial(n, str(n), {"model.dropout": n / 10}, 3, 1 / n, None, 0.1, 100 * n) for n in range(1, 5)]
+for n in range(5): show(trials[:n], 4)
 """
 
 
 def test_a_run_in_a_notebook_shows_a_bar_in_its_cell(tmp_path):
-    "In a real kernel: the bar is a display of the cell, not a heap of lines on stderr."
+    "In a real kernel: the bar is a display of the cell, not a heap of lines on stderr; `mlray.train` has it by itself, and a search one of its own."
     import subprocess
     import sys
 
     import nbformat
     page = tmp_path / "page.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)]), page)
-    subprocess.run([sys.executable, "-c", f"import nbformat, nbclient; page = {str(page)!r}; notebook = nbformat.read(page, 4); nbclient.NotebookClient(notebook, timeout=90, kernel_name='python3').execute(); nbformat.write(notebook, page)"], check=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in NOTEBOOK]), page)
+    subprocess.run([sys.executable, "-c", f"import nbformat, nbclient; page = {str(page)!r}; notebook = nbformat.read(page, 4); nbclient.NotebookClient(notebook, timeout=90, kernel_name='python3').execute(); nbformat.write(notebook, page)"], check=True, cwd=tmp_path)
     notebook = nbformat.read(page, 4)
-    outputs = notebook.cells[0].outputs
-    shown = " ".join(str(o.get("data", o.get("text"))) for o in outputs) + str(notebook.metadata)
-    assert "12/20" in shown and not [o for o in outputs if o.output_type == "stream" and o.name == "stderr"], outputs
+    outputs = [c.outputs for c in notebook.cells]
+    bar, trained, searched = (" ".join(str(o.get("data", o.get("text"))) for o in each) for each in outputs)
+    assert "12/20" in bar + str(notebook.metadata) and not [o for each in outputs for o in each if o.output_type == "stream" and o.name == "stderr"], outputs
+    assert "epoch 3/3" in trained and "diabetes/1" in trained and trained.count("<polyline") == 2, "losses as lines, and no line of a number of an epoch"
+    assert "trial 4/4" in searched and "best is 4: valid_loss 0.25" in searched and searched.count("<svg") == 2, "the best so far as a line, and the front"
+    assert [len(each) for each in outputs] == [1, 1, 1], "one card a cell, replaced"
 
 
 def test_json_alone_is_printed_when_json_is_asked_for(tmp_path):
