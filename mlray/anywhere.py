@@ -158,7 +158,7 @@ def answer(
     if ending.exit_code in (0, 1) and results.strip(): return json.loads(results)
     letters = [line.removeprefix("mlray: ") for line in lines if line.startswith("mlray: ")]
     why = letters[-1] if letters else ending.said or f"It ended as {ending.status.lower()}, and said: {' '.join(lines[-3:]) or 'nothing'}"
-    raise (Unavailable if ending.exit_code == 3 else MlrayError)(f"{why.rstrip()} {look}")
+    raise (Unavailable if ending.exit_code == 3 else MlrayError)(f"{why.rstrip().rstrip('.')}. {look}")
 
 # %% ../nbs/58x_anywhere.ipynb #bd6f92cb
 def _elsewhere(words: Sequence[str], settings: "Settings | None", on: str, read: "RunSpec | None", tracker: "Tracker | None") -> tuple[Any, str]: # what was printed, and where
@@ -166,7 +166,7 @@ def _elsewhere(words: Sequence[str], settings: "Settings | None", on: str, read:
     import yaml
 
     from mlray.place import destination
-    from mlray.progress import ProgressTracker, told
+    from mlray.progress import ProgressTracker, in_cell, told
     from mlray.submit_cli import Unmarked, look, submit
     from mlray.submit_on_ray import JobServer
     there, address = destination(on, None)
@@ -177,10 +177,10 @@ def _elsewhere(words: Sequence[str], settings: "Settings | None", on: str, read:
         if spec and read: spec.write_text(yaml.safe_dump(read.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8")
         name, along = submit(server, [*words, *([spec.name] if spec else []), *(["--on", "ray"] if words[0] != "reproduce" else []), "--json", "--env", there.env], there, spec, read, told=True)
     person.note(f"{name} on {address} ({along})")
-    results, lines = list[str](), list[str]()
+    results, lines, trials = list[str](), list[str](), _Heard(read)
 
     def other(line: str) -> None:
-        if read and told(line, read, person): return
+        if read and told(line, read, person, trials if in_cell() else lambda found, most: None): return
         lines.append(line.rstrip())
         sys.stderr.write(line)
 
@@ -190,6 +190,22 @@ def _elsewhere(words: Sequence[str], settings: "Settings | None", on: str, read:
     return answer(ending, "".join(results), lines, look(name, on)), address
 
 # %% ../nbs/58x_anywhere.ipynb #f21e40d9
+class _Heard:
+    "Trials of a search elsewhere, shown here."
+
+    def __init__(self, spec: "RunSpec | None"):
+        self.spec, self.trials = spec, list["Trial"]()
+        self.shown: Callable[[Sequence[Trial], int], None] | None = None
+
+    def __call__(self, found: Mapping[str, Any], most: int) -> None:
+        from mlray.search import Trial
+        from mlray.tuned import SearchProgress
+        assert self.spec
+        self.shown = self.shown or SearchProgress(self.spec)
+        self.trials.append(Trial(**found))
+        self.shown(self.trials, most)
+
+
 def _read(spec: "RunSpec | str | Path") -> "RunSpec":
     from mlray.spec import RunSpec, read_spec
     return spec if isinstance(spec, RunSpec) else read_spec(spec)
@@ -211,19 +227,19 @@ def train(
     settings: "Settings | None" = None,     # default: the environment of this folder
     on: str = "local",                      # local, ray, an environment that has `jobs`, or http://HEAD:8265
     *,
-    tracker: "Tracker | None" = None,       # who listens; default: nobody in this process, this cell everywhere else
+    tracker: "Tracker | None" = None,       # who listens; default: this cell, and in a script nobody as long as it is this process
     resume: bool = False,                   # go on where the same run stopped, if it did
     **ports: Any,                           # `backend`, `registry` and `supply` of `mlray.run.train`, where it runs in this process
 ) -> "Run | Trained":
     "A run from rows to a registered version, wherever it is to be. The version exists whatever its verdict."
+    from mlray.progress import ProgressTracker, in_cell
     read = _read(spec)
     if _place(on) == "local":
         from mlray.run import train as run
-        return run(read, settings, tracker=tracker, resume=resume, **ports)
+        return run(read, settings, tracker=tracker or (ProgressTracker() if in_cell() else None), resume=resume, **ports)
     if ports: raise SpecError(f"on={on!r} chooses {', '.join(ports)} by itself. Leave {'it' if len(ports) == 1 else 'them'} out, or train in this process.")
     if on != "ray": return trained(*_elsewhere(["train", *["--resume"] * resume], settings, on, read, tracker))
     from mlray.commands import train_run
-    from mlray.progress import ProgressTracker
     return train_run(read, _here(settings), "ray", resume, tracker or ProgressTracker())
 
 # %% ../nbs/58x_anywhere.ipynb #70b1d0c3
@@ -239,8 +255,9 @@ def tune(
     if read.search is None: raise SpecError(f"{read.name} has no `search`. Say where to look, such as `search: {{trials: 20, space: {{train.learning_rate: {{low: 1.0e-4, high: 0.1, log: true}}}}}}`.")
     if _place(on) not in ("local", "ray"): return searched(*_elsewhere(["tune"], settings, on, read, tracker))
     from mlray.commands import tune_run
-    from mlray.progress import ProgressTracker
-    return tune_run(read, _here(settings), on, tracker or ProgressTracker())
+    from mlray.progress import ProgressTracker, in_cell
+    from mlray.tuned import SearchProgress
+    return tune_run(read, _here(settings), on, tracker or ProgressTracker(), SearchProgress(read) if in_cell() else None)
 
 # %% ../nbs/58x_anywhere.ipynb #70b1d0c4
 def run_gates(

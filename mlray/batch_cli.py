@@ -28,7 +28,7 @@ batch_app = typer.Typer(rich_markup_mode=None)
 def predict_batch(
     reference: str,     # name (the version in production), name@alias, name/3
     source: str,        # CSV, Parquet, JSON lines, Arrow: a path, a glob, a URI; or a Delta table
-    out: str,           # a folder for Parquet files, or one file: .csv, .parquet, .jsonl
+    out: str,           # a folder for Parquet files, or one file: .csv, .parquet, .jsonl; a path or a URL
     on: str = "local",  # or ray
     journal: bool = False, # record each answer, as a service does
     settings: "Settings | None" = None, # None: those of the environment
@@ -36,20 +36,22 @@ def predict_batch(
     reasons: int = 0,   # of each answer: what weighs most in it
 ) -> "Batch":
     "Answer every row of a source, here or on Ray; called again after a kill, it goes on."
+    from mlray.batch_in_bucket import place_of
     from mlray.batch_run import in_process, predict_file
     chosen = settings or settings_of(None)
-    if on == "local": return predict_file(reference, source, out, chosen, in_process, journal, progress, reasons)
+    place = place_of(out, chosen)
+    if on == "local": return predict_file(reference, source, place, chosen, in_process, journal, progress, reasons)
     if on != "ray": raise SpecError(f"--on {on!r} is not understood. {suggest(on, ['local', 'ray'])}")
     from mlray.cluster_on_ray import cluster
     with cluster(chosen):
         from mlray.predict_on_ray import on_ray
-        return predict_file(reference, source, out, chosen, on_ray, journal, progress, reasons)
+        return predict_file(reference, source, place, chosen, on_ray, journal, progress, reasons)
 
 
 @batch_app.command()
 def predict(reference: Annotated[str, typer.Argument(metavar="VERSION", help="name (the version in production), name@alias or name/3.")],
             source: Annotated[str, typer.Argument(metavar="IN", help="CSV, Parquet, JSON lines or Arrow: a path, a glob or a URI; or a Delta table.")],
-            out: Annotated[str, typer.Argument(metavar="OUT", help="A folder for Parquet files; or one file: .csv, .parquet, .jsonl.")],
+            out: Annotated[str, typer.Argument(metavar="OUT", help="A folder for Parquet files, or one file: .csv, .parquet, .jsonl; a path, or a URL such as s3://bucket/answers.")],
             on: Annotated[str, typer.Option("--on", metavar="WHERE", help="local, ray, an environment that has `jobs`, or http://HEAD:8265: IN goes along if it is here, OUT is where all nodes see it.")] = "local",
             journal: Annotated[bool, typer.Option("--journal", help="Record each answer, as a service does; `mlray monitor NAME --arm batch` reads it.")] = False,
             reasons: Annotated[int, typer.Option("--explain", metavar="N", min=0, max=100, help="With the N strongest reasons of each answer, by LIME; some hundredths of a second a row.")] = 0, env: Env = None, as_json: Json = False) -> None:
