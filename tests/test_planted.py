@@ -212,7 +212,10 @@ def test_planted_values_are_nowhere(gates, whole, tmp_path, monkeypatch, caplog)
     assert streets and all(name.startswith(("journal/", "reports/")) for name in streets), f"what is kept raw is in the journal, and on the page about mistakes that shows some of it, and nowhere else: {({k: sorted(v)[:3] for k, v in streets.items()})}"
     aside = settings.home / "quarantine"
     assert found(aside, SECRET) and aside.stat().st_mode & 0o777 == 0o700 and all(p.stat().st_mode & 0o777 == 0o600 for p in aside.iterdir()), "rows put aside are as they came, for their owner alone"
-    erased = (0, 1, 40, 41, 80, 119)
+    pages = "".join(p.read_text() for p in (settings.home / "reports").rglob("*.ipynb"))
+    shown = [i for i in range(10, 120) if f'"r-{i}"' in pages or (f">r-{i}<" in pages and STREETS[i] in pages)]
+    assert bool(shown) == whole
+    erased = (0, 1, 40, 41, 80, 119, *(i for i in shown[:1] if i not in (40, 41, 80, 119)))
     for i in erased:
         done = json.loads(CliRunner().invoke(app, ["journal", "erase", PEOPLE[i], "--json"]).stdout)
         assert (done["rows"], done["feedback"], done["aside"]) == (1, 1, int(i % 40 in (0, 1))), done
@@ -224,6 +227,7 @@ def test_planted_values_are_nowhere(gates, whole, tmp_path, monkeypatch, caplog)
         letter = str(CliRunner().invoke(app, ["journal", "erase", what]).exception)
         assert kept in letter and ("send as person: `mlray journal erase PERSON`" in letter or kept.startswith("Did")), letter
     assert found(settings.home, [STREETS[8]]), "what leads to nobody erases nobody"
+    assert not list((settings.home / "reports").rglob("*.*")), "a page about mistakes that showed somebody goes with them"
     gone = [v[i] for i in (*erased, *by_column) for v in (NAMES, MAILS, list(map(str, NUMBERS)), STREETS, PEOPLE)]
     assert not (left := found(settings.home, gone)), left
     assert found(settings.home, [STREETS[2]]), "of others nothing is taken"
