@@ -270,7 +270,7 @@ def test_logs_of_the_service_and_of_ray_hold_nothing(placement, tmp_path, monkey
     logs = [p for p in (session / "logs").rglob("*") if p.is_file()]
     hits = found(session, (*SECRET, "Quuxgasse"))
     print(f"\n{len(logs)} log files of Ray's session, {sum(p.stat().st_size for p in logs) / 1e6:.1f} MB, {placement}: {sum(map(len, hits.values()))} planted values found {({k: sorted(v)[:3] for k, v in hits.items()})}")
-    assert len(logs) > 20 and any("serve" in name for name in found(session / "logs", ["loans"])), "the service has written of its model, so it is the right folder"
+    assert len(logs) > 20 and any("serve" in name for name in found(session / "logs", ["Gateway"])), "the service has written there, so it is the right folder"
     assert not hits
     kept = found(settings.home, SECRET, but="quarantine")
     assert not kept, kept
