@@ -3611,6 +3611,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mlray.whose.Unreached': ('whose.html#unreached', 'mlray/whose.py'),
                              'mlray.whose.Unreached.sentence': ('whose.html#unreached.sentence', 'mlray/whose.py'),
                              'mlray.whose._at': ('whose.html#_at', 'mlray/whose.py'),
+                             'mlray.whose._strangers': ('whose.html#_strangers', 'mlray/whose.py'),
                              'mlray.whose.contracts_of': ('whose.html#contracts_of', 'mlray/whose.py'),
                              'mlray.whose.rows_of_caller': ('whose.html#rows_of_caller', 'mlray/whose.py'),
                              'mlray.whose.rows_with': ('whose.html#rows_with', 'mlray/whose.py'),

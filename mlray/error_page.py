@@ -19,7 +19,7 @@ import nbformat
 
 from .errors import GateError
 from .gate_on_papermill import check_parameters, environment_of, execute, kernels_with
-from .gate_page import kept, nowhere, page_bytes, places, secrets_in, unsaid
+from .gate_page import kept, known_to, nowhere, page_bytes, places, reached_by, secrets_in, unsaid
 from .settings import Settings, shipped
 
 # %% ../nbs/49b_error_page.ipynb #46e18f74
@@ -44,7 +44,7 @@ def run_report(
     secrets, local = secrets_in({**os.environ, **variables}), places(variables)
     with TemporaryDirectory() as scratch:
         out = Path(scratch) / path.name
-        broken = execute(path, out, given, timeout, kernels_with(variables))
+        broken = execute(path, out, given, timeout, kernels_with({**known_to(reached_by(None, settings)), **variables}))
         if not out.is_file(): raise GateError(f"The report {name} of {version} did not run: {nowhere(unsaid(broken, secrets), local)}.")
         page, _ = kept(nbformat.read(out, as_version=4), secrets, local)
     folder.mkdir(parents=True, exist_ok=True)

@@ -180,9 +180,9 @@ def known_to(
     return {n: v for n, v in environment.items() if (plain(n) or asked(n)) and not _KEPT_FROM.fullmatch(n)}
 
 
-def reached_by(spec: RunSpec, settings: Settings) -> tuple[str, ...]: # for `known_to`
+def reached_by(spec: RunSpec | None, settings: Settings) -> tuple[str, ...]: # for `known_to`
     "The variables by which the rows of a spec, the registry and its bytes are reached."
-    sources = spec.data.sources.values()
+    sources = spec.data.sources.values() if spec else ()
     named = [name for s in sources for name in (s.sql and s.sql.uri_env, s.kafka and s.kafka.brokers_env) if name]
     schemes = {url.partition("://")[0] for url in (settings.store, settings.registry_url, *(s.file or s.delta or "" for s in sources)) if "://" in url}
     return tuple(dict.fromkeys([*named, *(one for scheme in sorted(schemes) for one in _STORES.get(scheme, ())), *settings.gate_variables]))

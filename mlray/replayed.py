@@ -51,6 +51,7 @@ def _fill(bundle: Bundle, name: str, shown: pl.Series | None, rows: int) -> pl.S
     if column.nullable and shown is None: return pl.Series(name, [None] * rows, dtype=dtype)
     whole: Any = None
     if reference is not None and reference.known: whole = _in_band(reference, -np.inf, np.inf) if reference.numeric else reference.bins[int(np.argmax(reference.counts[:-1]))] if reference.bins else None
+    if whole is None and column.type in ("category", "text") and not column.values: whole = OTHERS # no value that may be told: one that training has not seen
     if shown is None or column.type not in ("integer", "number", "category") or reference is None:
         if whole is None and not column.nullable: raise DataError(f"{name!r} is not kept in the journal, and nothing is known to fill it with. Keep it (contract: `journal: raw`), or replay rows of another model.")
         return pl.Series(name, [whole] * rows).cast(dtype, strict=False)

@@ -50,13 +50,13 @@ class Unreached:
     "A journal in which a column leads to nobody."
     model: str
     column: str
-    kept: str               # bucket, drop, or nothing: it was never asked for
+    kept: str               # bucket, drop, nothing: it was never asked for, or unknown
     callers: tuple[str, ...] # columns by which callers say whom a row is about
     others: tuple[str, ...] # columns of persons that lead to rows
 
     @property
     def sentence(self) -> str:
-        how = {"bucket": "as a bucket, which many share", "drop": "not at all"}.get(self.kept, "not at all: it is no column of a request")
+        how = {"bucket": "as a bucket, which many share", "drop": "not at all", "unknown": "nobody knows how, for that version is in no registry any more"}.get(self.kept, "not at all: it is no column of a request")
         keys = [*([f"what its callers send as {' or '.join(self.callers)}: `mlray journal erase PERSON`"] if self.callers else []), *([f"a value of {' or '.join(self.others)}: `mlray journal erase {self.others[0]}=VALUE`"] if self.others else [])]
         return f"The journal of {self.model} keeps {self.column} {how}, so that nobody is found in it by that. " + (f"Give {', or '.join(keys)}." if keys else "Nothing else in it leads to a person either.")
 
@@ -119,8 +119,15 @@ def rows_with(
         raw = [f"{m}/{v}" for (m, v), c in of.items() if kept_as(c) == "raw"] # elsewhere the same word may be the name of a bucket
         as_it_is = pl.concat_str("model", "version", separator="/").is_in(raw) & stands(pl.col(name), schema[name], texts)
         where = where.fill_null(False) | pl.col(name).cast(pl.String, strict=False).is_in(list(marks)).fill_null(False) | as_it_is.fill_null(False)
-    found = Theirs(marks, _at(folder, where.fill_null(False)), unreached(contracts, column))
+    found = Theirs(marks, _at(folder, where.fill_null(False)), (*unreached(contracts, column), *_strangers(folder, name if name in schema else "", contracts)))
     return Theirs(marks | found.row_marks, found.rows, found.unreached)
+
+
+def _strangers(folder: Path, name: str, contracts: Mapping[tuple[str, str], Contract]) -> list[Unreached]:
+    "Versions that have a column in the journal, and no contract that says what it holds."
+    if not name: return []
+    every = journaled(folder).filter(pl.col(name).is_not_null()).select("model", "version").unique().sort("model", "version").collect().iter_rows()
+    return [Unreached(f"{m}/{v}", name.removeprefix("column:"), "unknown", ("the person",), ()) for m, v in every if (m, v) not in contracts]
 
 
 def unknown(column: str, contracts: Mapping[tuple[str, str], Contract]) -> str: # empty: some contract has it

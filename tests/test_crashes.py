@@ -37,6 +37,7 @@ from mlray.registry import (
     generation,
     promote,
     register,
+    remove,
     retire,
     rollback,
     versions,
@@ -148,7 +149,7 @@ POINTS = [
     Point("register: inside the lock", "register", "mlray.registry:load_bundle"), *written("register", "INSERT INTO versions"),
     Point("gate: half its page", "gate", FILE, "half"), Point("gate: after its page", "gate", NAME, "after"), *written("gate", "INSERT INTO evidence"),
     *written("promote", "UPDATE aliases", "INSERT INTO moves"), Point("rollback: before it reads the bytes", "rollback", "mlray.registry:load_bundle"), *written("rollback", "UPDATE aliases", "INSERT INTO moves"),
-    *written("retire", "UPDATE versions"), Point("gc: before a name is gone", "gc", "mlray.store:Store.put_aside", kept=False), Point("gc: after one name is gone", "gc", "mlray.store:Store.put_aside", "after"),
+    *written("remove", "DELETE FROM aliases"), *written("retire", "UPDATE versions"), Point("gc: before a name is gone", "gc", "mlray.store:Store.put_aside", kept=False), Point("gc: after one name is gone", "gc", "mlray.store:Store.put_aside", "after"),
     *written("gc"), Point("gc: before the bytes are gone", "gc", "mlray.store:Store.erase", kept=True), Point("gc: after some bytes are gone", "gc", "mlray.store:Store.erase", "after", kept=True)]
 
 
@@ -165,7 +166,8 @@ def do(registry: Registry, what: str, **given: Any) -> tuple[str, str, Any]:
         return "gate", str(v), add_evidence(registry, v, "quality", PASSED, given["page"]).page
     if what == "promote":
         v = given.get("version") or found[0]
-        return "promote", str(v), promote(registry, v)
+        return "promote", str(v), promote(registry, v, given.get("alias", "production"))
+    if what == "remove": return "remove", str(remove(registry, "tiny", "canary", "it was tried")), "it was tried"
     if what == "rollback":
         v, new = rollback(registry, "tiny")
         return "rollback", str(v), new
@@ -178,7 +180,7 @@ def do(registry: Registry, what: str, **given: Any) -> tuple[str, str, Any]:
 def told(entry: Entry) -> tuple[str, str, Any]:
     "The same of a row of the audit."
     d = entry.details
-    return entry.action, entry.object, {"register": lambda: d["digest"], "gate": lambda: d["page"], "promote": lambda: d["generation"], "rollback": lambda: d["generation"], "retire": lambda: d["why"],
+    return entry.action, entry.object, {"register": lambda: d["digest"], "gate": lambda: d["page"], "promote": lambda: d["generation"], "rollback": lambda: d["generation"], "retire": lambda: d["why"], "remove": lambda: d["why"],
                                         "gc": lambda: sorted(d["digests"])}[entry.action]()
 
 
@@ -213,6 +215,7 @@ def prepared(registry: Registry, home: Path, what: str, seed: int) -> dict[str, 
     if what == "promote" and not generation(registry, "tiny"): promote(registry, ready[1])
     if what == "rollback":
         for v in (ready[1], ready[0]): promote(registry, v)
+    if what == "remove": promote(registry, ready[0], "canary")
     return {"version": ready[0]}
 
 
@@ -250,7 +253,7 @@ def die_at(point: Point, url: str, home: Path, seed: int) -> None:
 
 
 HANDFUL = ["open: after the table moves", "register: half its third file", "register: before the commit", "register: after the commit", "gate: after its seal", "promote: half an anchor",
-           "rollback: after INSERT INTO moves", "retire: before the answer", "gc: after one name is gone"]
+           "rollback: after INSERT INTO moves", "remove: after DELETE FROM aliases", "retire: before the answer", "gc: after one name is gone"]
 
 
 @pytest.mark.parametrize("fresh", ["sqlite", "postgresql"], indirect=True)
@@ -275,10 +278,11 @@ def write_on(url: str, home: Path, seed: int, said: Connection) -> None:
     rng, registry = random.Random(seed), opened(url, home, f"p{seed}")
     said.send("ready")
     for turn in range(10_000):
-        what = rng.choices(["register", "gate", "promote", "rollback", "retire", "gc"], [4, 3, 4, 2, 1, 1])[0]
+        what = rng.choices(["register", "gate", "promote", "rollback", "remove", "retire", "gc"], [4, 3, 5, 2, 1, 1, 1])[0]
         mine = [v for v in versions(registry, "tiny") if not v.retired and evidence(registry, v)]
         if not mine and turn < 2: what = ("register", "gate")[turn] # so that there is something to do the other things with
         given: dict[str, Any] = {"version": rng.choice(mine)} if mine and what in ("promote", "retire") else {}
+        if what == "promote" and rng.random() < 0.3: given["alias"] = "canary"
         if what == "register": given["bundle"] = tiny(home / f"made{seed}", turn + 1000 * seed).path
         if what == "gate": given["page"] = f"{seed} {turn}".encode()
         if what == "gc" and rng.random() < 0.5: registry.store.put(rng.randbytes(32).hex(), {"a": b"never registered"})

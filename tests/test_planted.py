@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from mlray.access import new_key
@@ -21,7 +22,8 @@ from mlray.journal import Journal
 from mlray.keeping import Recorder, read_keys
 from mlray.monitor import gauges, monitor, page
 from mlray.plan import plan_of
-from mlray.registry import bundle_of, open_registry, promote, version
+from mlray.registry import add_key, bundle_of, open_registry, promote, version
+from mlray.routes import CONSOLE
 from mlray.run import train
 from mlray.served import Served
 from mlray.service import Service
@@ -30,6 +32,8 @@ from mlray.spec import parse_spec
 from mlray.track_on_wandb import WandbTracker
 from mlray.traffic import Line
 from mlray.wire import Asked, at_once
+from tests.conftest import free_port
+from tests.test_lineage import Recorder as Listener
 
 ROWS = 480
 NAMES, MAILS, NUMBERS = [f"Wilhelmina Quzzabel{i:03}" for i in range(ROWS)], [f"quzz{i:03}@planted.example" for i in range(ROWS)], [913_700_000 + 7 * i * i + 113 for i in range(ROWS)]
@@ -116,6 +120,27 @@ def bad_request(at: Service, key: str, row: dict, caplog) -> None:
     assert at.answer("loans", json.dumps({"instances": [row]}).encode(), "nobody's", "bad-key").status == 401
 
 
+def console(settings: Settings) -> list[str]:
+    "Every page of the console, and one answer that was searched for by its id and by its person."
+    from mlray.access import Caller
+    from mlray.console_acts import console_of
+    from mlray.console_alone import app_of
+    from tests.test_console import csrf
+    key, text = new_key("admin", "root")
+    add_key(open_registry(settings, "root"), key)
+    client = TestClient(app_of(console_of(settings, Caller("root"))), base_url="http://127.0.0.1")
+    client.post("/console/login", data={"key": text})
+    words = {"gate": ["quality"], "paper": ["card", "data-sheet", "runbook", "compliance"]}
+    paths = [route.path.replace("{model}", "loans").replace("{version}", "1").replace("{word}", word) for route in CONSOLE if route.method == "GET" and route.name not in ("enter", "asset", "login") for word in words.get(route.name, [""])]
+    pages = {path: client.get(path) for path in paths}
+    assert sum(p.status_code == 200 for p in pages.values()) >= len(pages) - 1, {k: p.status_code for k, p in pages.items()} # where no gate ran, there is no page of one
+    one = client.post("/console/journal", data={"csrf": csrf(client), "id": "r-3"})
+    theirs = client.post("/console/journal", data={"csrf": csrf(client), "person": PEOPLE[3]})
+    assert one.status_code == theirs.status_code == 200 and all("r-3" in p.text for p in (one, theirs)), (one.text[-400:], theirs.text[-400:])
+    assert not any(v in theirs.text for v in (NAMES[3], MAILS[3], str(NUMBERS[3])))
+    return [*(p.text for p in pages.values()), one.text]
+
+
 def lived(root: Path, gates: tuple[str, ...], whole: bool, monkeypatch, caplog) -> tuple[Settings, list[str]]: # and what people saw
     "Checked, trained, served, told; as a `whole` also tracked, judged, watched, looked into."
     from mlray.cli import app
@@ -152,10 +177,19 @@ def lived(root: Path, gates: tuple[str, ...], whole: bool, monkeypatch, caplog) 
         assert at_once(at.reply(Asked("feedback", "feedback:write", f"f-{i}", json.dumps(told).encode(), tells))).status == 202
     bad_request(at, asks, frame.drop("good").row(3, named=True), caplog)
     answers.close(), feedback.close()
-    said.append(caplog.text)
+    said.extend([caplog.text, *console(settings)])
     if not whole: return settings, said
     report = monitor(settings, bundle, "1", time.time() + 7200)
     said.extend([page(report), gauges(report), *report.sentences])
+    with Listener() as listener: # what OpenLineage's own client sends of the same training
+        monkeypatch.setenv("OPENLINEAGE_URL", listener.url)
+        command("train", "loans.yaml")
+        monkeypatch.delenv("OPENLINEAGE_URL")
+    assert [e["eventType"] for e in listener.events][-1] == "COMPLETE"
+    said.append(json.dumps(listener.events))
+    told = settings.home / "told" # what leaves the house
+    for words in (("errors", "loans/1"), ("registry", "mirror", "--again", "mlflow"), ("registry", "mirror", "--again", "wandb"), ("registry", "export", "loans/1", str(told / "mlflow")), ("export", "loans/1", "--to", str(told / "edge")),
+                  ("registry", "backup", str(told / "backup"), "--with-keys"), ("audit", "verify"), ("delivery", "loans"), ("retrain", "loans", "--dry-run")): command(*words, code=None if words[0] in ("retrain", "delivery") else 0)
     for words in (("monitor", "loans/1"), ("monitor", "loans/1", "--html", str(settings.home / "page.html")), ("card", "loans/1"), ("card", "loans/1", "--data-sheet"), ("data",), ("show", "loans/1"), ("models",), ("worklist", "loans/1")): command(*words, code=None)
     return settings, [*said, caplog.text]
 
@@ -175,10 +209,13 @@ def test_planted_values_are_nowhere(gates, whole, tmp_path, monkeypatch, caplog)
     print(f"\n{len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB, {len(said)} pages and outputs: {sum(map(len, hits.values()))} planted values found {({k: sorted(v)[:3] for k, v in hits.items()})}")
     assert not hits
     streets = found(settings.home, ["Quuxgasse"], but="quarantine")
-    assert streets and all(name.startswith("journal/") for name in streets), f"what is kept raw is in the journal, and nowhere else: {({k: sorted(v)[:3] for k, v in streets.items()})}"
+    assert streets and all(name.startswith(("journal/", "reports/")) for name in streets), f"what is kept raw is in the journal, and on the page about mistakes that shows some of it, and nowhere else: {({k: sorted(v)[:3] for k, v in streets.items()})}"
     aside = settings.home / "quarantine"
     assert found(aside, SECRET) and aside.stat().st_mode & 0o777 == 0o700 and all(p.stat().st_mode & 0o777 == 0o600 for p in aside.iterdir()), "rows put aside are as they came, for their owner alone"
-    erased = (0, 1, 40, 41, 80, 119)
+    pages = "".join(p.read_text() for p in (settings.home / "reports").rglob("*.ipynb"))
+    shown = [i for i in range(10, 120) if f'"r-{i}"' in pages or (f">r-{i}<" in pages and STREETS[i] in pages)]
+    assert bool(shown) == whole
+    erased = (0, 1, 40, 41, 80, 119, *(i for i in shown[:1] if i not in (40, 41, 80, 119)))
     for i in erased:
         done = json.loads(CliRunner().invoke(app, ["journal", "erase", PEOPLE[i], "--json"]).stdout)
         assert (done["rows"], done["feedback"], done["aside"]) == (1, 1, int(i % 40 in (0, 1))), done
@@ -190,6 +227,50 @@ def test_planted_values_are_nowhere(gates, whole, tmp_path, monkeypatch, caplog)
         letter = str(CliRunner().invoke(app, ["journal", "erase", what]).exception)
         assert kept in letter and ("send as person: `mlray journal erase PERSON`" in letter or kept.startswith("Did")), letter
     assert found(settings.home, [STREETS[8]]), "what leads to nobody erases nobody"
+    assert not list((settings.home / "reports").rglob("*.*")), "a page about mistakes that showed somebody goes with them"
     gone = [v[i] for i in (*erased, *by_column) for v in (NAMES, MAILS, list(map(str, NUMBERS)), STREETS, PEOPLE)]
     assert not (left := found(settings.home, gone)), left
     assert found(settings.home, [STREETS[2]]), "of others nothing is taken"
+
+
+# ---- what Ray writes ------------------------------------------------------------------------------------------------
+
+@pytest.mark.chaos
+@pytest.mark.ray
+@pytest.mark.xdist_group("ray")
+@pytest.mark.parametrize("placement", ["together", "apart"])
+def test_logs_of_the_service_and_of_ray_hold_nothing(placement, tmp_path, monkeypatch):
+    "Trained on Ray, served behind HAProxy, asked rightly and wrongly, explained, told the truth: every file of Ray's session is read."
+    import httpx
+    import ray
+
+    from mlray.cluster_on_ray import cluster
+    from mlray.commands import deploy_versions, train_run
+    frame = people()
+    frame.with_columns(income=pl.when(pl.int_range(pl.len()) % 40 == 0).then(pl.lit("none of yours")).otherwise(pl.col("income").cast(pl.String))).write_csv(tmp_path / "source.csv")
+    settings = Settings(root=tmp_path, home=tmp_path / "home", port=free_port(), object_store_mb=100, tracking="disabled", journal=True, gates=())
+    monkeypatch.chdir(tmp_path)
+    registry, ((asking, asks), (telling, tells)) = open_registry(settings), (new_key("predictor"), new_key("feedbacker"))
+    for key in (asking, telling): add_key(registry, key)
+    with cluster(settings):
+        made = train_run(parse_spec(yaml.safe_dump(SHORT | {"model": {"hidden": [8]}, "serve": {"placement": placement}})), settings, "ray")
+        promote(registry, made.version, "production", ())
+        deploy_versions(["loans"], settings)
+        ask = lambda path, body, key=asks: httpx.post(settings.url + path, content=body if isinstance(body, bytes) else json.dumps(body).encode(), headers={"authorization": f"Bearer {key}", "content-type": "application/json"}, timeout=120)
+        rows = frame.head(40).drop("good").to_dicts()
+        answers = [ask("/v1/models/loans:predict", {"instances": [row]}) for row in rows]
+        assert {r.status_code for r in answers} == {200}
+        for row, reply in zip(rows, answers, strict=True):
+            for broken in ({**row, "number": row["mail"]}, {**row, row["mail"]: 1}, {**row, "income": row["name"]}): assert ask("/v1/models/loans:predict", {"instances": [broken]}).status_code == 422
+            assert ask("/v1/models/loans:predict", b'{"instances": [{"name": "' + row["name"].encode()).status_code == 400
+            assert ask("/v1/feedback", {"feedback": [{"request_id": reply.json()["request_id"], "value": True}]}, tells).status_code == 202
+        assert ask("/v1/models/loans:explain", {"instances": rows[:1]}).status_code == 200
+        assert ask(f"/v1/models/{rows[0]['person']}:predict", {"instances": rows[:1]}).status_code == 404, "a path that holds a name"
+        session = Path(ray._private.worker._global_node.get_session_dir_path())
+    logs = [p for p in (session / "logs").rglob("*") if p.is_file()]
+    hits = found(session, (*SECRET, "Quuxgasse"))
+    print(f"\n{len(logs)} log files of Ray's session, {sum(p.stat().st_size for p in logs) / 1e6:.1f} MB, {placement}: {sum(map(len, hits.values()))} planted values found {({k: sorted(v)[:3] for k, v in hits.items()})}")
+    assert len(logs) > 20 and any("serve" in name for name in found(session / "logs", ["Gateway"])), "the service has written there, so it is the right folder"
+    assert not hits
+    kept = found(settings.home, SECRET, but="quarantine")
+    assert not kept, kept

@@ -38,11 +38,12 @@ from mlray.registry import (
     open_registry,
     promote,
     register,
+    remove,
     rollback,
     version as named,
     versions,
 )
-from mlray.release import approve
+from mlray.release import approvals, approvals_table, approve
 from mlray.rollout import Promote, RollBack
 from mlray.rollout_step import carry_out, running, standing_of, start
 from mlray.runbook import runbook
@@ -112,6 +113,9 @@ def test_what_production_asks_for_is_asked_for_in_each_region(world):
         with pytest.raises(Refused, match="0 of 1 approvals are there"): promote(registry, world.second, alias)
     assert any("0 of 1 approvals" in why for why in against(eu, world.second)), "the console says so before anybody tries"
     approve(world.registry, world.second, "production@eu")
+    assert [approvals_table(approvals(r, world.second)).rows[0][0] for r in (eu, us, world.registry)] == ["production", "production@eu", "production@eu"], "as each of them would say it"
+    with pytest.raises(RegistryError, match="There is no diabetes@canary to take away"): remove(eu, "diabetes", "canary", "why not")
+    with pytest.raises(RegistryError, match="There is no diabetes@canary@us, so nothing"): rollback(eu, "diabetes", "canary@us")
     assert [any("approval" in why for why in against(r, world.second)) for r in (eu, us)] == [False, True]
     with pytest.raises(Refused, match="for production@us` gives one"): promote(us, world.second)
     assert promote(eu, world.second) == 2
