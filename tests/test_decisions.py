@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings as hypothesis, strategies as st
 
 from mlray.bundle import decide, predict
 from mlray.calibration import Curve, calibrate, calibrated, expected_calibration_error
+from mlray.card import dossier, model_card
 from mlray.contract import labels as labels_of
 from mlray.decision import Cost, Mitigation, Threshold
 from mlray.errors import BundleError, ExplanationError, SpecError, TrainingError
@@ -230,6 +231,8 @@ def test_a_mixture_of_networks_is_one_graph_that_keeps_its_bits(place, mixed):
     gap = lambda b: fairness_report(count(rows.select("sex"), labels_of(b.contract, rows).to_numpy(), decide(b, predict(b, rows, rows.height))), 1).values["demographic_parity_difference[sex]"]
     assert gap(bundle) < min(0.5 * gap(plain), 0.08) and bundle.provenance["epochs"] == bundle.provenance["best_epoch"] == 16
     assert reproduce(bundle, str(run.version), place, LocalBackend()).identical
+    networks = bundle.provenance["mixture"]["networks"]
+    assert bundle.provenance["mixture"]["fitted"] <= 6 and f"exponentiated gradient by sex, for demographic parity: a mean of {networks} of" in repr(model_card(dossier(open_registry(place), str(run.version))))
     together = predict(bundle, rows, rows.height)
     np.testing.assert_array_equal(np.concatenate([predict(bundle, rows[i:i + 1], 1) for i in range(40)]), together[:40])
     assert sorted(p.name for p in bundle.path.iterdir()) == sorted(p.name for p in plain.path.iterdir())
