@@ -282,14 +282,14 @@ def test_no_more_networks_are_fitted_than_the_budget_allows():
     assert all(np.isclose(w.mean(), 1, atol=1e-5) for w in calls)
 
 
-@pytest.mark.chaos # about three minutes: UCI Adult, a third of its rows
+@pytest.mark.chaos # a minute of CPU: UCI Adult, a sixth of its training rows and half of its test rows
 def test_a_mixture_of_networks_closes_the_gap_on_adult(place, tmp_path):
     spec = read_spec("configs/adult.yaml")
-    for source, every in ((spec.data.train, 3), (spec.data.test, 1)):
+    for source, every in ((spec.data.train, 6), (spec.data.test, 2)):
         lines = find(source, read_settings()).read_text().splitlines()
         (tmp_path / Path(source.file).name).write_text("\n".join(lines[::every]) + "\n")
     told = {}
-    for name, more in {"plain": [], "mixed": ["mitigation={method: exponentiated_gradient, by: [sex], eps: 0.01, rounds: 12}"]}.items():
+    for name, more in {"plain": [], "mixed": ["mitigation={method: exponentiated_gradient, by: [sex], eps: 0.01, rounds: 10}"]}.items():
         run = train(read_spec("configs/adult.yaml", [f"data.train={{file: {tmp_path}/adult.data}}", f"data.test={{file: {tmp_path}/adult.test}}", "gates={}", *more]), place)
         bundle, rows = bundle_of(open_registry(place), run.version), run.rows.parts.test
         truth, decided = labels_of(bundle.contract, rows).to_numpy(), decide(bundle, predict(bundle, rows, rows.height))
