@@ -358,6 +358,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mlray.card._end': ('card.html#_end', 'mlray/card.py'),
                             'mlray.card._evidence': ('card.html#_evidence', 'mlray/card.py'),
                             'mlray.card._fairness': ('card.html#_fairness', 'mlray/card.py'),
+                            'mlray.card._for_groups': ('card.html#_for_groups', 'mlray/card.py'),
                             'mlray.card._front': ('card.html#_front', 'mlray/card.py'),
                             'mlray.card._json': ('card.html#_json', 'mlray/card.py'),
                             'mlray.card._limits': ('card.html#_limits', 'mlray/card.py'),

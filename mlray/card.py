@@ -195,11 +195,18 @@ def by_gate(found: Dossier, gate: str, otherwise: str) -> tuple[tuple[Table, ...
     return (judged(proof.verdict, f"Gate {gate}, {proof.created[:10]}: {'passed' if proof.verdict.passed else 'failed'}"),), ()
 
 # %% ../nbs/38c_card.ipynb #404c7801
+def _for_groups(b: Bundle) -> str | None:
+    "What was done so that groups fare alike."
+    asked, mixed = b.spec.mitigation, b.provenance.get("mixture")
+    if asked is None: return None
+    return f"{asked.method.replace('_', ' ')} by {', '.join(asked.by)}, for {asked.constraint.replace('_', ' ')}" + (f": a mean of {mixed['networks']} of {mixed['fitted']} networks" if mixed else "")
+
+
 def _what(found: Dossier) -> Section:
     v, b = found.version, found.bundle
     made = b.provenance.get("packages", {})
     lines = [("version", str(v)), ("points at it", v.aliases or "nothing"), ("digest", v.digest), ("registered", f"{v.created[:19]} by {v.actor}"), ("retired", v.retired), ("spec", v.spec_id),
-             ("kind", b.task.kind), ("model", b.spec.model.estimator or f"network {b.spec.model.network}"), ("features", len(b.contract.features)), ("bytes", b.size), ("parent", b.provenance.get("parent")),
+             ("kind", b.task.kind), ("model", b.spec.model.estimator or f"network {b.spec.model.network}"), ("features", len(b.contract.features)), ("bytes", b.size), ("parent", b.provenance.get("parent")), ("done for groups", _for_groups(b)),
              ("made with", ", ".join(f"{n} {x}" for n, x in made.items())), ("Python", b.provenance.get("python"))]
     text, missing = said_of(found.about, "owner", "contact", "licence")
     return Section("The model", (b.spec.description or "The spec has no description.", *text), (table(["", "value"], [r for r in lines if r[1] not in (None, "")]),), missing=missing)

@@ -168,7 +168,8 @@ def _provenance(spec: RunSpec, job: Job, rows: Rows, backend: Backend, last: Epo
     module = (spec.model.estimator or "").partition(":")[0].partition(".")[0]
     fits = ["scikit-learn", "skl2onnx", "onnxmltools", "fairlearn", *packages_distributions().get(module, [])] if module else ["scikit-learn"] if spec.model.calibration == "isotonic" else []
     packages = {p: installed(p) for p in ("mlray", "torch", "polars", "numpy", "onnx", "onnxscript", *fits)}
-    state = {"epochs": last.number, "best_epoch": int(last.metrics["best_epoch"])} | ({"privacy": job.budget.as_dict(last.number)} if job.budget else {})
+    state: dict[str, Any] = {"epochs": last.number, "best_epoch": int(last.metrics["best_epoch"])} | ({"privacy": job.budget.as_dict(last.number)} if job.budget else {})
+    if "networks" in last.metrics: state["mixture"] = {"networks": int(last.metrics["networks"]), "fitted": int(last.metrics["networks_fitted"])}
     name, _, trial = (spec.search.found or "" if spec.search else "").rpartition("/")
     found = {"search": {"name": name, "trial": int(trial), "seed": spec.search.seed}} if spec.search and name else {}
     team = {"workers_by_epoch": list(last.state.workers)} if last.state and len(set(last.state.workers)) > 1 else {}

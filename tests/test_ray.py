@@ -45,6 +45,19 @@ def test_two_workers_share_the_rows_and_agree(ray_cluster, job, tmp_path):
     assert history[-1].metrics["valid_loss"] < history[0].metrics["valid_loss"] and not same(history[-1].state.now, list(LocalBackend().train(job, "d", tmp_path))[-1].state.now)
 
 
+@pytest.mark.chaos # half a minute for what one line decides
+def test_a_mixture_of_networks_is_fitted_by_one_worker_to_the_same_bits(ray_cluster, tmp_path):
+    from mlray.rows import read_rows
+    from mlray.run import make_job
+    from mlray.settings import Settings
+    from mlray.spec import read_spec
+    from mlray.train_on_ray import RayBackend
+    spec = read_spec("configs/diabetes.yaml", ["model={network: mlp, hidden: [16], embedding: 4, bins: 4}", "train={epochs: 5, patience: 5}", "mitigation={method: exponentiated_gradient, by: [sex], eps: 0.02, rounds: 4}"])
+    job = make_job(spec, read_rows(spec, Settings(root=tmp_path, home=tmp_path)))
+    there, here = list(RayBackend(2).train(job, "there", tmp_path)), list(LocalBackend().train(job, "here", tmp_path))
+    assert [e.metrics for e in there] == [e.metrics for e in here] and there[-1].state.workers == (1,) * 6 and "mixture_shares" in here[-1].state.best and same(there[-1].state.best, here[-1].state.best)
+
+
 def worker_process() -> psutil.Process | None:
     "The training worker among our own descendants."
     for process in psutil.Process().children(recursive=True):
