@@ -14,19 +14,19 @@ from collections.abc import Awaitable, Callable
 
 from starlette.middleware import Middleware
 
-from .asgi import Receive, Scope, Send, headers_of, length_of, send_reply
+from .asgi import Headers, Receive, Scope, Send, headers_of, length_of, send_reply
 from .serve_on_ray import Gateway
 
 # %% ../nbs/43c_front_on_ray.ipynb #4e9b15b8
 _LARGE = 2**18 # bytes of a body that is read in a thread
 
 
-def _soon(gateway: Gateway, scope: Scope) -> bool:
+def _soon(gateway: Gateway, scope: Scope, headers: Headers) -> bool:
     "Whether a request is answered within this step of the event loop, or but for a canary."
     route, parts, _ = gateway.routes.find(scope["method"], gateway.path_of(scope))
     if route is None or route.name not in ("predict", "infer", "invoke"): return False
     if gateway.scoring.handles and parts.get("model") in {None, *gateway.scoring.handles}: return False
-    return (length_of(headers_of(scope)) or _LARGE + 1) <= _LARGE
+    return (length_of(headers) or _LARGE + 1) <= _LARGE
 
 
 class Front:
@@ -38,8 +38,8 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway = self.gateway or self.look()
-        if scope["type"] != "http" or gateway is None or not _soon(gateway, scope): return await self.serve(scope, receive, send)
-        with gateway.ahead: await send_reply(*await gateway.answer(scope, receive), send)
+        if scope["type"] != "http" or gateway is None or not _soon(gateway, scope, headers := headers_of(scope)): return await self.serve(scope, receive, send)
+        with gateway.ahead: await send_reply(*await gateway.answer(scope, receive, headers), send)
 
     def look(self) -> Gateway | None:
         "The gateway of this replica, once it stands."
