@@ -167,10 +167,11 @@ def test_real_clients_over_tls(diabetes, authority, stranger, tmp_path, capsys):
     from mlray.registry import add_key, bundle_of, open_registry
     from mlray.run import train
     from mlray.samples import diabetes as patients
+    from mlray.spec import changed
     from tests.test_serving import infer_message, triton_inputs
     cert, private_key = authority.vouch("localhost")
     settings = Settings(root=tmp_path, home=tmp_path / "home", port=free_port(), grpc_port=free_port(), object_store_mb=100, tracking="disabled", journal=True, tls_cert=cert, tls_key=private_key, tls_ca=authority.pem)
-    version = train(diabetes, settings).version
+    version = train(changed(diabetes, {"train.epochs": 1}), settings).version
     registry = open_registry(settings)
     key, text = new_key("admin")
     add_key(registry, key)
