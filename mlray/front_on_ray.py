@@ -1,6 +1,6 @@
 """Requests that are answered in front of what Ray Serve puts around a replica
 
-Ray Serve wraps each request in what it keeps of it: a task that waits for the client to go away, a record of its metadata, a turn of a semaphore, lines for metrics and for a log. Around an answer that is made within a turn or two of the event loop, that costs as much as the answer and protects
+Ray Serve wraps each request in what it keeps of it: a task that waits for the client to go away, a record of its metadata, a turn of a semaphore, lines for metrics and for a log. Around an answer that is made within a turn or two of the event loop, or by one call of a predictor, that costs as much as the answer and protects
 nothing. So such requests are answered in front of it, by the very same gateway, on the very same port; whatever may wait longer, and every check of health, goes on to Serve, which counts and limits it. Serve does not count what it does not see: where gateways are to be more under load, they tell it how many they answer here (`mlray.scaling_on_ray`), and `/metrics` tells of all requests.
 HAProxy holds 64 requests a replica and lets others wait, either way; a replica that is shut down finishes what it has begun, for that is its server's doing."""
 
@@ -24,10 +24,9 @@ _LARGE = 2**18 # bytes of a body that is read in a thread
 
 
 def _soon(gateway: Gateway, scope: Scope, headers: Headers) -> bool:
-    "Whether a request is answered within this step of the event loop, or but for a canary."
-    route, parts, _ = gateway.routes.find(scope["method"], gateway.path_of(scope))
+    "Whether a request is answered within this step of the event loop, but for a canary or a predictor."
+    route, _, _ = gateway.routes.find(scope["method"], gateway.path_of(scope))
     if route is None or route.name not in ("predict", "infer", "invoke"): return False
-    if gateway.scoring.handles and parts.get("model") in {None, *gateway.scoring.handles}: return False
     return (length_of(headers) or _LARGE + 1) <= _LARGE
 
 # %% ../nbs/43c_front_on_ray.ipynb #frontone1
