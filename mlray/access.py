@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from .errors import RegistryError, suggest
 
@@ -61,7 +62,12 @@ class Caller:
         model: str | None = None, # whose; None: the action is about none
     ) -> bool:
         "Whether a role of theirs allows it, for this model."
-        return any(action in ROLES.get(r, ()) for r in self.roles) and (model is None or any(fnmatchcase(model, glob) for glob in self.models))
+        return _may(self.roles, self.models, action, model)
+
+
+@lru_cache(4096)
+def _may(roles: tuple[str, ...], models: tuple[str, ...], action: str, model: str | None) -> bool:
+    return any(action in ROLES.get(r, ()) for r in roles) and (model is None or any(fnmatchcase(model, glob) for glob in models))
 
 # %% ../nbs/31_access.ipynb #9e781d87
 def new_key(

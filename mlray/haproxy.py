@@ -46,7 +46,7 @@ def closed(
     mended = re.sub(r"(?m)^(defaults\n)", lambda m: m[1] + "".join(f"    {line}\n" for line in limits) + "    option http-buffer-request\n    option dontlog-normal\n", mended) # the time limit of a request holds for the beginning of its body too
     mended = re.sub(r"(?m)^(\s*)errorfile (50[234]) .*$", lambda m: f"{m[1]}http-error status {m[2]} {_BUSY}", mended)
     mended = re.sub(r"(?m)^(frontend http_frontend\n\s*bind [^\n]*)\n", lambda m: m[1] + f" ssl crt {pem} alpn http/1.1" * bool(pem) + "\n" + "".join(f"    http-request del-header {h}\n" for h in _STRIPPED), mended)
-    mended = re.sub(r"(?m)^(frontend grpc_frontend\n\s*bind \S+) proto h2\n", lambda m: m[1] + (f" ssl crt {pem} alpn h2" if pem else " proto h2") + f"\n    {_UNTOLD}\n", mended)
+    mended = re.sub(r"(?m)^(frontend grpc_frontend\n(?:[ \t]*#[^\n]*\n)*\s*bind \S+) proto h2\n", lambda m: m[1] + (f" ssl crt {pem} alpn h2" if pem else " proto h2") + f"\n    {_UNTOLD}\n", mended)
     mended = re.sub(r"(?m)^(backend (?!default_backend)(?!\S*-via-ingress-request-router)\S+\n)", lambda m: m[1] + f"    http-request return status 503 {_BUSY} if {{ queue ge {queued} }}\n", mended)
     mended = re.sub(r"(?m)^(\s*server \S+ \S+ (?:proto h2 )?check(?!.* maxconn).*)$", rf"\1 maxconn {ongoing}", mended)
     return re.sub(r"(?m)^(\s*)(acl routes path .*\n)", rf"\1\2\1{_CLOSED}\n", mended)

@@ -12,6 +12,7 @@ __all__ = ['PUBLIC', 'ROUTES', 'CONSOLE', 'Route', 'Routes']
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .access import ROLES
 from .errors import ServingError
@@ -98,10 +99,14 @@ class Routes:
         for r in self.table:
             if r.action not in known: raise ServingError(f"{r.method} {r.path} has the action {r.action!r}, which no role allows. Give the route an action of mlray.access.ROLES, or {PUBLIC!r} if it tells nothing.")
         self._plain = {(r.path, r.method): r for r in self.table if "{" not in r.path}
+        self._known = lru_cache(1024)(self._search)
         self._open = [(r, re.compile(re.sub(r"\\\{(\w+)\\\}", lambda m: _PART[m[1]], re.escape(r.path)))) for r in self.table if "{" in r.path]
 
     def find(self, method: str, path: str) -> tuple[Route | None, Mapping[str, str], tuple[str, ...]]: # the route, its parts, and the methods that this path has
-        "Which route is meant."
+        "Which route is meant. A path of usual length that was asked for lately is known."
+        return (self._known if len(path) <= 256 else self._search)(method, path)
+
+    def _search(self, method: str, path: str) -> tuple[Route | None, Mapping[str, str], tuple[str, ...]]:
         if found := self._plain.get((path, method)): return found, {}, (method,)
         methods = []
         for route, pattern in self._open:

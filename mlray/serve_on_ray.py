@@ -178,9 +178,9 @@ class Gateway(Standing):
         response.raw_headers = headers_of_reply(reply) # Serve adds x-request-id
         return response
 
-    async def answer(self, scope: Scope, receive: Receive) -> tuple[Reply, str]: # and what the request is called
+    async def answer(self, scope: Scope, receive: Receive, headers: Headers | None = None) -> tuple[Reply, str]: # and what the request is called
         "The reply to a request of HTTP."
-        headers = headers_of(scope)
+        headers = headers_of(scope) if headers is None else headers
         request_id = id_of(headers)
         try: return await self.reply(scope, headers, receive, request_id), request_id
         except Refused as no: return no.reply(request_id, plain=self.path_of(scope).startswith("/v2")), request_id

@@ -123,7 +123,7 @@ class Service:
         try:
             caller = admitted(self, asked)
             mark("admit")
-            if asked.route == "invoke" and not asked.model: asked = replace(asked, model=_meant(self, caller))
+            if asked.route == "invoke" and not asked.model: asked = msgspec.structs.replace(asked, model=_meant(self, caller))
             reply = await answered(self, asked, caller, start) if asked.route in _READERS else _told(self, asked, caller)
         except Refused as no: reply = no.reply(asked.request_id, plain=asked.form is None and asked.route in ("infer", "metadata", "model_ready", "server"))
         known = asked.model if asked.model in self.models else ""

@@ -57,8 +57,7 @@ class Refusal(msgspec.Struct, omit_defaults=True, gc=False):
     problems: list[Problem] = []
 
 # %% ../nbs/39_wire.ipynb #ad7a6370
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True, gc=False):
     "A request."
     route: str                  # its name in `mlray.routes`
     action: str                 # what the key must be allowed

@@ -406,7 +406,7 @@ from mlray.batch_cli import predict_batch
 from mlray.settings import Settings
 batch._MOST = 500
 home = Path(sys.argv[1])
-predict_batch("diabetes/1", sys.argv[2], sys.argv[3], settings=Settings(root=home, home=home / "home", tracking="disabled"))
+predict_batch("diabetes/1", sys.argv[2], sys.argv[3], *sys.argv[4:], settings=Settings(root=home, home=home / "home", tracking="disabled", object_store_mb=100))
 """
 
 
@@ -441,24 +441,23 @@ def test_twenty_kills_leave_no_trace_in_a_bucket(s3, trained, tmp_path, capsys):
 @pytest.mark.chaos
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray")
-def test_workers_of_ray_write_into_a_bucket_and_may_be_killed(s3, ray_cluster, trained, pieces, tmp_path, monkeypatch, capsys):
+def test_workers_of_ray_write_into_a_bucket_and_may_be_killed(s3, trained, tmp_path, capsys):
+    "A cluster of its own, in a process of its own: its workers have to know where the bucket is."
     import psutil
-
-    from mlray import batch
-    from mlray.predict_on_ray import on_ray
-    monkeypatch.setattr(batch, "_MOST", 2000)
-    client, killed = s3[0], list[int]()
+    client, killed, noted = s3[0], list[int](), lambda: sum(k.endswith(".log") for k in keys(s3[0], "ray/out/_batch/"))
     patients(300).write_parquet(tmp_path / "rows.parquet")
     client.upload_file(str(tmp_path / "rows.parquet"), "kept", "ray/rows.parquet")
-
-    def murdered(work, pieces):
-        for i, one in enumerate(on_ray(work, pieces)):
-            yield one
-            if i % 16 == 3:
-                for p in [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::MapBatch")][:1]:
-                    os.kill(p.pid, signal.SIGKILL)
-                    killed.append(p.pid)
-    done = answer(trained[0], "s3://kept/ray/rows.parquet", "s3://kept/ray/out", murdered)
-    answer(trained[0], tmp_path / "rows.parquet", str(tmp_path / "here"))
-    assert killed and there(client, "ray/out/") == here(tmp_path / "here")
-    with capsys.disabled(): print(f"\n{len(killed)} workers killed; {done.answered:,} answers, {done.refused:,} refused, {done.parts} parts in the bucket: the bytes of one process; load {os.getloadavg()[0]:.0f}")
+    go = lambda out, on: [sys.executable, "-c", GO, str(trained[0].root), "s3://kept/ray/rows.parquet", out, on]
+    with (tmp_path / "err").open("w") as err: process = subprocess.Popen(go("s3://kept/ray/out", "ray"), stdout=subprocess.DEVNULL, stderr=err)
+    wanted = 3
+    while process.poll() is None:
+        if noted() >= wanted:
+            for p in [p for p in psutil.Process(process.pid).children(recursive=True) if p.name().startswith("ray::MapBatch")][:1]:
+                p.kill()
+                killed.append(p.pid)
+                wanted += 40
+        time.sleep(.02)
+    assert process.returncode == 0 and len(killed) >= 3, (killed, (tmp_path / "err").read_text()[-3000:])
+    subprocess.run(go(str(tmp_path / "here"), "local"), check=True, capture_output=True)
+    assert there(client, "ray/out/") == here(tmp_path / "here")
+    with capsys.disabled(): print(f"\n{len(killed)} workers killed, {noted()} parts in the bucket: the bytes of one process; load {os.getloadavg()[0]:.0f}")

@@ -134,6 +134,22 @@ def test_a_pair_that_does_not_belong_together_is_a_letter(authority, stranger, t
     with pytest.raises(ServingError, match="both"), cluster(Settings(root=tmp_path, home=tmp_path, tls_cert=cert)): pass
 
 
+@pytest.mark.parametrize("pem", ["", "/run/mlray.pem"])
+def test_what_ray_serve_writes_is_closed_whatever_stands_between_its_lines(pem):
+    "The template of the Ray that is installed, not a copy of what it once was."
+    import re
+
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    from mlray.haproxy import closed
+    written = re.sub(r"\{\{ *config\.(\w+) *\}\}", lambda m: "9000" if m[1].endswith("port") else "127.0.0.1", HAPROXY_CONFIG_TEMPLATE)
+    told = closed(written, pem=pem)
+    section = lambda name: told.partition(f"frontend {name}_frontend\n")[2].partition("\nfrontend ")[0]
+    binds = {name: re.findall(r"(?m)^ *bind .*$", section(name)) for name in ("http", "grpc")}
+    assert [b.partition("9000")[2].strip() for n in ("http", "grpc") for b in binds[n][:1]] == ([f"ssl crt {pem} alpn http/1.1", f"ssl crt {pem} alpn h2"] if pem else ["", "proto h2"])
+    assert "grpc-status 12" in section("grpc") and all(f"del-header {h}" in section("http") for h in ("x-request-timeout-seconds", "x-request-disconnect-disabled")) and "deny_status 404 if routes" in section("http")
+
+
 @pytest.mark.chaos
 @pytest.mark.ray
 @pytest.mark.xdist_group("serve")
@@ -151,10 +167,11 @@ def test_real_clients_over_tls(diabetes, authority, stranger, tmp_path, capsys):
     from mlray.registry import add_key, bundle_of, open_registry
     from mlray.run import train
     from mlray.samples import diabetes as patients
+    from mlray.spec import changed
     from tests.test_serving import infer_message, triton_inputs
     cert, private_key = authority.vouch("localhost")
     settings = Settings(root=tmp_path, home=tmp_path / "home", port=free_port(), grpc_port=free_port(), object_store_mb=100, tracking="disabled", journal=True, tls_cert=cert, tls_key=private_key, tls_ca=authority.pem)
-    version = train(diabetes, settings).version
+    version = train(changed(diabetes, {"train.epochs": 1}), settings).version
     registry = open_registry(settings)
     key, text = new_key("admin")
     add_key(registry, key)
