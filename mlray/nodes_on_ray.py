@@ -74,11 +74,14 @@ def nodes_of(
     joined: Any = ray._private.worker._global_node
     for node in (n for n in ray.nodes() if n["Alive"]):
         name, leaves, began = node["NodeManagerAddress"], gone.get(node["NodeID"]), time.time()
-        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False, _fail_on_unavailable=leaves is not None)
+        if leaves is not None: # nothing new may start there
+            found.append(Node(name, leaves_in_s=leaves))
+            continue
+        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         try: versions, there, (disk, free, share) = ray.get(ask.options(scheduling_strategy=here).remote(packages, [Path(joined.get_session_dir_path())]), timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError: found.append(Node(name, silent=f"it started no process within {timeout_s:g} s", leaves_in_s=leaves))
-        except ray.exceptions.RayError as error: found.append(Node(name, silent=_why(error), leaves_in_s=leaves))
+        except ray.exceptions.GetTimeoutError: found.append(Node(name, silent=f"it started no process within {timeout_s:g} s"))
+        except ray.exceptions.RayError as error: found.append(Node(name, silent=_why(error)))
         else:
             ended = time.time()
-            found.append(Node(name, versions, 0.0 if began <= there <= ended else there - (ended if there > ended else began), disk, free, share, leaves_in_s=leaves))
+            found.append(Node(name, versions, 0.0 if began <= there <= ended else there - (ended if there > ended else began), disk, free, share))
     return found
