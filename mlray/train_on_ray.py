@@ -169,7 +169,7 @@ class RayBackend:
         team: Any = (self.workers_min, self.workers) if self.workers_min and self.workers_min < self.workers else self.workers
         return TorchTrainer(
             _work, train_loop_config=config, torch_config=TorchConfig(timeout_s=self.collective_timeout_s),
-            scaling_config=ScalingConfig(num_workers=team, use_gpu=self.gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if self.gpu else {}), label_selector={"ray.io/node-id": f"!in({','.join(n.id for n in without)})"} if without else None),
+            scaling_config=ScalingConfig(num_workers=team, use_gpu=self.gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if self.gpu else {}), label_selector={"ray.io/node-id": f"!in({','.join(n.id for n in without)})"} if without else None), # type: ignore[call-arg]
             run_config=RunConfig(name=uuid4().hex[:8], **place_of(kept), failure_config=FailureConfig(max_failures=0), callbacks=[_Announced(news)])) # type: ignore[list-item]
 
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
