@@ -2016,6 +2016,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mlray.network_inputs.chunks': ('network_inputs.html#chunks', 'mlray/network_inputs.py'),
                                       'mlray.network_inputs.uniform': ('network_inputs.html#uniform', 'mlray/network_inputs.py')},
             'mlray.nodes_on_ray': { 'mlray.nodes_on_ray.Node': ('nodes_on_ray.html#node', 'mlray/nodes_on_ray.py'),
+                                    'mlray.nodes_on_ray.Node.full': ('nodes_on_ray.html#node.full', 'mlray/nodes_on_ray.py'),
                                     'mlray.nodes_on_ray._about_here': ('nodes_on_ray.html#_about_here', 'mlray/nodes_on_ray.py'),
                                     'mlray.nodes_on_ray._fullest': ('nodes_on_ray.html#_fullest', 'mlray/nodes_on_ray.py'),
                                     'mlray.nodes_on_ray._why': ('nodes_on_ray.html#_why', 'mlray/nodes_on_ray.py'),

@@ -117,7 +117,7 @@ def _open(f: Facts) -> Iterator[Complaint]:
 
 # %% ../nbs/51_doctor.ipynb #410a609a
 def _nodes(f: Facts) -> Iterator[Complaint]:
-    heard = [node for node in f.nodes if not node.silent]
+    heard = [node for node in f.nodes if node.versions]
     for what in sorted({name for node in heard for name in node.versions}):
         by_version: dict[str, list[str]] = {}
         for node in heard: by_version.setdefault(node.versions.get(what, "none"), []).append(node.name)

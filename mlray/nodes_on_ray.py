@@ -30,6 +30,12 @@ class Node:
     disk_free_share: float = 1.0
     silent: str = ""                                                # why nothing could be asked there; empty: it answered
     leaves_in_s: float | None = None                                # it was announced that it is taken away; None: it stays
+    id: str = ""                                                    # of Ray
+
+    @property
+    def full(self) -> bool:
+        "Whether there is no room on its disk, as far as it or Ray says so."
+        return "No space left" in self.silent or self.disk_free_bytes < 2**24 or self.disk_free_share < 0.001
 
 # %% ../nbs/40d_nodes_on_ray.ipynb #ffb4ea0d
 def _fullest(paths: Sequence[Path]) -> tuple[str, int, float]: # where, bytes that are free, and their share
@@ -74,11 +80,14 @@ def nodes_of(
     joined: Any = ray._private.worker._global_node
     for node in (n for n in ray.nodes() if n["Alive"]):
         name, leaves, began = node["NodeManagerAddress"], gone.get(node["NodeID"]), time.time()
-        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False, _fail_on_unavailable=leaves is not None)
+        if leaves is not None: # nothing new may start there
+            found.append(Node(name, leaves_in_s=leaves, id=node["NodeID"]))
+            continue
+        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         try: versions, there, (disk, free, share) = ray.get(ask.options(scheduling_strategy=here).remote(packages, [Path(joined.get_session_dir_path())]), timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError: found.append(Node(name, silent=f"it started no process within {timeout_s:g} s", leaves_in_s=leaves))
-        except ray.exceptions.RayError as error: found.append(Node(name, silent=_why(error), leaves_in_s=leaves))
+        except ray.exceptions.GetTimeoutError: found.append(Node(name, silent=f"it started no process within {timeout_s:g} s", id=node["NodeID"]))
+        except ray.exceptions.RayError as error: found.append(Node(name, silent=_why(error), id=node["NodeID"]))
         else:
             ended = time.time()
-            found.append(Node(name, versions, 0.0 if began <= there <= ended else there - (ended if there > ended else began), disk, free, share, leaves_in_s=leaves))
+            found.append(Node(name, versions, 0.0 if began <= there <= ended else there - (ended if there > ended else began), disk, free, share, id=node["NodeID"]))
     return found

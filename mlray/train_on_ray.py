@@ -32,6 +32,7 @@ from torch import nn
 from .checkpoints import Checkpoints
 from .errors import MlrayError, TrainingError
 from .model import Epoch, Job, State, dump_state, epochs, load_state, replayed
+from .nodes_on_ray import Node, nodes_of
 from .remote_checkpoints import open_checkpoints, place_of
 from .run import Note
 
@@ -170,12 +171,12 @@ class RayBackend:
     workers_min: int | None = None  # so many will do where there is no room for all; None: all or none
     checkpoints: str = ""           # where states are kept; empty: in `home`
 
-    def _trainer(self, job: list[Any], news: Queue, kept: Checkpoints) -> TorchTrainer:
+    def _trainer(self, job: list[Any], news: Queue, kept: Checkpoints, without: Sequence[Node] = ()) -> TorchTrainer:
         config = {"job": job, "news": news, "folder": str(kept.folder), "url": self.checkpoints, "workers": self.workers}
         team: Any = (self.workers_min, self.workers) if self.workers_min and self.workers_min < self.workers else self.workers
         return TorchTrainer(
             _work, train_loop_config=config, torch_config=TorchConfig(timeout_s=self.collective_timeout_s),
-            scaling_config=ScalingConfig(num_workers=team, use_gpu=self.gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if self.gpu else {})),
+            scaling_config=ScalingConfig(num_workers=team, use_gpu=self.gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if self.gpu else {}), label_selector={"ray.io/node-id": f"!in({','.join(n.id for n in without)})"} if without else None), # type: ignore[call-arg]
             run_config=RunConfig(name=uuid4().hex[:8], **place_of(kept), failure_config=FailureConfig(max_failures=0), callbacks=[_Announced(news)])) # type: ignore[list-item]
 
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
@@ -185,9 +186,9 @@ class RayBackend:
             return
         kept = open_checkpoints((home / name).resolve(), self.checkpoints)
         if not resume: kept.forget()
-        shared, newest = [ray.put(job)], None
+        shared, newest, full = [ray.put(job)], None, list[Node]()
         for number in range(self.failures + 1):
-            attempt = _Attempt(lambda news: self._trainer(shared, news, kept))
+            attempt = _Attempt(lambda news: self._trainer(shared, news, kept, full))
             try:
                 for said in attempt:
                     if isinstance(said, str): note(said)
@@ -199,6 +200,7 @@ class RayBackend:
             letter = _told(attempt.error)
             if not isinstance(letter, _Lost): raise letter
             if number < self.failures: note(f"a worker was lost ({letter}); going on from the newest checkpoint")
+            if "No space left" in str(letter) and (full := [n for n in nodes_of() if n.full]): note(f"there is no room on the disk of {', '.join(n.name for n in full)}: no worker is put there")
         else: raise TrainingError(f"Workers were lost {self.failures + 1} times, the last time so: {letter}. The newest checkpoint is in {kept.folder}: go on with `mlray train … --resume`, or raise `failures` in settings.ini.")
         state = kept.newest(note)
         if state is None: raise TrainingError(f"Ray Train ended without a checkpoint in {kept.folder}. Do all nodes see this folder?")

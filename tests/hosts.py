@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 _BOOT = r"""
@@ -50,6 +51,9 @@ def missing() -> str:
 def _call(*words: str, **named) -> subprocess.CompletedProcess: return subprocess.run(words, check=True, capture_output=True, text=True, **named)
 
 
+_NETWORKS = count(1)
+
+
 @dataclass
 class Hosts:
     "A network of hosts; `laptop` is 10.77.0.1, `n1` is 10.77.0.11."
@@ -57,7 +61,7 @@ class Hosts:
     shared: Sequence[Path] = ()             # the same for all
     variables: Mapping[str, str] = field(default_factory=dict) # of every login, unless they are set (what SSH starts reads ~/.bashrc in every shell of its first level, workers of Ray among them)
     memory_mb: int = 4096                   # of a host
-    prefix: str = field(default_factory=lambda: f"h{os.getpid()}")
+    prefix: str = field(default_factory=lambda: f"h{os.getpid()}x{next(_NETWORKS)}") # of its own, for a process may have two networks at a time
 
     def __enter__(self) -> "Hosts":
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -256,3 +256,17 @@ def test_down_leaves_nothing(lab, released):
     for n in ("n2", "n3"): lab.hosts.run("laptop", "ssh", "-o", "StrictHostKeyChecking=no", lab.hosts.ip(n), ".mlray-env/bin/ray stop")
     wait_for(lambda: not any(lab.hosts.processes(n) for n in NODES), 90)
     print("\nfiles that stay:", {n: lab.hosts.run(n, "bash", "-c", "ls -d /tmp/ray /tmp/haproxy-serve ~/.ray/* ~/ray_bootstrap_* ~/mlray ~/.mlray 2>/dev/null").stdout.split() for n in NODES})
+
+
+def test_two_networks_do_not_touch(tmp_path):
+    "The same host of two networks may listen at the same port, and neither hears the other's."
+    serve = "import http.server, sys; http.server.HTTPServer(('0.0.0.0', 6379), http.server.SimpleHTTPRequestHandler).serve_forever()"
+    with Hosts(tmp_path / "one") as one, Hosts(tmp_path / "two") as two:
+        heard = list[str]()
+        for hosts, name in ((one, "one"), (two, "two")):
+            hosts.start("n1")
+            hosts.run("n1", "bash", "-c", f"mkdir -p /tmp/here && echo {name} > /tmp/here/who")
+            running = hosts.popen("n1", "bash", "-c", f"cd /tmp/here && exec /usr/bin/python3 -c \"{serve}\"", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            heard.append(wait_for(lambda hosts=hosts: hosts.run("laptop", "/usr/bin/python3", "-c", f"import urllib.request; print(urllib.request.urlopen('http://{hosts.ip('n1')}:6379/who', timeout=5).read().decode().strip())").stdout.strip(), 30))
+            assert running.poll() is None
+        assert heard == ["one", "two"]

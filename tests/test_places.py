@@ -146,12 +146,12 @@ def test_a_certificate_that_does_not_do(tmp_path, monkeypatch, name, days, trust
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[tuple[Path, int]]:
     "A project with environments of two regions, and one that reaches the same cluster through TLS; and the port of its service."
-    folder, port = tmp_path_factory.mktemp("places"), free_port()
+    folder, home, port = tmp_path_factory.mktemp("places"), tmp_path_factory.mktemp("homes"), free_port()
     authority = Authority(folder)
     with begun(folder, **serve_environment(), MLRAY_AUDIT_KEY="a" * 64) as address, in_front(authority.certificate("127.0.0.1"), int(address.rpartition(":")[2])) as secure:
         (folder / "settings.ini").write_text("\n".join([
             f"[DEFAULT]\ntracking = disabled\nworkers = 1\naccess = open\ngates = data\nregistry = sqlite:///{folder}/registry.db\nstore = file://{folder}/store\nport = {port}\nconsole = no\n[local]",
-            f"[europe]\nregion = eu\nhome = {folder}/eu\njobs = https://127.0.0.1:{secure}\njobs_ca = {authority.file}", f"[america]\nregion = us\nhome = {folder}/us\njobs = {address}\n"]))
+            f"[europe]\nregion = eu\nhome = {home}/eu\njobs = https://127.0.0.1:{secure}\njobs_ca = {authority.file}", f"[america]\nregion = us\nhome = {home}/us\njobs = {address}\n"]))
         diabetes().write_csv(folder / "rows.csv")
         yield folder, port
 
@@ -159,6 +159,7 @@ def cluster(tmp_path_factory) -> Iterator[tuple[Path, int]]:
 def ran(folder: Path, *words: str, code: int | None = 0) -> tuple[Any, str]: # what it printed, and said
     done = subprocess.run([MLRAY, *words, "--json"], cwd=folder, env={k: v for k, v in os.environ.items() if not k.startswith("MLRAY_")} | {"MLRAY_AUDIT_KEY": "a" * 64}, capture_output=True, text=True, timeout=900)
     assert code is None or done.returncode == code, f"{words}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.stdout, f"{words}: {done.returncode}\n{done.stderr[-4000:]}"
     return json.loads(done.stdout), done.stderr
 
 

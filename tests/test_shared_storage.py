@@ -198,6 +198,28 @@ def test_a_killed_search_goes_on_from_the_bucket_on_a_machine_that_has_nothing(s
     for key in keys(client, "tried/"): client.delete_object(Bucket="kept", Key=key)
 
 
+def test_what_another_machine_has_tried_is_known_here(s3, tmp_path):
+    "Results are a line a trial, in a bucket as on the disk; states of a population are there by name; and where settings name a folder, all of it is in that."
+    from mlray.search import Trial, keep, read_trials, results_of
+    from mlray.tune_on_ray import _gathered, _places, _whole
+    trials = [Trial(n, f"k{n}", {"train.learning_rate": n / 10}, 3, 0.5, 0.5, None, 10) for n in (1, 2, 3)]
+    (one, found, states), (two, there, _) = (_places(Settings(home=tmp_path / n, checkpoints="s3://kept/found"), "wine-search") for n in ("one", "two"))
+    with results_of(one) as file:
+        assert _gathered(file, found) == {}
+        for trial in trials[:2]: keep(file, trial)
+        found.write("results.jsonl", _whole(file))
+    states.write("k1.safetensors", b"weights")
+    with results_of(two) as file:
+        keep(file, trials[2])
+        assert set(_gathered(file, there)) == {"k1", "k2", "k3"} and set(read_trials(file)) == {"k1", "k2", "k3"}, "what either knows"
+    assert keys(s3[0], "found/") == ["found/wine-search/results.jsonl", "found/wine-search/states/k1.safetensors"] and states.read("k1.safetensors") == b"weights" and states.read("k2.safetensors") == b""
+    states.drop()
+    assert keys(s3[0], "found/") == ["found/wine-search/results.jsonl"]
+    folder, shared, _ = _places(Settings(home=tmp_path, checkpoints=str(tmp_path / "all")), "wine-search")
+    assert folder == shared.folder == (tmp_path / "all/wine-search").resolve() and not shared.url
+    with pytest.raises(Unavailable, match=r"s3://nowhere/runs/wine-search could not be used .* `mlray tune`"): _places(Settings(home=tmp_path, checkpoints="s3://nowhere/runs"), "wine-search")[1].write("results.jsonl", b"{}")
+
+
 def shop(folder: Path) -> tuple[str, ...]:
     "Rows of three holders; a command."
     for name, rows in {"east": 2000, "north": 900, "west": 1500, "test": 1000}.items(): customers(rows, rows).write_parquet(folder / f"{name}.parquet")
