@@ -110,7 +110,7 @@ def estimated(job: Job) -> Epoch:
     best = {"graph": torch.frombuffer(bytearray(made.graph), dtype=torch.uint8), "answers": torch.from_numpy(made.answers)}
     return Epoch(1, metrics, State(1, 1, metrics["valid_loss"], best, {}, {}, {}, (metrics,), (1,)))
 
-
+# %% ../nbs/13b_model.ipynb #fe6a473c
 def _validated(network: nn.Module, rows: Sequence[Tensor], task: Task, rank: int, world: int, together: Callable[[Tensor], Tensor] | None) -> Tensor:
     "The answers for all validation rows, of which each worker finds its share; the last shares begin again where it does not divide evenly."
     if world == 1 or together is None: return scores(network, *rows, task=task).clone()

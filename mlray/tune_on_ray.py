@@ -260,7 +260,7 @@ def _checked(spec: RunSpec, backend: Backend | None) -> tuple[Search, Backend | 
     if backend is None or backend.workers != spec.search.workers: raise SpecError(f"search.workers: {spec.search.workers} needs a backend of as many workers, such as RayBackend({spec.search.workers}).")
     return spec.search, backend
 
-
+# %% ../nbs/44_tune_on_ray.ipynb #1651c7da
 def search_trials(
     spec: RunSpec,                                      # with a `search`
     rows: Rows,
