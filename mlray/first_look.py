@@ -76,9 +76,10 @@ def file_format(
     with path.open(encoding="utf-8", errors="replace", newline="") as file: head = file.read(2**16)
     if not head.strip(): raise DataError(f"{path} is empty; a line with the names of the columns was expected, and rows below it.")
     head = head.removeprefix("\ufeff")
-    try: separator = csv.Sniffer().sniff(head, ",;\t|").delimiter
-    except csv.Error: separator = max(",;\t|", key=head.splitlines()[0].count)
-    fields = [f.strip() for f in next(csv.reader([head.splitlines()[0]], delimiter=separator))]
+    first = head.lstrip().splitlines()[0]
+    try: separator = csv.Sniffer().sniff(head, "".join(s for s in ",;\t|" if s in first) or ",").delimiter
+    except csv.Error: separator = max(",;\t|", key=first.count)
+    fields = [f.strip() for f in next(csv.reader([first], delimiter=separator))]
     if columns and len(columns) != len(fields): raise DataError(f"{path.name} has {len(fields)} columns; {len(columns)} names were given.")
     if not columns and (twice := next((f for f in fields if f and fields.count(f) > 1 and not _number(f)), None)): raise DataError(f"The first line of {path.name} has {twice!r} {fields.count(twice)} times; each column needs a name of its own. Rename one in the file, or, if that line is a row, name the columns with --columns.")
     if not columns and not _is_header(fields): raise DataError(f"The first line of {path.name} is no header: {', '.join(fields[:4])}, … Name the columns: --columns {','.join(f'column_{i}' for i in range(1, min(len(fields), 3) + 1))},…")
