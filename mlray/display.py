@@ -44,12 +44,14 @@ class Table:
     def _repr_markdown_(self) -> str:
         def line(cells: Iterable[str]) -> str: return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
         head = [f"**{self.title}**", ""] if self.title else []
+        if self.title and not self.rows: return head[0] # it says that there is nothing
         return "\n".join([*head, line(self.columns), "|" + "".join("---:|" if n else "---|" for n in self.numeric), *(line(map(cell, r)) for r in self.rows)])
 
     def _repr_html_(self) -> str:
         def row(tag: str, cells: Iterable[str]) -> str:
             made = ((tag if c else "td", _CODE.sub(r"<code>\1</code>", escape(c)), "right" if n else "left") for c, n in zip(cells, self.numeric, strict=True)) # a heading without words heads nothing
             return "<tr>" + "".join(f"<{t} style='text-align:{side}'>{c}</{t}>" for t, c, side in made) + "</tr>"
+        if self.title and not self.rows: return f"<p><b>{escape(self.title)}</b></p>"
         caption = f"<caption style='text-align:left'><b>{escape(self.title)}</b></caption>" if self.title else ""
         return f"<table>{caption}<thead>{row('th', self.columns)}</thead><tbody>{''.join(row('td', map(cell, r)) for r in self.rows)}</tbody></table>"
 
