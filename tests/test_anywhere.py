@@ -67,9 +67,10 @@ def head(tmp_path):
 @pytest.mark.ray
 def test_one_argument(tmp_path, monkeypatch, head, capsys):
     if not shutil.which("mlray"): monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
-    there = tmp_path / "there"
-    (tmp_path / "settings.ini").write_text(f"[local]\ntracking = disabled\nworkers = 1\nobject_store_mb = 100\n[staging]\ntracking = disabled\nworkers = 1\njobs = {head}\nhome = {there}\naccess = open\n")
-    monkeypatch.chdir(tmp_path)
+    there, mine = tmp_path / "there", tmp_path / "mine" # a home below the project's own folder would be another one on the cluster
+    mine.mkdir()
+    (mine / "settings.ini").write_text(f"[local]\ntracking = disabled\nworkers = 1\nobject_store_mb = 100\n[staging]\ntracking = disabled\nworkers = 1\njobs = {head}\nhome = {there}\naccess = open\n")
+    monkeypatch.chdir(mine)
     spec, heard = read_spec(DIABETES, ["train.epochs=5"]), MemoryTracker()
     began = time.monotonic()
 
@@ -77,7 +78,7 @@ def test_one_argument(tmp_path, monkeypatch, head, capsys):
     run = asyncio.run(cell())
     took = time.monotonic() - began
     assert isinstance(run, Trained) and [e["step"] for e in heard.logged] == [1, 2, 3, 4, 5] and heard.expected == 5 and heard.started == [spec] and any("rows" in n for n in heard.notes)
-    registry = open_registry(Settings(root=tmp_path, home=there, tracking="disabled"))
+    registry = open_registry(Settings(root=mine, home=there, tracking="disabled"))
     kept = version(registry, str(run.version))
     assert (kept.digest, kept.spec_id, kept.rows_digest, kept.created) == (run.version.digest, run.version.spec_id, run.version.rows_digest, run.version.created) and bundle_of(registry, kept).spec == spec
     assert kept.results["values"]["roc_auc"] == run.measures["roc_auc"].value and kept.results["verdict"]["findings"] == [vars(f) for f in run.verdict.findings]
@@ -93,8 +94,8 @@ def test_one_argument(tmp_path, monkeypatch, head, capsys):
     from mlray.submit_on_ray import JobServer
     assert JobServer(head).jobs()[0]["status"] == "STOPPED" and len(mlray_versions(registry)) == 1
 
-    beside = mlray.train(spec, read_settings("staging").model_copy(update={"ray": "local", "home": tmp_path / "here"}), on="ray", tracker=(mine := MemoryTracker()))
-    assert (tmp_path / "here/registry.db").is_file() and [e["step"] for e in mine.logged] == [1, 2, 3, 4, 5]
+    beside = mlray.train(spec, read_settings("staging").model_copy(update={"ray": "local", "home": tmp_path / "here"}), on="ray", tracker=(near := MemoryTracker()))
+    assert (tmp_path / "here/registry.db").is_file() and [e["step"] for e in near.logged] == [1, 2, 3, 4, 5]
     assert beside.evaluation.scorecard.overall["roc_auc"] == run.measures["roc_auc"] and beside.verdict == run.verdict and beside.version.spec_id == run.version.spec_id
     print(f"trained elsewhere in {took:.0f} s at a load of {os.getloadavg()[0]:.0f}; {len(heard.notes)} notes")
 
