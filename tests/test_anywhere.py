@@ -44,22 +44,22 @@ def test_what_a_run_prints_is_read_back(trained):
 def head(tmp_path):
     "A cluster of its own with a job server, and its address."
     port = free_port()
-    folder = mkdtemp(prefix="ray-") # the names of sockets below it may not be long
-    # `ray start` notes its cluster there, and jobs look for theirs: without a note they take any that runs on this machine
-    start = f"import ray, sys; from ray._private.utils import write_ray_address; c = ray.init(address='local', _temp_dir={folder!r}, include_dashboard=True, dashboard_port={port}, num_cpus=3, object_store_memory=100_000_000); write_ray_address(c.address_info['gcs_address'], {folder!r}); print('up', flush=True); sys.stdin.read(); ray.shutdown()"
+    folder = mkdtemp(prefix="ray-") # the names of sockets below it may not be long; and it is there that jobs look for their cluster, where several run on one machine
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLRAY_")} | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    running = subprocess.Popen([sys.executable, "-c", start], cwd=tmp_path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert running.stdout.readline().strip() == "up"
+    ports = [f"--{name}={free_port()}" for name in ("port", "dashboard-agent-listen-port", "ray-client-server-port")] # each of them has a number of its own that somebody else may have
+    running = subprocess.Popen(["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--dashboard-port={port}", *ports, "--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=true", "--num-cpus=3",
+                                "--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     from ray.job_submission import JobSubmissionClient
     end = time.monotonic() + 400
     while True: # what starts jobs comes up after what takes them
         try: JobSubmissionClient(f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {token_here()}"}).submit_job(entrypoint="true")
-        except RuntimeError:
-            assert time.monotonic() < end, "the cluster takes no job"
+        except (RuntimeError, ConnectionError):
+            assert time.monotonic() < end and running.poll() is None, "the cluster takes no job"
             time.sleep(2)
         else: break
     yield f"http://127.0.0.1:{port}"
-    running.communicate("", timeout=120)
+    running.terminate()
+    running.wait(120)
     shutil.rmtree(folder, ignore_errors=True)
 
 
