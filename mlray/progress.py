@@ -48,7 +48,7 @@ class Card:
 
     def _repr_html_(self) -> str:
         done = len(self.metrics)
-        bar = f'<progress value="{done}" max="{self.epochs or done}" aria-label="epochs"></progress> epoch {done}{f"/{self.epochs}" if self.epochs else ""}' if done else ""
+        bar = f'<progress value="{done}" max="{done if self.over else self.epochs or done}" aria-label="epochs"></progress> epoch {done}{f"/{self.epochs}" if self.epochs else ""}' if done else ""
         pace = f"{done / self.seconds:.3g} epochs a second" + (f", {self.left:.0f} s left at most" if self.left else "") if done and self.seconds else ""
         latest = self.metrics[-1] if done else {}
         best = f"best is epoch {latest['best_epoch']:.0f}" if "best_epoch" in latest else ""
