@@ -129,14 +129,14 @@ def interval_chart(
     width: int = 640,                                   # pixels
 ) -> Chart:
     "Points on bars, one above the other."
-    left, top, step = min(260.0, 20 + 7.0 * max((len(r[0]) for r in rows), default=0)), 26, 20
+    left, top, step = min(290.0, 20 + 6.4 * max((len(r[0]) for r in rows), default=0)), 26, 20
     across, bottom = _axis([v for r in rows for v in r[1:]] + ([reference] if reference is not None else []), left, width - 20), top + step * len(rows)
     parts = [_text(0, 14, title, extra='font-weight="bold"')]
     for place, said in across.ticks: parts += [_line(place, top, place, bottom, _FAINT), _text(place, bottom + 16, said, "middle")]
     if reference is not None: parts.append(_line(across(reference), top, across(reference), bottom, _MARK))
     for i, (name, value, start, end) in enumerate(rows):
         y = top + step * (i + 0.5)
-        parts.append(_text(left - 8, y + 4, name if len(name) <= 36 else name[:35] + "…", "end"))
+        parts.append(_text(left - 8, y + 4, name if len(name) <= 42 else name[:41] + "…", "end"))
         if math.isfinite(start) and math.isfinite(end): parts.append(_line(across(start), y, across(end), y, f'stroke="{_COLOURS[0]}" stroke-width="3" stroke-opacity="0.5"'))
         parts.append(_dot(across(value), y, _COLOURS[0]) if math.isfinite(value) else _text(left + 4, y + 4, "–"))
     return _drawing(width, bottom + 24, parts, title, "; ".join(f"{n} {v:.4g}" + (f" ({a:.4g} to {b:.4g})" if a == a else "") for n, v, a, b in rows), intervals(rows, title, reference, width))

@@ -208,16 +208,14 @@ def gates_on(on: str, settings: "Settings") -> "Iterator[Runner]":
 def gate_version(registry: "Registry", found: "Version", gates: Sequence[str], settings: "Settings", again: bool = False, on: str = "local", timeout: int | None = None) -> "dict[str, GateRun]":
     "Verdicts and pages by gate, in the order asked for."
     from mlray.gate_on_papermill import run_gates
+    from mlray.progress import StepsProgress
     from mlray.trace_on_openlineage import traced_gates
     if not gates: raise GateError("No gate is named. Give --gate, or `gates` in settings.ini.")
-    done, running, console = dict[str, "GateRun"](), dict[str, str](), stderr()
-    with gates_on(on, settings) as runner, console.status("gates …") as status:
-        def note(gate: str, where: str) -> None:
-            running[gate] = where
-            status.update(" · ".join(f"{g} {w}" for g, w in running.items() if g not in done))
-        for run in traced_gates(lineage_to(settings), found, run_gates(registry, found, gates, settings, timeout, again, runner, note)):
+    done = dict[str, "GateRun"]()
+    with gates_on(on, settings) as runner, StepsProgress("gates", stderr()) as steps:
+        for run in traced_gates(lineage_to(settings), found, run_gates(registry, found, gates, settings, timeout, again, runner, steps.now)):
             done[run.gate] = run
-            console.print(f"  {run.gate}: {'✓ passed' if run.verdict.passed else '✗ failed'} {f'(evidence of {run.reused[:16]}; nothing has changed since)' if run.reused else f'in {run.seconds:.1f} s'}" + (f" ({run.broken})" if run.broken else ""))
+            steps.done(run.gate, f"{'✓ passed' if run.verdict.passed else '✗ failed'} {f'(evidence of {run.reused[:16]}; nothing has changed since)' if run.reused else f'in {run.seconds:.1f} s'}" + (f" ({run.broken})" if run.broken else ""))
     return {gate: done[gate] for gate in gates}
 
 # %% ../nbs/58_commands.ipynb #8a9524bc

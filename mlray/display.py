@@ -24,7 +24,7 @@ def cell(
     if isinstance(value, bool): return "✓ passed" if value else "✗ failed"
     if isinstance(value, float): return f"{value:.4g}"
     if isinstance(value, list | tuple): return ", ".join(map(cell, value)) or "–"
-    if isinstance(value, Mapping): return ", ".join(f"{k} {cell(v)}" for k, v in value.items()) or "–"
+    if isinstance(value, Mapping): return ", ".join(cell(v) if k == "passed" and isinstance(v, bool) else f"{k} {cell(v)}" for k, v in value.items()) or "–"
     return str(value)
 
 # %% ../nbs/03_display.ipynb #a62da577
@@ -44,16 +44,21 @@ class Table:
     def _repr_markdown_(self) -> str:
         def line(cells: Iterable[str]) -> str: return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
         head = [f"**{self.title}**", ""] if self.title else []
+        if self.title and not self.rows: return head[0] # it says that there is nothing
         return "\n".join([*head, line(self.columns), "|" + "".join("---:|" if n else "---|" for n in self.numeric), *(line(map(cell, r)) for r in self.rows)])
 
     def _repr_html_(self) -> str:
         def row(tag: str, cells: Iterable[str]) -> str:
-            made = ((tag if c else "td", escape(c), "right" if n else "left") for c, n in zip(cells, self.numeric, strict=True)) # a heading without words heads nothing
+            made = ((tag if c else "td", _CODE.sub(r"<code>\1</code>", escape(c)), "right" if n else "left") for c, n in zip(cells, self.numeric, strict=True)) # a heading without words heads nothing
             return "<tr>" + "".join(f"<{t} style='text-align:{side}'>{c}</{t}>" for t, c, side in made) + "</tr>"
+        if self.title and not self.rows: return f"<p><b>{escape(self.title)}</b></p>"
         caption = f"<caption style='text-align:left'><b>{escape(self.title)}</b></caption>" if self.title else ""
         return f"<table>{caption}<thead>{row('th', self.columns)}</thead><tbody>{''.join(row('td', map(cell, r)) for r in self.rows)}</tbody></table>"
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]: return _terminal(self, options.max_width)
+
+
+_CODE = re.compile("`([^`]+)`") # as Markdown has it
 
 
 def table(

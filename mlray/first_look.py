@@ -12,7 +12,7 @@ __all__ = ['MISSING', 'FEWEST', 'FileFormat', 'file_format', 'FirstSpec', 'first
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import log
+from math import log, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,10 @@ def file_format(
     with path.open(encoding="utf-8", errors="replace", newline="") as file: head = file.read(2**16)
     if not head.strip(): raise DataError(f"{path} is empty; a line with the names of the columns was expected, and rows below it.")
     head = head.removeprefix("\ufeff")
-    try: separator = csv.Sniffer().sniff(head, ",;\t|").delimiter
-    except csv.Error: separator = max(",;\t|", key=head.splitlines()[0].count)
-    fields = [f.strip() for f in next(csv.reader([head.splitlines()[0]], delimiter=separator))]
+    first = head.lstrip().splitlines()[0]
+    try: separator = csv.Sniffer().sniff(head, "".join(s for s in ",;\t|" if s in first) or ",").delimiter
+    except csv.Error: separator = max(",;\t|", key=first.count)
+    fields = [f.strip() for f in next(csv.reader([first], delimiter=separator))]
     if columns and len(columns) != len(fields): raise DataError(f"{path.name} has {len(fields)} columns; {len(columns)} names were given.")
     if not columns and (twice := next((f for f in fields if f and fields.count(f) > 1 and not _number(f)), None)): raise DataError(f"The first line of {path.name} has {twice!r} {fields.count(twice)} times; each column needs a name of its own. Rename one in the file, or, if that line is a row, name the columns with --columns.")
     if not columns and not _is_header(fields): raise DataError(f"The first line of {path.name} is no header: {', '.join(fields[:4])}, … Name the columns: --columns {','.join(f'column_{i}' for i in range(1, min(len(fields), 3) + 1))},…")
@@ -133,17 +134,42 @@ def _quality(target: Mapping[str, Any], values: pl.Series) -> list[dict[str, Any
     return [*ranked, {"metric": "log_loss", "at_most": entropy, "within": 0.05}]
 
 
-def _fairness(target: Mapping[str, Any], truth: pl.Series, groups: Mapping[str, pl.Series], bands: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    "No wider a gap than in the labels, and 0.05."
-    if "positive" not in target and "positive_above" not in target: return [{"metric": "accuracy_difference" if target["type"] == "category" else "mean_absolute_error_difference", "by": [n], "at_most": 0.2 if target["type"] == "category" else _two_digits(float(str(truth.cast(pl.Float64).std() or 1)))} for n in groups]
-    yes = truth.cast(pl.Float64) > target["positive_above"] if "positive_above" in target else truth.cast(pl.String).str.to_lowercase() == target["positive"].lower()
-    rules: list[dict[str, Any]] = []
-    for name, column in groups.items():
-        group = column.cast(pl.Float64).cut([float(b) for b in bands[name]]).cast(pl.String) if name in bands else column.cast(pl.String)
-        rates = pl.DataFrame({"group": group, "yes": yes}).drop_nulls().group_by("group").agg(pl.col("yes").mean(), pl.len()).filter(pl.col("len") >= 100)["yes"]
+def _fairness(target: Mapping[str, Any], truth: pl.Series, groups: Mapping[str, pl.Series], bands: Mapping[str, Sequence[float]]) -> tuple[list[dict[str, Any]], int]:
+    "No wider a gap than in the labels, and 0.05, or what chance makes of so few test rows; and over how few test rows a rate has to be judged for that."
+    binary = "positive" in target or "positive_above" in target
+    yes = pl.repeat(True, truth.len(), eager=True) if not binary else truth.cast(pl.Float64) > target["positive_above"] if "positive_above" in target else truth.cast(pl.String).str.to_lowercase() == target["positive"].lower()
+    rules, rests = list[dict[str, Any]](), list[float]() # test rows that each rests on, about
+    for name in groups:
+        found = _by_group(groups[name], yes, bands.get(name))
+        rests.append(_second(found["rows"]) * _TEST)
+        if not binary:
+            rules.append({"metric": "accuracy_difference" if target["type"] == "category" else "mean_absolute_error_difference", "by": [name], "at_most": 0.2 if target["type"] == "category" else _two_digits(float(str(truth.cast(pl.Float64).std() or 1)))})
+            continue
+        rates = found.filter(pl.col("rows") >= 100)["yes"]
         gap = float(rates.max()) - float(rates.min()) if rates.len() > 1 else 0.0  # type: ignore[arg-type]
-        rules += [{"metric": "demographic_parity_difference", "by": [name], "at_most": round(gap + 0.05, 2)}, {"metric": "equal_opportunity_difference", "by": [name], "at_most": 0.2}]
-    return rules
+        rules.append({"metric": "demographic_parity_difference", "by": [name], "at_most": round(gap + max(0.05, _chance(rests[-1])), 2)})
+        if (positives := _second(found["yes"] * found["rows"]) * _TEST) < 2 * _FEWEST_JUDGED: continue # nobody could tell a gap from chance
+        rules.append({"metric": "equal_opportunity_difference", "by": [name], "at_most": round(max(0.2, _chance(positives)), 2)})
+        rests.append(positives)
+    return rules, max(_FEWEST_JUDGED, min(30, int(min(rests, default=60) / 2)))
+
+
+_TEST, _FEWEST_JUDGED = 0.2, 5 # share of the rows; rows of a group
+
+
+def _by_group(column: pl.Series, yes: pl.Series, bands: Sequence[float] | None) -> pl.DataFrame:
+    "How many rows each group has, and which share of them is positive."
+    group = column.cast(pl.Float64).cut([float(b) for b in bands]).cast(pl.String) if bands else column.cast(pl.String)
+    return pl.DataFrame({"group": group, "yes": yes}).drop_nulls().group_by("group").agg(pl.col("yes").mean(), pl.len().alias("rows"))
+
+
+def _chance(rows: float) -> float: # of each of two groups
+    "How far apart two rates may come out that are the same, in 19 of 20 draws."
+    return 1.96 * sqrt(2 * 0.25 / rows) if rows else 1.0
+
+
+def _second(sizes: pl.Series) -> float: # a gap needs two groups
+    return float(sizes.sort(descending=True)[1]) if sizes.len() > 1 else 0.0
 
 # %% ../nbs/50_first_look.ipynb #debfe567
 @dataclass(frozen=True)
@@ -152,6 +178,7 @@ class FirstSpec:
     contract: Mapping[str, Mapping[str, Any]]
     gates: Mapping[str, Sequence[Mapping[str, Any]]] # rules by gate
     rows: int # that were looked at
+    min_group: int = 30 # rows of a group that a rate is judged over, at least
 
     def yaml(
         self,
@@ -162,9 +189,10 @@ class FirstSpec:
         "The spec as a file."
         def flow(value: Any) -> str: return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**9, allow_unicode=True).removesuffix("...\n").strip()
         rules = "".join(f"  {gate}:\n" + "".join(f"    - {flow(dict(rule))}\n" for rule in found) for gate, found in self.gates.items())
+        few = f"min_group: {self.min_group}    # rows of a group that a rate is judged over, at least. These are few, and chance drives groups apart: with more rows take 30, and narrower gaps\n\n" if self.min_group < 30 else ""
         return (f"# A beginning, made from {self.rows:,} rows: strike out what they only happen to be, widen ranges, say what columns mean.\n# `mlray check` holds the rows against it, `mlray train` makes a version.\n"
                 f"name: {name}\ndescription: {flow(description)}\n\ndata:\n  train: {{call: {flow(call)}}}\n  split: {{test: 0.2, valid: 0.15}}\n\n"
-                f"{contract_yaml(self.contract)}\n# What these rows ask for at least: more than knowing how often each answer occurs, and no wider gaps than in the labels. Raise the bars after a first run.\ngates:\n{rules}")
+                f"{contract_yaml(self.contract)}\n{few}# What these rows ask for at least: more than knowing how often each answer occurs, and no wider gaps than in the labels. Raise the bars after a first run.\ngates:\n{rules}")
 
 
 FEWEST = 20 # rows that can be divided in three
@@ -186,5 +214,5 @@ def first_spec(
     contract[target] = _as_target(target, contract[target], frame[target], positive)
     for name in sensitive: contract[name] = _as_sensitive(contract[name], frame[name].cast(pl.Float64) if contract[name]["type"] in ("integer", "number") else frame[name])
     groups = {n: frame[n] for n in sensitive}
-    gates = {"quality": _quality(contract[target], frame[target])} | ({"fairness": _fairness(contract[target], frame[target], groups, {n: contract[n]["bands"] for n in groups if "bands" in contract[n]})} if groups else {})
-    return FirstSpec(contract, gates, frame.height)
+    fair, fewest = _fairness(contract[target], frame[target], groups, {n: contract[n]["bands"] for n in groups if "bands" in contract[n]})
+    return FirstSpec(contract, {"quality": _quality(contract[target], frame[target])} | ({"fairness": fair} if groups else {}), frame.height, fewest)

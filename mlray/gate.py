@@ -147,7 +147,7 @@ def _against_incumbent(rule: Rule, found: Measure, before: Measure, difference: 
 
 def _held(rule: Rule, name: str, found: Measure, before: Measure | None, difference: Measure | None) -> Finding: # `before`: None where nothing is in production
     "A rule, held against one measure."
-    if math.isnan(found.value): return Finding(name, _words(rule), None, False, "it does not exist for these rows (NaN)")
+    if math.isnan(found.value): return Finding(name, _words(rule), None, False, "it does not exist for these rows (NaN)" + "; fewer than two groups have `min_group` rows that it is taken over" * bool(rule.by))
     fails = _against_bounds(rule, found)
     worse, kept = ([], "kept; nothing is in production to compare with") if rule.within is not None and before is None else _against_incumbent(rule, found, before or Measure(math.nan), difference)
     return Finding(name, _words(rule), found.value, not fails + worse, "; ".join(fails + worse) or kept)

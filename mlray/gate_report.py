@@ -119,7 +119,7 @@ def summary(
     return "\n".join([f"## {version}: {'✓ passed' if runs and all(r.verdict.passed for r in runs) else '✗ failed'}", "", head._repr_markdown_(), *more, ""])
 
 
-_STYLE = (":root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1.25rem;overflow-wrap:anywhere;background:light-dark(#fff,#131518);color:light-dark(#1c2024,#eceef0)}h1,h2{line-height:1.25}a{color:light-dark(#0b559f,#8dbdf5)}table{border-collapse:collapse;font-size:.9em}td,th{padding:.3em 1em .3em 0;border-bottom:1px solid #8886;vertical-align:top;text-align:left}"
+_STYLE = (":root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1.25rem;overflow-wrap:anywhere;background:light-dark(#fff,#131518);color:light-dark(#1c2024,#eceef0)}h1,h2{line-height:1.25}a{color:light-dark(#0b559f,#8dbdf5)}table{border-collapse:collapse;font-size:.9em}td,th{padding:.3em 1em .3em 0;border-bottom:1px solid #8886;vertical-align:top;text-align:left;overflow-wrap:normal}"
           ".wide,pre,.output_html{overflow-x:auto}h1.passed,h1.failed{border-left:.3em solid;padding-left:.5em}h1.passed{border-color:#2a7d3f}h1.failed{border-color:#c0392b}.prompt{color:color-mix(in srgb,CanvasText 72%,Canvas);font-size:.8em}.input pre,.highlight pre{background:color-mix(in srgb,CanvasText 7%,Canvas);padding:.4em .7em;border-radius:6px;font-size:.8em}.anchor-link{display:none}")
 
 

@@ -59,10 +59,9 @@ def _first_run(project: Project) -> str:
         --- code
         checked.good.head()
         --- code
-        from mlray.progress import ProgressTracker
-        from mlray.run import train
+        from mlray import train
 
-        run = train(spec, read_settings(), tracker=ProgressTracker())
+        run = train(spec, read_settings())
         run.evaluation.scorecard
         --- prose
         The verdict judges every rule of the spec. `mlray gate {project.name}` runs the same rules as notebooks, and keeps them as evidence; no version goes into production without.

@@ -233,7 +233,7 @@ def submit(
     with TemporaryDirectory(prefix="errand-") as folder:
         files = pack(Path(folder), settings, spec, read, words[0] == "gate", os.environ.get("MLRAY_API_KEY", ""), along)
         size = sum((Path(folder) / f).stat().st_size for f in files)
-        variables = {"MLRAY_SENT": "1", "COLUMNS": str(shutil.get_terminal_size().columns), "LOGNAME": user_here()} | ({"MLRAY_TELL": "1"} if told else {})
+        variables = {"MLRAY_SENT": "1", "COLUMNS": str(shutil.get_terminal_size().columns), "LOGNAME": user_here()} | ({"MLRAY_TOLD": "1"} if told else {})
         server.submit(name, words, Path(folder), variables, {"command": f"mlray {' '.join(words)}", "who": user_here()})
     return name, f"{len(files)} files, {size / 1024:.0f} KiB"
 

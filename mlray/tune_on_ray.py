@@ -212,7 +212,7 @@ def _run(spec: RunSpec, rows: Rows, job: Job, searcher: _Searcher, folder: Path,
         ray_tune.with_resources(ray_tune.with_parameters(_Trial, given=given), resources),
         tune_config=ray_tune.TuneConfig(search_alg=searcher, scheduler=_scheduler(search, longest), num_samples=searcher.plan.total, reuse_actors=not backend,
                                         max_concurrent_trials=_at_once(backend.workers, searcher.gpu) if backend else None, trial_dirname_creator=lambda trial: trial.trial_id),
-        run_config=ray_tune.RunConfig(name=scratch.name, storage_path=str(folder.resolve()), verbose=0, failure_config=ray_tune.FailureConfig(max_failures=2),
+        run_config=ray_tune.RunConfig(name=scratch.name, storage_path=str(folder.resolve()), verbose=0, progress_reporter=ray_tune.CLIReporter(), failure_config=ray_tune.FailureConfig(max_failures=2),
                                       checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),
                                       stop=lambda trial_id, result: searcher.spent()))
     try: errors = tuner.fit().errors

@@ -107,6 +107,8 @@ def build(site: Path) -> None:
         parts: dict[str, list[str]] = {}
         for notebook, page in found.items():
             if page != "index.md": parts.setdefault(FOLDERS.get(notebook.parent.name) or CHAPTERS[notebook.name[0]], []).append(page)
+        told = (ROOT / "nbs/index.ipynb").read_text() # tutorials in the order in which the first page tells of them
+        parts[FOLDERS["tutorials"]].sort(key=lambda page: told.index(Path(page).with_suffix(".ipynb").name))
         order = [FOLDERS["tutorials"], FOLDERS["explanations"], *CHAPTERS.values(), FOLDERS["gates"], FOLDERS["reports"], FOLDERS["benchmarks"]]
         for name in ("site.css", "site.js"): shutil.copyfile(ROOT / "tests" / name, out / name)
         # the first is kept until the reader chooses: without it the theme remembers what the first visit looked like

@@ -47,23 +47,23 @@ def test_what_a_run_prints_is_read_back(trained):
 def begun(folder: Path, **variables: str) -> Iterator[str]:
     "A cluster of its own with a job server, and its address."
     port = free_port()
-    there = mkdtemp(prefix="ray-") # the names of sockets below it may not be long
-    # `ray start` notes its cluster there, and jobs look for theirs: without a note they take any that runs on this machine
-    start = f"import ray, sys; from ray._private.utils import write_ray_address; c = ray.init(address='local', _temp_dir={there!r}, include_dashboard=True, dashboard_port={port}, num_cpus=3, object_store_memory=100_000_000); write_ray_address(c.address_info['gcs_address'], {there!r}); print('up', flush=True); sys.stdin.read(); ray.shutdown()"
+    there = mkdtemp(prefix="ray-") # the names of sockets below it may not be long; and it is there that jobs look for their cluster, where several run on one machine
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLRAY_")} | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | variables
-    running = subprocess.Popen([sys.executable, "-c", start], cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert running.stdout.readline().strip() == "up"
+    ports = [f"--{name}={free_port()}" for name in ("port", "dashboard-agent-listen-port", "ray-client-server-port")] # each of them has a number of its own that somebody else may have
+    running = subprocess.Popen(["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--dashboard-port={port}", *ports, "--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=true", "--num-cpus=3",
+                                "--object-store-memory=100000000", f"--temp-dir={there}", "--disable-usage-stats"], cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     from ray.job_submission import JobSubmissionClient
     end = time.monotonic() + 400
     while True: # what starts jobs comes up after what takes them
         try: JobSubmissionClient(f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {token_here()}"}).submit_job(entrypoint="true")
-        except RuntimeError:
-            assert time.monotonic() < end, "the cluster takes no job"
+        except (RuntimeError, ConnectionError):
+            assert time.monotonic() < end and running.poll() is None, "the cluster takes no job"
             time.sleep(2)
         else: break
     try: yield f"http://127.0.0.1:{port}"
     finally:
-        running.communicate("", timeout=120)
+        running.terminate()
+        running.wait(120)
         shutil.rmtree(there, ignore_errors=True)
 
 
@@ -76,9 +76,10 @@ def head(tmp_path):
 @pytest.mark.ray
 def test_one_argument(tmp_path, monkeypatch, head, capsys):
     if not shutil.which("mlray"): monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
-    there = tmp_path / "there"
-    (tmp_path / "settings.ini").write_text(f"[local]\ntracking = disabled\nworkers = 1\nobject_store_mb = 100\n[staging]\ntracking = disabled\nworkers = 1\njobs = {head}\nhome = {there}\naccess = open\n")
-    monkeypatch.chdir(tmp_path)
+    there, mine = tmp_path / "there", tmp_path / "mine" # a home below the project's own folder would be another one on the cluster
+    mine.mkdir()
+    (mine / "settings.ini").write_text(f"[local]\ntracking = disabled\nworkers = 1\nobject_store_mb = 100\n[staging]\ntracking = disabled\nworkers = 1\njobs = {head}\nhome = {there}\naccess = open\n")
+    monkeypatch.chdir(mine)
     spec, heard = read_spec(DIABETES, ["train.epochs=5"]), MemoryTracker()
     began = time.monotonic()
 
@@ -86,7 +87,7 @@ def test_one_argument(tmp_path, monkeypatch, head, capsys):
     run = asyncio.run(cell())
     took = time.monotonic() - began
     assert isinstance(run, Trained) and [e["step"] for e in heard.logged] == [1, 2, 3, 4, 5] and heard.expected == 5 and heard.started == [spec] and any("rows" in n for n in heard.notes)
-    registry = open_registry(Settings(root=tmp_path, home=there, tracking="disabled"))
+    registry = open_registry(Settings(root=mine, home=there, tracking="disabled"))
     kept = version(registry, str(run.version))
     assert (kept.digest, kept.spec_id, kept.rows_digest, kept.created) == (run.version.digest, run.version.spec_id, run.version.rows_digest, run.version.created) and bundle_of(registry, kept).spec == spec
     assert kept.results["values"]["roc_auc"] == run.measures["roc_auc"].value and kept.results["verdict"]["findings"] == [vars(f) for f in run.verdict.findings]
@@ -102,8 +103,8 @@ def test_one_argument(tmp_path, monkeypatch, head, capsys):
     from mlray.submit_on_ray import JobServer
     assert JobServer(head).jobs()[0]["status"] == "STOPPED" and len(mlray_versions(registry)) == 1
 
-    beside = mlray.train(spec, read_settings("staging").model_copy(update={"ray": "local", "home": tmp_path / "here"}), on="ray", tracker=(mine := MemoryTracker()))
-    assert (tmp_path / "here/registry.db").is_file() and [e["step"] for e in mine.logged] == [1, 2, 3, 4, 5]
+    beside = mlray.train(spec, read_settings("staging").model_copy(update={"ray": "local", "home": tmp_path / "here"}), on="ray", tracker=(near := MemoryTracker()))
+    assert (tmp_path / "here/registry.db").is_file() and [e["step"] for e in near.logged] == [1, 2, 3, 4, 5]
     assert beside.evaluation.scorecard.overall["roc_auc"] == run.measures["roc_auc"] and beside.verdict == run.verdict and beside.version.spec_id == run.version.spec_id
     print(f"trained elsewhere in {took:.0f} s at a load of {os.getloadavg()[0]:.0f}; {len(heard.notes)} notes")
 

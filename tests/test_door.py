@@ -1,4 +1,5 @@
 """Bad input at the command line: exit code 2, one helpful sentence, nothing half-written; and a run that is killed."""
+import io
 import json
 import os
 import signal
@@ -171,7 +172,7 @@ def test_a_project_of_no_file_no_column(mlray, project, monkeypatch):
     loans(project)
     letter(*mlray("new", "mine", "--from", "loan.csv", "--target", "repaid")[::2], "no file loan.csv", "Did you mean 'loans.csv'?")
     letter(*mlray("new", "mine", "--from", ".", "--target", "repaid")[::2], "is a folder", "loans.csv")
-    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
     letter(*mlray("new", "mine", "--from", "loans.csv")[::2], "--target", "age, income, sex, opened, repaid")
 
 

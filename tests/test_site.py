@@ -44,6 +44,13 @@ def test_every_notebook_has_a_page_that_says_what_it_says(site):
     assert 'href="../gate.html"' in (site / "explanations/glossary.html").read_text(), "a module's name leads nowhere"
 
 
+def test_the_first_run_is_the_first_tutorial_and_shows_what_it_comes_to(site):
+    page = (site / "tutorials/first_run.html").read_text()
+    for shown in ("442 of 442 rows keep the contract", "<progress", "epoch 31/60", "roc_auc", "may not be promoted to production", "Verdict: passed", "by diabetes/1"): assert shown in page, shown
+    tutorials = re.findall(r'href="(?:\.\./tutorials/|tutorials/|\./)?(\w+)\.html"', page.partition("Tutorials")[2].partition("Explanations")[0])
+    assert tutorials and tutorials[0] == "first_run" and tutorials.index("season") == 1, tutorials[:4]
+
+
 def test_every_link_leads_somewhere_and_nothing_is_loaded_from_elsewhere(site):
     lost, foreign = [], []
     for page in site.rglob("*.html"):

@@ -338,3 +338,21 @@ def test_a_changed_package_is_named(trained, tmp_path):
                 job.valid_rows, predict(bundle, run.rows.parts.valid, run.rows.parts.valid.height))
     again = reproduce(made, "diabetes/9", settings, LocalBackend())
     assert again.identical and [(d.what, d.then) for d in again.differences] == [("package torch", "2.12.0")] and "although this has changed: package torch" in again.finding
+
+
+@pytest.mark.chaos
+@pytest.mark.ray
+def test_a_search_in_a_notebook_has_its_card(tmp_path):
+    "In a real kernel, on a real Ray: one card for the trials, with the front at its end, and one for the training of the best."
+    import nbformat
+    from nbclient import NotebookClient
+    (tmp_path / "s.yaml").write_text(DIABETES + SEARCH)
+    code = 'import mlray; from mlray.settings import Settings; from pathlib import Path\nfound = mlray.tune(mlray.read_spec("s.yaml", ["train.epochs=4", "search.trials=4"]), Settings(root=Path("."), home=Path("home"), object_store_mb=100, tracking="disabled"))'
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code), nbformat.v4.new_code_cell("found")])
+    NotebookClient(page, timeout=400, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = page.cells[0].outputs
+    assert [o.output_type for o in outputs] == ["display_data", "display_data"], [str(o)[:300] for o in outputs]
+    search, training = (o.data["text/html"] for o in outputs)
+    assert "trial 4/4" in search and "best is" in search and "valid_loss against parameters" in search and "epoch 4/4" in training and "diabetes/1" in training
+    assert "valid_loss against" in page.cells[1].outputs[0].data["text/html"]
+    print(outputs[0].data["text/plain"])
