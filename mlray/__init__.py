@@ -2,284 +2,312 @@
 
 Modules:
 
-- `mlray.about`: What only people can say of a model: who answers for it, what it is for, what its rows are
-- `mlray.accepted`: How far a growing source has been read, and the rows that came of it
-- `mlray.access`: Who may do what: keys, roles, actions
-- `mlray.adversarial`: How little it takes when somebody tries: FGSM and PGD on the numbers of a row
-- `mlray.alert`: Tell who must know, once: what moved, for whom, since when, which rows, and what may be done
-- `mlray.anchoring`: Heads of the audit, signed, and noted where who keeps the database does not
-- `mlray.answer`: What one prediction looks like on the wire, for each kind of target
-- `mlray.answer_pieces`: What the script of an exported folder is made of: checks and encoders, in plain Python
-- `mlray.answer_script`: The script of an exported folder, made of the pieces that its model needs
-- `mlray.anywhere`: Train, tune and gate from a notebook: here, on Ray, or on a cluster
-- `mlray.archive`: Segments become Parquet by day, model and version; read exactly, kept for a time, erased by person
-- `mlray.arm`: What two versions did on the traffic so far, in sums that add up
-- `mlray.arrow`: Rows in bulk: an Arrow IPC stream in, an Arrow IPC stream out
-- `mlray.asgi`: A request of HTTP as a server hands it over, read with as few steps as it takes
-- `mlray.attestation`: What is signed here, by whom, and whether it is enough
-- `mlray.audit`: A chain that breaks if it is touched
-- `mlray.backup`: A copy of a running registry, and the way back from it
-- `mlray.backup_cli`: The commands that keep a registry and bring it back
-- `mlray.batch`: Cut a source into pieces that anybody can read alone, and answer one of them
-- `mlray.batch_cli`: `mlray predict`: a file in, a file of answers out
-- `mlray.batch_in_bucket`: A batch whose answers go to a bucket, with what a folder promises
-- `mlray.batch_run`: A file in, a file of answers out: larger than memory, and none lost or doubled when it is killed
-- `mlray.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
-- `mlray.believed`: Which labels from production a next version may learn from
-- `mlray.beside`: What a shadow answered, beside what was answered
-- `mlray.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
-- `mlray.calibration`: Scores that can be taken at their word: fitted on validation rows, shipped in the graph
-- `mlray.card`: A version's papers, made from what is known of it: the model card, as Markdown, as a page, as JSON
-- `mlray.catalogue`: Every data set that was ever read, and what came of it
-- `mlray.chart`: Plots as plain SVG: values with their intervals, lines, points, bars
-- `mlray.checkpoints`: The states of a run on disk, and the newest of them that is whole
 - `mlray.cli`: The door: `mlray` on the command line
 - `mlray.client`: Ask a service from Python, and not give up too soon
-- `mlray.cluster_cli`: `mlray cluster plan`: what a file would start
-- `mlray.cluster_file`: A launcher or manifests, read and planned
-- `mlray.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
-- `mlray.cluster_plan`: Whether a cluster is large enough for what is to run on it, and what it costs
-- `mlray.column`: What one column of a table may hold, and what it is for
-- `mlray.commands`: What each command does, with its vendors chosen
-- `mlray.comparison`: Two models on the same rows: how far apart, and whether that can be chance
-- `mlray.compliance`: What GDPR and the EU AI Act ask, the evidence there is, and what is missing
-- `mlray.console`: Who looks at the pages, and whether they may
-- `mlray.console_acts`: What can be done on the pages, and the whole console
-- `mlray.console_alone`: The console on a laptop, without a cluster
-- `mlray.console_cli`: The command of the console
-- `mlray.console_live`: What production does now, and has done: the pages of traffic, drift, alerts and the journal
-- `mlray.console_look`: What every page of the console has around it
-- `mlray.console_pages`: What there is, what is proved of it, and who did it: the pages of models and versions
-- `mlray.console_seal`: The key with which sessions of the console are sealed
-- `mlray.contract`: What a row must look like, said once and held everywhere
-- `mlray.counterfactual`: What would have to be different for another answer: the smallest change that flips it
-- `mlray.counts`: One small table that stands for all rows: slices × label × decision × score bin; tables add
-- `mlray.data`: Which rows: their sources, and how they are divided
-- `mlray.data_sheet`: The rows behind a version: what they are, where they came from, what was done to them
-- `mlray.database`: One transaction, one line of audit, on SQLite or PostgreSQL
-- `mlray.decision`: From a score to a decision: calibration, threshold and fairness, as intent
-- `mlray.declared`: Rows to numbers without having seen a row: encoders that follow from the contract alone
-- `mlray.deed`: What somebody who may do it does once, or is refused
-- `mlray.delivery`: How soon, how often, how safely, and for how much: releases in one table
-- `mlray.delivery_cli`: How models are delivered: one command, one table a model
-- `mlray.display`: One table, three faces: a terminal, a notebook, Markdown
-- `mlray.doctor`: What is wrong with this machine or cluster, and how to mend it
-- `mlray.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
-- `mlray.edge_folder`: A folder that answers with onnxruntime and numpy alone
-- `mlray.edge_page`: The same bundle as a page: a form made from the contract, answered in the browser
-- `mlray.error_analysis`: Where a version is wrong, for whom, in which way, and what may be the cause
-- `mlray.error_page`: A notebook about the mistakes of a version, executed
-- `mlray.errors`: One family of errors, each a short letter to a tired person
-- `mlray.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
-- `mlray.estimator`: Models of scikit-learn, LightGBM and XGBoost: the same rows, the same graph
-- `mlray.estimator_graph`: Fitted estimators of scikit-learn, LightGBM and XGBoost as ONNX graphs that keep the laws
-- `mlray.evaluation`: What a bundle does with rows it has not learned from
-- `mlray.examination`: The facts of this machine, gathered without changing anything
-- `mlray.explain`: Why this answer: a straight line through the model's answers nearby, the same to the byte for the same row
-- `mlray.explain_image`: Which parts of an image an answer hangs on
-- `mlray.explain_on_ray`: Many rows explained at once, on Ray Data
-- `mlray.explain_row`: Why a row is answered as it is, when some of its columns are texts, pictures or signals
-- `mlray.explain_text`: Which words an answer hangs on
-- `mlray.explanation`: A bundle's answers, explained and shaken
-- `mlray.export`: A bundle as plain data: what numpy and a browser can read
-- `mlray.export_cli`: `mlray export`: a folder, or a page, that answers without mlray
-- `mlray.faces`: What commands show: one value for programs, tables for people
-- `mlray.fairness`: How good for whom: every group metric from one table of counts
-- `mlray.feature`: How a column becomes numbers, and columns made from others
-- `mlray.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
-- `mlray.federate_on_ray`: Learning from rows that stay with their holders
-- `mlray.feedback`: What became of an answer: labels, corrections, ratings, clicks, any number; late, early, twice, or never
-- `mlray.fetch`: Files by name, wherever they are: found, resumed, checked
-- `mlray.first_look`: A file with rows, looked at for the first time: how it is written, and a spec to begin with
-- `mlray.first_screen`: What `mlray --help` says: the commands in the order of a model's life
-- `mlray.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
-- `mlray.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
-- `mlray.forgotten`: Rows of a person that lie beside the journal: put aside, or accepted to learn from
-- `mlray.front_on_ray`: Requests that are answered in front of what Ray Serve puts around a replica
-- `mlray.gaps`: How far groups are apart, where answers are classes, labels or numbers
-- `mlray.garbage`: Bytes that no row names any more, taken away without taking a live one
-- `mlray.gate`: May it go out: a candidate's measures against the rules, with every reason
-- `mlray.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
-- `mlray.gate_on_ray`: Gates as tasks of a cluster: each with the CPUs, GPUs and memory that it asks for
-- `mlray.gate_page`: An executed notebook as proof: what it says, where it broke, and what of it may be kept
-- `mlray.gate_report`: What gates found, for those who read it elsewhere: JUnit, GitHub, a summary, pages
-- `mlray.gathering`: Requests that wait at the same moment are scored together
-- `mlray.gradient`: What the network itself says: what each feature adds to the logit
-- `mlray.group_sums`: Gaps between groups from sums alone, for traffic whose rows nobody keeps together
-- `mlray.grpc_on_ray`: gRPC in front of the service, on Ray Serve
-- `mlray.haproxy`: Close what is left open in front of a service
-- `mlray.harmless`: May a graph be run: one that only computes, of its inputs, within bounds
-- `mlray.importance`: What a model hangs on, over many rows: permutation importance, and explanations that add up
-- `mlray.imported`: What a spec names by where it is imported from
-- `mlray.infer`: A first contract, from rows, for a person to correct
-- `mlray.inference_messages`: The Open Inference Protocol's messages of protobuf
-- `mlray.intervals`: How far a number from counts can be trusted: effective rows, DeLong, and a bootstrap that never sees a row
-- `mlray.job_desk`: Where jobs are handed in, asked after and fetched, and who does them
-- `mlray.jobs`: Large batches, answered later
-- `mlray.journal`: One durable record for each answer, written before the answer is sent
-- `mlray.keeping`: What of a row may be kept: all of a value, a pseudonym, a bucket, or nothing
-- `mlray.lab`: `%load_ext mlray`: commands where the models are looked at
-- `mlray.lab_cli`: JupyterLab with the tutorials, or with a project's own notebooks
-- `mlray.labelled`: Answers with their labels, as rows to learn from; and those that should get one
-- `mlray.launcher`: What is wrong with a file for `ray up`
-- `mlray.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
-- `mlray.lease`: Of several controllers one acts, and one that was overtaken is refused
-- `mlray.ledger`: Whether what is known is what was done
-- `mlray.lineage`: What a version came from
-- `mlray.live_gaps`: How far groups are apart in what they are answered, at every look
-- `mlray.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
-- `mlray.look`: Whether a promise is broken, beyond what chance does in a season of looks
-- `mlray.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
-- `mlray.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates
-- `mlray.manifest`: What is wrong with manifests for KubeRay
-- `mlray.membership`: Who is in there: whether a model tells which rows it has learned from
-- `mlray.meters`: What a replica counts, for Prometheus
-- `mlray.mirror`: A folder of files, in a bucket as it is here
-- `mlray.mirror_on_mlflow`: A folder that MLflow can load and serve
-- `mlray.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
-- `mlray.mixture`: Two means from their sums, compared at every look
-- `mlray.mlflow`: What an MLflow client sends to `/invocations`
-- `mlray.model`: Fitting a network: training as a generator of epochs
-- `mlray.moments`: Means of anything a column can hold, from sums that add: errors of a regression, cost, latency
-- `mlray.monitor`: How a version fares: what it is asked, what it answers, how good that is, for whom, and how fast
-- `mlray.network`: Numbers to scores: TabM and its simpler relatives, and the graph they become
-- `mlray.network_inputs`: What was learned about the rows, as the first layers of a network
-- `mlray.nodes_on_ray`: What each node of a cluster says of itself
-- `mlray.noting`: What commands leave in the catalogue of what they have read
-- `mlray.oidc`: Who bears a token of the house's own identity provider
-- `mlray.open_inference`: The Open Inference Protocol v2: a tensor a column
-- `mlray.openapi`: The routes, described for people and programs
-- `mlray.opened`: A registry that is open, who acts in it, and the keys by which they are known
-- `mlray.optimise`: A bundle made smaller and quicker: integers for weights, and zeros for those that hardly matter
-- `mlray.optimise_cli`: `mlray optimise`: a version made smaller and quicker, if that costs nothing that its rules forbid
-- `mlray.optimised`: A smaller version of a version, registered only if the rules of its spec hold against the one it came from
-- `mlray.outbox`: What others are to be told, kept until they have heard it
-- `mlray.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
-- `mlray.page_script`: What an exported page runs: checks, encoders and answers in JavaScript, and a form made from the contract
-- `mlray.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
-- `mlray.papers_cli`: The commands of papers, data sets and the registry's own upkeep
-- `mlray.pieces`: Rows that pass by in pieces, and a bounded sample that stands for all of them
-- `mlray.place`: Which cluster is meant by `--on`: an address, an environment, a region
-- `mlray.plan`: What is to be served, read from the registry, and followed as it changes
-- `mlray.point_in_time`: What was known of an entity at a moment, and never what came later
-- `mlray.policy`: What an environment asks of a version that is let out
-- `mlray.population`: Trials that learn from one another, and the schedule that one of them has lived
-- `mlray.portrait`: What the page of a gate shows of answers: pictures beside its tables
-- `mlray.predict_on_ray`: The pieces of a batch, answered by all nodes of a cluster
-- `mlray.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
-- `mlray.progress`: A bar for a person who waits, in a terminal and in JupyterLab
-- `mlray.project`: A project as it is to be written: its spec, its source, its gates
-- `mlray.project_folder`: A new project in its folder: all of it, or nothing
-- `mlray.project_pages`: The notebooks of a new project
-- `mlray.proof`: A version, checked from the bytes up by somebody who trusts nobody here
-- `mlray.proof_cli`: The commands of proof: sign, verify, who signs, and the audit
-- `mlray.ranking`: Ranking and calibration from score bins, each with the bound of what the bins hide
-- `mlray.rates`: What a confusion matrix says: every rate, for one matrix or a million
-- `mlray.reading`: What was read of which source, by whom and when
-- `mlray.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
-- `mlray.reduction`: Exponentiated gradient over models that are dear: a class of them that grows while a budget lasts
-- `mlray.region_cli`: A release that moves from region to region
-- `mlray.registry`: Versions, what was proved about them, and which of them is in production
-- `mlray.registry_on_ray`: The registry, from any node of a cluster
-- `mlray.release`: Who stands for a version, and how its end is announced
-- `mlray.release_cli`: The commands of a release: who approves, what goes out and comes back, keys, mirrors
-- `mlray.remote_checkpoints`: The states of a run in a bucket, with what a disk promises
-- `mlray.replay`: Two models on the same requests: which decisions flip, which way, and for whom
-- `mlray.replayed`: What was asked in production, asked again of another version
-- `mlray.reproduce`: The same run again, compared to the bit
-- `mlray.request`: One row as it comes in a request, held to the same rules
-- `mlray.retrain`: Is it time for the next version: due, not yet, or stopped, with the reasons
-- `mlray.retraining`: The story of a next version: looked, claimed, trained, gated, proposed
-- `mlray.robust`: How fragile: which answers flip when rows are slightly wrong, for whom, and what the contract catches first
-- `mlray.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
-- `mlray.rollout_cli`: The commands of a rollout: look after it, look at it, end it
-- `mlray.rollout_policy`: How a new version takes over, and when one is wanted, as intent
-- `mlray.rollout_run`: From windows to a decision about a canary
-- `mlray.rollout_step`: A rollout goes on by itself: look, decide, act, and say why
-- `mlray.routes`: One table of everything that can be asked
-- `mlray.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
-- `mlray.run`: The story of one run, from rows to a registered version with its verdict
-- `mlray.runbook`: What to type when this model is let out, looked after, in trouble, or at its end
+- `mlray.command_line.anywhere`: Train, tune and gate from a notebook: here, on Ray, or on a cluster
+- `mlray.command_line.backup_cli`: The commands that keep a registry and bring it back
+- `mlray.command_line.batch_cli`: `mlray predict`: a file in, a file of answers out
+- `mlray.command_line.cluster_cli`: `mlray cluster plan`: what a file would start
+- `mlray.command_line.commands`: What each command does, with its vendors chosen
+- `mlray.command_line.console_cli`: The command of the console
+- `mlray.command_line.delivery_cli`: How models are delivered: one command, one table a model
+- `mlray.command_line.export_cli`: `mlray export`: a folder, or a page, that answers without mlray
+- `mlray.command_line.faces`: What commands show: one value for programs, tables for people
+- `mlray.command_line.first_screen`: What `mlray --help` says: the commands in the order of a model's life
+- `mlray.command_line.lab`: `%load_ext mlray`: commands where the models are looked at
+- `mlray.command_line.lab_cli`: JupyterLab with the tutorials, or with a project's own notebooks
+- `mlray.command_line.noting`: What commands leave in the catalogue of what they have read
+- `mlray.command_line.optimise_cli`: `mlray optimise`: a version made smaller and quicker, if that costs nothing that its rules forbid
+- `mlray.command_line.papers_cli`: The commands of papers, data sets and the registry's own upkeep
+- `mlray.command_line.proof_cli`: The commands of proof: sign, verify, who signs, and the audit
+- `mlray.command_line.region_cli`: A release that moves from region to region
+- `mlray.command_line.release_cli`: The commands of a release: who approves, what goes out and comes back, keys, mirrors
+- `mlray.command_line.rollout_cli`: The commands of a rollout: look after it, look at it, end it
+- `mlray.command_line.schedule_cli`: The command that hands a job to the scheduler a team has
+- `mlray.command_line.serve_cli`: The commands of a service that runs: who gets which version
+- `mlray.command_line.submit_cli`: `--on ADDRESS`: a command that runs on a cluster, and answers here
+- `mlray.command_line.vouching`: What the commands `sign`, `verify`, `signer` and `audit` do
+- `mlray.command_line.watch_cli`: The commands that follow a model in production: retrain, worklist, errors
+- `mlray.command_line.watching`: What `mlray monitor` and `mlray journal` do
+- `mlray.engines.cluster_on_ray`: Join a Ray cluster, or have one of one's own for a while
+- `mlray.engines.explain_on_ray`: Many rows explained at once, on Ray Data
+- `mlray.engines.federate_on_ray`: Learning from rows that stay with their holders
+- `mlray.engines.front_on_ray`: Requests that are answered in front of what Ray Serve puts around a replica
+- `mlray.engines.gate_on_papermill`: Run notebooks as gates: strictly, side by side, kept as evidence
+- `mlray.engines.gate_on_ray`: Gates as tasks of a cluster: each with the CPUs, GPUs and memory that it asks for
+- `mlray.engines.grpc_on_ray`: gRPC in front of the service, on Ray Serve
+- `mlray.engines.haproxy`: Close what is left open in front of a service
+- `mlray.engines.mirror_on_mlflow`: A folder that MLflow can load and serve
+- `mlray.engines.nodes_on_ray`: What each node of a cluster says of itself
+- `mlray.engines.predict_on_ray`: The pieces of a batch, answered by all nodes of a cluster
+- `mlray.engines.registry_on_ray`: The registry, from any node of a cluster
+- `mlray.engines.scaling_on_ray`: How many replicas there are, on Ray Serve
+- `mlray.engines.serve_on_ray`: HTTP in front of the service, on Ray Serve
+- `mlray.engines.stream_on_ray`: A table larger than memory, brought by Ray Data to where workers read it
+- `mlray.engines.submit_on_ray`: Work sent to a cluster from outside, and what it says on the way
+- `mlray.engines.trace_on_openlineage`: What ran, on which rows, and what came of it, told to a lineage server
+- `mlray.engines.trace_on_opentelemetry`: Where the time of a request went
+- `mlray.engines.track_on_wandb`: One W&B run for each training
+- `mlray.engines.train_on_ray`: The same training loop, on as many Ray workers as there are
+- `mlray.engines.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
+- `mlray.engines.warm_kernels`: Kernels that have their imports behind them: one process loads the libraries once, and each gate's kernel is a copy of it
+- `mlray.engines.watch_on_ray`: A rollout's controller beside the service, which Ray starts again when it dies
+- `mlray.governance.access`: Who may do what: keys, roles, actions
+- `mlray.governance.anchoring`: Heads of the audit, signed, and noted where who keeps the database does not
+- `mlray.governance.attestation`: What is signed here, by whom, and whether it is enough
+- `mlray.governance.audit`: A chain that breaks if it is touched
+- `mlray.governance.backup`: A copy of a running registry, and the way back from it
+- `mlray.governance.catalogue`: Every data set that was ever read, and what came of it
+- `mlray.governance.database`: One transaction, one line of audit, on SQLite or PostgreSQL
+- `mlray.governance.deed`: What somebody who may do it does once, or is refused
+- `mlray.governance.garbage`: Bytes that no row names any more, taken away without taking a live one
+- `mlray.governance.lease`: Of several controllers one acts, and one that was overtaken is refused
+- `mlray.governance.ledger`: Whether what is known is what was done
+- `mlray.governance.lineage`: What a version came from
+- `mlray.governance.oidc`: Who bears a token of the house's own identity provider
+- `mlray.governance.opened`: A registry that is open, who acts in it, and the keys by which they are known
+- `mlray.governance.outbox`: What others are to be told, kept until they have heard it
+- `mlray.governance.policy`: What an environment asks of a version that is let out
+- `mlray.governance.proof`: A version, checked from the bytes up by somebody who trusts nobody here
+- `mlray.governance.reading`: What was read of which source, by whom and when
+- `mlray.governance.registry`: Versions, what was proved about them, and which of them is in production
+- `mlray.governance.release`: Who stands for a version, and how its end is announced
+- `mlray.governance.signature`: Who says so: signed statements that anybody can check, offline, with stock tools
+- `mlray.governance.standing`: Where a version stands, as the tables have it inside a transaction
+- `mlray.governance.statement`: What is claimed, in a form that others read: in-toto statements
+- `mlray.governance.store`: Bytes under their digest, on the disk when it says so
+- `mlray.governance.triggers`: One run for each trigger, whoever looks, and whoever dies
+- `mlray.judgement.adversarial`: How little it takes when somebody tries: FGSM and PGD on the numbers of a row
+- `mlray.judgement.arm`: What two versions did on the traffic so far, in sums that add up
+- `mlray.judgement.counterfactual`: What would have to be different for another answer: the smallest change that flips it
+- `mlray.judgement.drift`: How far the rows have moved: distances with their intervals, one line a column, far and surely
+- `mlray.judgement.estimate`: What can be known before labels come: can the rows be told apart, and how good the answers should be
+- `mlray.judgement.explain`: Why this answer: a straight line through the model's answers nearby, the same to the byte for the same row
+- `mlray.judgement.explain_image`: Which parts of an image an answer hangs on
+- `mlray.judgement.explain_row`: Why a row is answered as it is, when some of its columns are texts, pictures or signals
+- `mlray.judgement.explain_text`: Which words an answer hangs on
+- `mlray.judgement.gate`: May it go out: a candidate's measures against the rules, with every reason
+- `mlray.judgement.gradient`: What the network itself says: what each feature adds to the logit
+- `mlray.judgement.importance`: What a model hangs on, over many rows: permutation importance, and explanations that add up
+- `mlray.judgement.leakage`: What a model must not know: test rows it has learned from, and features that carry the answer
+- `mlray.judgement.live_gaps`: How far groups are apart in what they are answered, at every look
+- `mlray.judgement.local_line`: A straight line through scores nearby, with sums that come out the same everywhere
+- `mlray.judgement.membership`: Who is in there: whether a model tells which rows it has learned from
+- `mlray.judgement.mixture`: Two means from their sums, compared at every look
+- `mlray.judgement.replay`: Two models on the same requests: which decisions flip, which way, and for whom
+- `mlray.judgement.retrain`: Is it time for the next version: due, not yet, or stopped, with the reasons
+- `mlray.judgement.robust`: How fragile: which answers flip when rows are slightly wrong, for whom, and what the contract catches first
+- `mlray.judgement.rollout`: Does it stay out: promote, hold or roll back, valid however often one looks
+- `mlray.judgement.shapley`: Why this answer: the score, shared out among the features so that the shares add up
+- `mlray.judgement.work_list`: Which answers should somebody label next
+- `mlray.learning.calibration`: Scores that can be taken at their word: fitted on validation rows, shipped in the graph
+- `mlray.learning.contract`: What a row must look like, said once and held everywhere
+- `mlray.learning.declared`: Rows to numbers without having seen a row: encoders that follow from the contract alone
+- `mlray.learning.estimator`: Models of scikit-learn, LightGBM and XGBoost: the same rows, the same graph
+- `mlray.learning.estimator_graph`: Fitted estimators of scikit-learn, LightGBM and XGBoost as ONNX graphs that keep the laws
+- `mlray.learning.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
+- `mlray.learning.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
+- `mlray.learning.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
+- `mlray.learning.infer`: A first contract, from rows, for a person to correct
+- `mlray.learning.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
+- `mlray.learning.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates
+- `mlray.learning.mitigation`: Training so that groups fare alike: weights of rows, and mixtures under a constraint
+- `mlray.learning.model`: Fitting a network: training as a generator of epochs
+- `mlray.learning.network`: Numbers to scores: TabM and its simpler relatives, and the graph they become
+- `mlray.learning.network_inputs`: What was learned about the rows, as the first layers of a network
+- `mlray.learning.own_network`: Bring your own network: any `torch.nn.Module`, given what it asks for by name
+- `mlray.learning.pieces`: Rows that pass by in pieces, and a bounded sample that stands for all of them
+- `mlray.learning.point_in_time`: What was known of an entity at a moment, and never what came later
+- `mlray.learning.profile`: A table, counted: histograms on fixed bins that add up, a few kilobytes for any number of rows
+- `mlray.learning.reduction`: Exponentiated gradient over models that are dear: a class of them that grows while a budget lasts
+- `mlray.learning.request`: One row as it comes in a request, held to the same rules
+- `mlray.learning.shards`: Encoded rows on disk, and the windows in which workers read them
+- `mlray.learning.summary`: What a holder of rows may tell about them, so that encoders can be learned for all
+- `mlray.learning.table`: Rows: named by a fingerprint, and divided the same way every time
+- `mlray.learning.text`: A text as the runs of words and characters in it, hashed
+- `mlray.measures.comparison`: Two models on the same rows: how far apart, and whether that can be chance
+- `mlray.measures.counts`: One small table that stands for all rows: slices × label × decision × score bin; tables add
+- `mlray.measures.fairness`: How good for whom: every group metric from one table of counts
+- `mlray.measures.gaps`: How far groups are apart, where answers are classes, labels or numbers
+- `mlray.measures.group_sums`: Gaps between groups from sums alone, for traffic whose rows nobody keeps together
+- `mlray.measures.intervals`: How far a number from counts can be trusted: effective rows, DeLong, and a bootstrap that never sees a row
+- `mlray.measures.moments`: Means of anything a column can hold, from sums that add: errors of a regression, cost, latency
+- `mlray.measures.paired`: Every measure of two models on the same rows, whatever they predict, and how far apart their groups are
+- `mlray.measures.ranking`: Ranking and calibration from score bins, each with the bound of what the bins hide
+- `mlray.measures.rates`: What a confusion matrix says: every rate, for one matrix or a million
+- `mlray.measures.score`: How good: every measure with its interval, over all rows and by group
+- `mlray.measures.score_of_classes`: How good, where one of several classes is right, or any of several labels
+- `mlray.measures.score_of_counts`: A scorecard from counts alone: no row is seen again
+- `mlray.measures.score_of_numbers`: How good, where a number is predicted, or quantiles of it
+- `mlray.measures.slices`: Where a model does worst: a search through slices of up to three conditions, corrected for having searched
+- `mlray.measures.threshold`: Where the line is drawn: one line that does best by what was asked, or one for each group
+- `mlray.monitoring.alert`: Tell who must know, once: what moved, for whom, since when, which rows, and what may be done
+- `mlray.monitoring.archive`: Segments become Parquet by day, model and version; read exactly, kept for a time, erased by person
+- `mlray.monitoring.believed`: Which labels from production a next version may learn from
+- `mlray.monitoring.beside`: What a shadow answered, beside what was answered
+- `mlray.monitoring.delivery`: How soon, how often, how safely, and for how much: releases in one table
+- `mlray.monitoring.error_analysis`: Where a version is wrong, for whom, in which way, and what may be the cause
+- `mlray.monitoring.feedback`: What became of an answer: labels, corrections, ratings, clicks, any number; late, early, twice, or never
+- `mlray.monitoring.forgotten`: Rows of a person that lie beside the journal: put aside, or accepted to learn from
+- `mlray.monitoring.journal`: One durable record for each answer, written before the answer is sent
+- `mlray.monitoring.keeping`: What of a row may be kept: all of a value, a pseudonym, a bucket, or nothing
+- `mlray.monitoring.labelled`: Answers with their labels, as rows to learn from; and those that should get one
+- `mlray.monitoring.look`: Whether a promise is broken, beyond what chance does in a season of looks
+- `mlray.monitoring.monitor`: How a version fares: what it is asked, what it answers, how good that is, for whom, and how fast
+- `mlray.monitoring.replayed`: What was asked in production, asked again of another version
+- `mlray.monitoring.retraining`: The story of a next version: looked, claimed, trained, gated, proposed
+- `mlray.monitoring.rollout_run`: From windows to a decision about a canary
+- `mlray.monitoring.rollout_step`: A rollout goes on by itself: look, decide, act, and say why
+- `mlray.monitoring.whose`: Whose rows: by the name that callers give, or by what stands in a column
+- `mlray.monitoring.windows`: What was answered, counted once by version and hour, kept, and added up
+- `mlray.operations.cluster_file`: A launcher or manifests, read and planned
+- `mlray.operations.cluster_plan`: Whether a cluster is large enough for what is to run on it, and what it costs
+- `mlray.operations.doctor`: What is wrong with this machine or cluster, and how to mend it
+- `mlray.operations.examination`: The facts of this machine, gathered without changing anything
+- `mlray.operations.first_look`: A file with rows, looked at for the first time: how it is written, and a spec to begin with
+- `mlray.operations.launcher`: What is wrong with a file for `ray up`
+- `mlray.operations.manifest`: What is wrong with manifests for KubeRay
+- `mlray.operations.place`: Which cluster is meant by `--on`: an address, an environment, a region
+- `mlray.operations.project`: A project as it is to be written: its spec, its source, its gates
+- `mlray.operations.project_folder`: A new project in its folder: all of it, or nothing
+- `mlray.operations.project_pages`: The notebooks of a new project
+- `mlray.operations.schedule`: A command at its times, as cron, Kubernetes, GitHub or Airflow write it
+- `mlray.operations.serve_manifest`: The application as a file: for `serve deploy`, and as a RayService for KubeRay
+- `mlray.pages.console`: Who looks at the pages, and whether they may
+- `mlray.pages.console_acts`: What can be done on the pages, and the whole console
+- `mlray.pages.console_alone`: The console on a laptop, without a cluster
+- `mlray.pages.console_live`: What production does now, and has done: the pages of traffic, drift, alerts and the journal
+- `mlray.pages.console_look`: What every page of the console has around it
+- `mlray.pages.console_pages`: What there is, what is proved of it, and who did it: the pages of models and versions
+- `mlray.pages.console_seal`: The key with which sessions of the console are sealed
+- `mlray.pages.error_page`: A notebook about the mistakes of a version, executed
+- `mlray.pages.gate_report`: What gates found, for those who read it elsewhere: JUnit, GitHub, a summary, pages
+- `mlray.running.card`: A version's papers, made from what is known of it: the model card, as Markdown, as a page, as JSON
+- `mlray.running.checkpoints`: The states of a run on disk, and the newest of them that is whole
+- `mlray.running.compliance`: What GDPR and the EU AI Act ask, the evidence there is, and what is missing
+- `mlray.running.data_sheet`: The rows behind a version: what they are, where they came from, what was done to them
+- `mlray.running.evaluation`: What a bundle does with rows it has not learned from
+- `mlray.running.explanation`: A bundle's answers, explained and shaken
+- `mlray.running.gate_page`: An executed notebook as proof: what it says, where it broke, and what of it may be kept
+- `mlray.running.optimised`: A smaller version of a version, registered only if the rules of its spec hold against the one it came from
+- `mlray.running.population`: Trials that learn from one another, and the schedule that one of them has lived
+- `mlray.running.portrait`: What the page of a gate shows of answers: pictures beside its tables
+- `mlray.running.progress`: A bar for a person who waits, in a terminal and in JupyterLab
+- `mlray.running.remote_checkpoints`: The states of a run in a bucket, with what a disk promises
+- `mlray.running.reproduce`: The same run again, compared to the bit
+- `mlray.running.run`: The story of one run, from rows to a registered version with its verdict
+- `mlray.running.runbook`: What to type when this model is let out, looked after, in trouble, or at its end
+- `mlray.running.search`: What to try next, and what was found
+- `mlray.running.tracking`: Who listens to a run
+- `mlray.running.tuned`: What came of a search: its trials, its fronts, and the version of the best
+- `mlray.running.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances
 - `mlray.sample_networks`: Two networks of ten lines, one for pictures and one for text, as a user would bring them
 - `mlray.samples`: Real rows that are there without a download
-- `mlray.scaling_on_ray`: How many replicas there are, on Ray Serve
-- `mlray.schedule`: A command at its times, as cron, Kubernetes, GitHub or Airflow write it
-- `mlray.schedule_cli`: The command that hands a job to the scheduler a team has
-- `mlray.schema`: The JSON Schema of a spec, so that an editor completes and corrects while one writes
-- `mlray.score`: How good: every measure with its interval, over all rows and by group
-- `mlray.score_of_classes`: How good, where one of several classes is right, or any of several labels
-- `mlray.score_of_counts`: A scorecard from counts alone: no row is seen again
-- `mlray.score_of_numbers`: How good, where a number is predicted, or quantiles of it
-- `mlray.search`: What to try next, and what was found
-- `mlray.search_space`: Where to look for better values, as intent
-- `mlray.serve_cli`: The commands of a service that runs: who gets which version
-- `mlray.serve_manifest`: The application as a file: for `serve deploy`, and as a RayService for KubeRay
-- `mlray.serve_on_ray`: HTTP in front of the service, on Ray Serve
-- `mlray.serve_policy`: How a version answers, as intent
-- `mlray.served`: One version that answers: rows of any kind in, scores out
-- `mlray.service`: Answer a request: check the key, check the rows, choose a version, predict, say which version did
-- `mlray.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
-- `mlray.shadow`: A version that answers too, and that nobody waits for
-- `mlray.shapley`: Why this answer: the score, shared out among the features so that the shares add up
-- `mlray.shards`: Encoded rows on disk, and the windows in which workers read them
-- `mlray.signature`: Who says so: signed statements that anybody can check, offline, with stock tools
-- `mlray.slices`: Where a model does worst: a search through slices of up to three conditions, corrected for having searched
-- `mlray.source`: Rows as they are: from files, from a Delta table, from a database, from a topic, from a function
-- `mlray.spec`: What to run: rows, contract, network, training, gates, route
-- `mlray.standing`: Where a version stands, as the tables have it inside a transaction
-- `mlray.statement`: What is claimed, in a form that others read: in-toto statements
-- `mlray.store`: Bytes under their digest, on the disk when it says so
-- `mlray.stream_on_ray`: A table larger than memory, brought by Ray Data to where workers read it
-- `mlray.submit_cli`: `--on ADDRESS`: a command that runs on a cluster, and answers here
-- `mlray.submit_on_ray`: Work sent to a cluster from outside, and what it says on the way
-- `mlray.summary`: What a holder of rows may tell about them, so that encoders can be learned for all
-- `mlray.sunset`: The end of a version, said to those who use it
-- `mlray.survey`: All rows of a source held against the contract, piece by piece: more than fit into memory
-- `mlray.table`: Rows: named by a fingerprint, and divided the same way every time
-- `mlray.task`: What is to be predicted: one of two, one of several, any of several, a number, or quantiles of a number
-- `mlray.text`: A text as the runs of words and characters in it, hashed
-- `mlray.threshold`: Where the line is drawn: one line that does best by what was asked, or one for each group
-- `mlray.topic`: A Kafka topic as rows: from an offset to the end that it had when it was opened
-- `mlray.trace_on_openlineage`: What ran, on which rows, and what came of it, told to a lineage server
-- `mlray.trace_on_opentelemetry`: Where the time of a request went
-- `mlray.track_on_wandb`: One W&B run for each training
-- `mlray.tracking`: Who listens to a run
-- `mlray.traffic`: Which version answers whom
-- `mlray.train_on_ray`: The same training loop, on as many Ray workers as there are
-- `mlray.trial`: Fit to serve: how large a bundle is, how soon and how fast it answers, and what it says to requests that nobody should send
-- `mlray.triggers`: One run for each trigger, whoever looks, and whoever dies
-- `mlray.tune_on_ray`: A search for better values, on all cores, that goes on where it was killed
-- `mlray.tuned`: What came of a search: its trials, its fronts, and the version of the best
-- `mlray.vega`: Plots that can be looked at closely: zoomed, dragged, read point by point
-- `mlray.vouching`: What the commands `sign`, `verify`, `signer` and `audit` do
-- `mlray.warm_kernels`: Kernels that have their imports behind them: one process loads the libraries once, and each gate's kernel is a copy of it
-- `mlray.watch_cli`: The commands that follow a model in production: retrain, worklist, errors
-- `mlray.watch_on_ray`: A rollout's controller beside the service, which Ray starts again when it dies
-- `mlray.watching`: What `mlray monitor` and `mlray journal` do
-- `mlray.watermark`: A source that grows, read from where it was left: each row once
-- `mlray.white_box`: What only the network of a bundle can tell: attacks along its gradient, and its own importances
-- `mlray.whose`: Whose rows: by the name that callers give, or by what stands in a column
-- `mlray.windows`: What was answered, counted once by version and hour, kept, and added up
-- `mlray.wire`: What goes over the wire, in words that every route shares
-- `mlray.work_list`: Which answers should somebody label next"""
+- `mlray.serving.answer_pieces`: What the script of an exported folder is made of: checks and encoders, in plain Python
+- `mlray.serving.answer_script`: The script of an exported folder, made of the pieces that its model needs
+- `mlray.serving.arrow`: Rows in bulk: an Arrow IPC stream in, an Arrow IPC stream out
+- `mlray.serving.asgi`: A request of HTTP as a server hands it over, read with as few steps as it takes
+- `mlray.serving.batch`: Cut a source into pieces that anybody can read alone, and answer one of them
+- `mlray.serving.batch_in_bucket`: A batch whose answers go to a bucket, with what a folder promises
+- `mlray.serving.batch_run`: A file in, a file of answers out: larger than memory, and none lost or doubled when it is killed
+- `mlray.serving.edge_folder`: A folder that answers with onnxruntime and numpy alone
+- `mlray.serving.edge_page`: The same bundle as a page: a form made from the contract, answered in the browser
+- `mlray.serving.gathering`: Requests that wait at the same moment are scored together
+- `mlray.serving.inference_messages`: The Open Inference Protocol's messages of protobuf
+- `mlray.serving.job_desk`: Where jobs are handed in, asked after and fetched, and who does them
+- `mlray.serving.jobs`: Large batches, answered later
+- `mlray.serving.meters`: What a replica counts, for Prometheus
+- `mlray.serving.mlflow`: What an MLflow client sends to `/invocations`
+- `mlray.serving.open_inference`: The Open Inference Protocol v2: a tensor a column
+- `mlray.serving.openapi`: The routes, described for people and programs
+- `mlray.serving.page_script`: What an exported page runs: checks, encoders and answers in JavaScript, and a form made from the contract
+- `mlray.serving.plan`: What is to be served, read from the registry, and followed as it changes
+- `mlray.serving.routes`: One table of everything that can be asked
+- `mlray.serving.served`: One version that answers: rows of any kind in, scores out
+- `mlray.serving.service`: Answer a request: check the key, check the rows, choose a version, predict, say which version did
+- `mlray.serving.shadow`: A version that answers too, and that nobody waits for
+- `mlray.serving.sunset`: The end of a version, said to those who use it
+- `mlray.serving.traffic`: Which version answers whom
+- `mlray.serving.trial`: Fit to serve: how large a bundle is, how soon and how fast it answers, and what it says to requests that nobody should send
+- `mlray.serving.wire`: What goes over the wire, in words that every route shares
+- `mlray.shipping.answer`: What one prediction looks like on the wire, for each kind of target
+- `mlray.shipping.bundle`: What is shipped: one graph, its contract, its encoders, and where it came from
+- `mlray.shipping.export`: A bundle as plain data: what numpy and a browser can read
+- `mlray.shipping.harmless`: May a graph be run: one that only computes, of its inputs, within bounds
+- `mlray.shipping.optimise`: A bundle made smaller and quicker: integers for weights, and zeros for those that hardly matter
+- `mlray.sources.accepted`: How far a growing source has been read, and the rows that came of it
+- `mlray.sources.fetch`: Files by name, wherever they are: found, resumed, checked
+- `mlray.sources.mirror`: A folder of files, in a bucket as it is here
+- `mlray.sources.rows`: From a spec to rows that may be learned from: found, read, held against the contract, divided
+- `mlray.sources.source`: Rows as they are: from files, from a Delta table, from a database, from a topic, from a function
+- `mlray.sources.survey`: All rows of a source held against the contract, piece by piece: more than fit into memory
+- `mlray.sources.topic`: A Kafka topic as rows: from an offset to the end that it had when it was opened
+- `mlray.sources.watermark`: A source that grows, read from where it was left: each row once
+- `mlray.values.about`: What only people can say of a model: who answers for it, what it is for, what its rows are
+- `mlray.values.behaviour`: What a model must do whatever its scores are: invariance, direction, minimum function
+- `mlray.values.chart`: Plots as plain SVG: values with their intervals, lines, points, bars
+- `mlray.values.column`: What one column of a table may hold, and what it is for
+- `mlray.values.data`: Which rows: their sources, and how they are divided
+- `mlray.values.decision`: From a score to a decision: calibration, threshold and fairness, as intent
+- `mlray.values.display`: One table, three faces: a terminal, a notebook, Markdown
+- `mlray.values.errors`: One family of errors, each a short letter to a tired person
+- `mlray.values.feature`: How a column becomes numbers, and columns made from others
+- `mlray.values.imported`: What a spec names by where it is imported from
+- `mlray.values.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
+- `mlray.values.rollout_policy`: How a new version takes over, and when one is wanted, as intent
+- `mlray.values.schema`: The JSON Schema of a spec, so that an editor completes and corrects while one writes
+- `mlray.values.search_space`: Where to look for better values, as intent
+- `mlray.values.serve_policy`: How a version answers, as intent
+- `mlray.values.settings`: Where to run: environments, from `settings.ini` and `MLRAY_*`
+- `mlray.values.spec`: What to run: rows, contract, network, training, gates, route
+- `mlray.values.task`: What is to be predicted: one of two, one of several, any of several, a number, or quantiles of a number
+- `mlray.values.vega`: Plots that can be looked at closely: zoomed, dragged, read point by point"""
 
 __version__ = "0.1.0"
+
+import sys as _sys
+from collections.abc import Sequence as _Sequence
+from importlib import import_module as _import_module
+from importlib.machinery import ModuleSpec as _ModuleSpec
+from pathlib import Path as _Path
+from types import ModuleType as _ModuleType
 
 import lazy_loader as _lazy
 
 __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
     submod_attrs={
-        "spec": ["read_spec"],
-        "settings": ["read_settings"],
-        "anywhere": ["train", "tune", "run_gates"],
-        "evaluation": ["evaluate", "read_candidate"],
-        "gate": ["judge"],
-        "bundle": ["load_bundle", "predict"],
-        "registry": ["Registry", "open_registry"],
-        "service": ["Service"],
-        "score": ["scorecard"],
-        "fairness": ["fairness_report"],
-        "lab": ["load_ipython_extension"],
+        "values.spec": ["read_spec"],
+        "values.settings": ["read_settings"],
+        "command_line.anywhere": ["train", "tune", "run_gates"],
+        "running.evaluation": ["evaluate", "read_candidate"],
+        "judgement.gate": ["judge"],
+        "shipping.bundle": ["load_bundle", "predict"],
+        "governance.registry": ["Registry", "open_registry"],
+        "serving.service": ["Service"],
+        "measures.score": ["scorecard"],
+        "measures.fairness": ["fairness_report"],
+        "command_line.lab": ["load_ipython_extension"],
     },
 )
+
+
+class _ByName:
+    """Finds `mlray.bundle` in its chapter, as the very same module.
+
+    What outlives a process (a spec's `call`, a manifest's `import_path`, an MLflow folder's loader, a gate of one's own) names a module without its chapter, so that chapters can be drawn anew."""
+    def find_spec(self, name: str, path: _Sequence[str] | None = None, target: object = None) -> _ModuleSpec | None:
+        package, _, module = name.rpartition(".")
+        if package != __name__ or not module.isidentifier(): return None
+        chapter = next((at.parent.name for folder in path or () for at in _Path(folder).glob(f"*/{module}.py") if (at.parent / "__init__.py").is_file()), None)
+        return _ModuleSpec(name, self, loader_state=f"{package}.{chapter}.{module}") if chapter else None # type: ignore[arg-type]
+
+    def create_module(self, spec: _ModuleSpec) -> _ModuleType:
+        found = _import_module(spec.loader_state)
+        spec.loader_state = found.__spec__
+        return found
+
+    def exec_module(self, module: _ModuleType) -> None: module.__spec__ = module.__spec__ and module.__spec__.loader_state
+
+
+_sys.meta_path.append(_ByName()) # asked last, and only for what there is nowhere else

@@ -5,8 +5,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper as h, numpy_helper
 
-from mlray.bundle import Bundle, pack
-from mlray.features import apply
+from mlray.learning.features import apply
+from mlray.shipping.bundle import Bundle, pack
 
 Added = tuple[list[onnx.NodeProto], dict[str, np.ndarray]] # nodes from `honest` to `score`, and their constants
 

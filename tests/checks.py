@@ -78,7 +78,7 @@ def readme() -> str:
 
 def schema() -> str:
     "configs/schema.json, from the declarations of a spec; by the package that lies here."
-    return subprocess.run([sys.executable, "-c", "import json; from mlray.schema import spec_schema; print(json.dumps(spec_schema(), indent=1, ensure_ascii=False))"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True).stdout
+    return subprocess.run([sys.executable, "-c", "import json; from mlray.values.schema import spec_schema; print(json.dumps(spec_schema(), indent=1, ensure_ascii=False))"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True).stdout
 
 
 def tool(*command: str) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlray.settings import Settings, shipped
+from mlray.values.settings import Settings, shipped
 
 os.environ.setdefault("WANDB_SILENT", "true")
 DATA = Path(os.environ["MLRAY_DATA"]).resolve() if os.environ.get("MLRAY_DATA") else None
@@ -28,14 +28,14 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture(scope="session")
 def diabetes():
     "The spec that ships."
-    from mlray.spec import read_spec
+    from mlray.values.spec import read_spec
     return read_spec(shipped("configs") / "diabetes.yaml")
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, diabetes):
     "Settings with one registered version of the diabetes model, and its run."
-    from mlray.run import train
+    from mlray.running.run import train
     root = tmp_path_factory.mktemp("trained")
     settings = Settings(root=root, home=root / "home", object_store_mb=100, tracking="disabled")
     return settings, train(diabetes, settings)
@@ -44,7 +44,7 @@ def trained(tmp_path_factory, diabetes):
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     "One cluster for all tests of a process."
-    from mlray.cluster_on_ray import cluster
+    from mlray.engines.cluster_on_ray import cluster
     with cluster(Settings(object_store_mb=100)): yield
 
 

@@ -44,7 +44,7 @@ class Notebook(pytest.Item):
         os.chdir(self.path.parent)
         shell = CaptureShell(self.path)
         try:
-            if package and module: shell.run(f"import mlray.{module} as _m\nglobals().update({{k: v for k, v in vars(_m).items() if not k.startswith('__')}})")
+            if package and module: shell.run(f"import mlray.{module.removesuffix('.__init__')} as _m\nglobals().update({{k: v for k, v in vars(_m).items() if not k.startswith('__')}})")
             for cell in cells.cells:
                 if skipped(cell) or (package and {"export", "exports", "exporti"} & set(cell.directives_)): continue
                 shell.cell(cell, timeout=config.cell_timeout)

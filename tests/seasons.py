@@ -9,17 +9,17 @@ import polars as pl
 import yaml
 from nbdev.process import NBProcessor
 
-from mlray.alert import State, advance
-from mlray.answer import predictions
-from mlray.archive import _FEEDBACK
-from mlray.bundle import Bundle, decide, predict
-from mlray.keeping import Keys, answer_columns, kept, plan
-from mlray.monitor import watched
-from mlray.registry import bundle_of, open_registry
-from mlray.run import train
-from mlray.settings import Settings, shipped
-from mlray.spec import parse_spec
-from mlray.windows import Window, count_window
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.monitoring.alert import State, advance
+from mlray.monitoring.archive import _FEEDBACK
+from mlray.monitoring.keeping import Keys, answer_columns, kept, plan
+from mlray.monitoring.monitor import watched
+from mlray.monitoring.windows import Window, count_window
+from mlray.running.run import train
+from mlray.shipping.answer import predictions
+from mlray.shipping.bundle import Bundle, decide, predict
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import parse_spec
 from tests.conftest import DATA, ROOT
 
 DAY, WEEK = 86400, 7 * 86400

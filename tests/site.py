@@ -16,21 +16,26 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[1]
-CHAPTERS = {"0": "Values", "1": "Learning", "2": "Judgement", "3": "One process", "4": "Vendors", "5": "The door"}
+CHAPTERS = {f.name: f.name.split("_", 1)[1].replace("_", " ").capitalize() for f in sorted((ROOT / "nbs").glob("[0-9]*"))} # folder → title
 FOLDERS = {"tutorials": "Tutorials", "gates": "Gates", "reports": "Reports", "benchmarks": "Benchmarks", "explanations": "Explanations"}
 
 
 def pages() -> dict[Path, str]: # notebook → page
-    "Where each notebook's page lies: modules by their name, the rest by their folder."
+    "Where each notebook's page lies: as the module does in its package, chapters' first pages as their index, the rest by folder."
+    plain = lambda part: re.sub(r"^\d+[a-z]*_", "", part)
     found = {p: p.relative_to(ROOT / "nbs") for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts}
-    return {p: str(at.with_name(re.sub(r"^\d+[a-z]*_", "", at.stem) + ".md")) for p, at in found.items()}
+    return {p: str(Path(*map(plain, at.parent.parts), ("index" if at.parts[0] in CHAPTERS and at.stem.startswith("00_") else plain(at.stem)) + ".md")) for p, at in found.items()}
 
 
-def linked(text: str, page: str, modules: dict[str, str], notebooks: dict[str, str]) -> str:
-    "Prose whose `mlray.rows` and nbs/….ipynb lead to their pages."
+def linked(text: str, page: str, modules: dict[str, str], notebooks: dict[str, str], beside: str) -> str:
+    "Prose whose `mlray.sources.rows` and nbs/….ipynb lead to their pages."
     up = "../" * page.count("/")
-    text = re.sub(r"(?<!\[)`mlray\.(\w+)(\.\w+)?`(?!\])", lambda m: f"[{m[0]}]({up}{modules[m[1]]})" if m[1] in modules and modules[m[1]] != page else m[0], text)
-    text = re.sub(r"\]\((?:\.\./)*(?:nbs/)?([\w/.-]+\.ipynb)\)", lambda m: next((f"]({up}{notebooks[at]})" for at in (m[1], f"{Path(page).parent}/{m[1]}") if at in notebooks), m[0]), text)
+    def named(found: re.Match) -> str:
+        words = found[1].split(".")
+        at = next((modules[name] for n in range(len(words), 0, -1) if (name := ".".join(words[:n])) in modules), page)
+        return f"[{found[0]}]({up}{at})" if at != page else found[0]
+    text = re.sub(r"(?<!\[)`mlray\.(\w+(?:\.\w+)*)`(?!\])", named, text)
+    text = re.sub(r"\]\((?:\.\./)*(?:nbs/)?([\w/.-]+\.ipynb)\)", lambda m: next((f"]({up}{notebooks[at]})" for at in (m[1], f"{beside}/{m[1]}") if at in notebooks), m[0]), text)
     return text.replace('{target="_blank"}', "")
 
 
@@ -85,7 +90,7 @@ def markdown(notebook: Path, page: str, modules: dict[str, str], notebooks: dict
     blocks = []
     for cell in json.loads(notebook.read_text())["cells"]:
         source = re.sub(r"(?m)\A(\s*#\|.*\n?)+", "", "".join(cell["source"])).strip()
-        if cell["cell_type"] == "markdown": blocks.append(linked(drawn(source), page, modules, notebooks))
+        if cell["cell_type"] == "markdown": blocks.append(linked(drawn(source), page, modules, notebooks, str(notebook.parent.relative_to(ROOT / "nbs"))))
         elif cell["cell_type"] == "code" and source:
             blocks.append(f"```python\n{source}\n```")
             blocks.extend(shown(cell, page, out))
@@ -97,7 +102,7 @@ def markdown(notebook: Path, page: str, modules: dict[str, str], notebooks: dict
 def build(site: Path) -> None:
     "Write the whole site."
     found = pages()
-    modules = {Path(page).stem: page for notebook, page in found.items() if notebook.parent.name == "nbs"}
+    modules = {".".join(Path(page).with_suffix("").parts).removesuffix(".index"): page for notebook, page in found.items() if notebook.parent.name in ("nbs", *CHAPTERS) and page != "index.md"}
     notebooks = {str(notebook.relative_to(ROOT / "nbs")): page for notebook, page in found.items()}
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "pages"
@@ -106,10 +111,10 @@ def build(site: Path) -> None:
             (out / page).write_text(markdown(notebook, page, modules, notebooks, out))
         parts: dict[str, list[str]] = {}
         for notebook, page in found.items():
-            if page != "index.md": parts.setdefault(FOLDERS.get(notebook.parent.name) or CHAPTERS[notebook.name[0]], []).append(page)
+            if page != "index.md": parts.setdefault(FOLDERS.get(notebook.parent.name) or CHAPTERS.get(notebook.parent.name) or "From outside", []).append(page)
         told = (ROOT / "nbs/index.ipynb").read_text() # tutorials in the order in which the first page tells of them
         parts[FOLDERS["tutorials"]].sort(key=lambda page: told.index(Path(page).with_suffix(".ipynb").name))
-        order = [FOLDERS["tutorials"], FOLDERS["explanations"], *CHAPTERS.values(), FOLDERS["gates"], FOLDERS["reports"], FOLDERS["benchmarks"]]
+        order = [FOLDERS["tutorials"], FOLDERS["explanations"], *CHAPTERS.values(), "From outside", FOLDERS["gates"], FOLDERS["reports"], FOLDERS["benchmarks"]]
         for name in ("site.css", "site.js"): shutil.copyfile(ROOT / "tests" / name, out / name)
         # the first is kept until the reader chooses: without it the theme remembers what the first visit looked like
         looks = (({"media": "(prefers-color-scheme)"}, "lucide/sun-moon", "Light always"), ({"media": "(prefers-color-scheme: light)", "scheme": "default"}, "lucide/sun", "Dark always"), ({"media": "(prefers-color-scheme: dark)", "scheme": "slate"}, "lucide/moon", "As the system is"))

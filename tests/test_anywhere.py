@@ -13,13 +13,13 @@ from tempfile import mkdtemp
 import pytest
 
 import mlray
-from mlray.anywhere import Gated, Trained
-from mlray.errors import MlrayError, SettingsError, SpecError, Unavailable
-from mlray.registry import bundle_of, open_registry, version
-from mlray.settings import Settings, read_settings, shipped
-from mlray.spec import read_spec
-from mlray.submit_on_ray import token_here
-from mlray.tracking import MemoryTracker
+from mlray.command_line.anywhere import Gated, Trained
+from mlray.engines.submit_on_ray import token_here
+from mlray.governance.registry import bundle_of, open_registry, version
+from mlray.running.tracking import MemoryTracker
+from mlray.values.errors import MlrayError, SettingsError, SpecError, Unavailable
+from mlray.values.settings import Settings, read_settings, shipped
+from mlray.values.spec import read_spec
 from tests.conftest import free_port
 
 DIABETES = shipped("configs") / "diabetes.yaml"
@@ -36,7 +36,7 @@ def test_a_place_that_is_none(tmp_path, monkeypatch, asked, error, words):
 
 
 def test_what_a_run_prints_is_read_back(trained):
-    from mlray.anywhere import trained as read
+    from mlray.command_line.anywhere import trained as read
     _, run = trained
     came = read(run.as_dict(), "http://head:8265")
     assert (str(came.version), came.version.digest, came.verdict, came.as_dict()) == (str(run.version), run.version.digest, run.verdict, run.as_dict())
@@ -100,7 +100,7 @@ def test_one_argument(tmp_path, monkeypatch, head, capsys):
         def log(self, metrics, step): raise KeyboardInterrupt # the square in the notebook's toolbar
 
     with pytest.raises(KeyboardInterrupt): mlray.train(read_spec(DIABETES, ["train.epochs=400", "train.patience=400"]), on="staging", tracker=Impatient())
-    from mlray.submit_on_ray import JobServer
+    from mlray.engines.submit_on_ray import JobServer
     assert JobServer(head).jobs()[0]["status"] == "STOPPED" and len(mlray_versions(registry)) == 1
 
     beside = mlray.train(spec, read_settings("staging").model_copy(update={"ray": "local", "home": tmp_path / "here"}), on="ray", tracker=(near := MemoryTracker()))
@@ -110,10 +110,10 @@ def test_one_argument(tmp_path, monkeypatch, head, capsys):
 
 
 def registry_gates(registry, found):
-    from mlray.registry import evidence
+    from mlray.governance.registry import evidence
     return set(evidence(registry, found))
 
 
 def mlray_versions(registry):
-    from mlray.registry import versions
+    from mlray.governance.registry import versions
     return list(versions(registry, "diabetes"))

@@ -8,7 +8,7 @@ import pytest
 import ray
 import yaml
 
-from mlray.settings import shipped
+from mlray.values.settings import shipped
 
 FILE = shipped("cluster") / "azure.yaml"
 OF_RAY = Path(ray.__file__).parent / "autoscaler/_private/_azure"

@@ -15,30 +15,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import mlray.backup
-from mlray.access import new_key
-from mlray.backup import backup, backups, check_backup, restore
+import mlray.governance.backup
 from mlray.cli import app
-from mlray.database import EVIDENCE, VERSIONS
-from mlray.errors import MlrayError, Refused, RegistryError, Unavailable
-from mlray.ledger import audit
-from mlray.proof import verify
-from mlray.registry import (
-    Registry,
-    add_evidence,
-    add_key,
-    bundle_of,
-    evidence,
-    generation,
-    history,
-    open_registry,
-    promote,
-    register,
-    version,
-    versions,
-)
-from mlray.settings import Settings
-from mlray.signature import create_signer
+from mlray.governance.access import new_key
+from mlray.governance.backup import backup, backups, check_backup, restore
+from mlray.governance.database import EVIDENCE, VERSIONS
+from mlray.governance.ledger import audit
+from mlray.governance.proof import verify
+from mlray.governance.registry import Registry, add_evidence, add_key, bundle_of, evidence, generation, history, open_registry, promote, register, version, versions
+from mlray.governance.signature import create_signer
+from mlray.values.errors import MlrayError, Refused, RegistryError, Unavailable
+from mlray.values.settings import Settings
 from tests.postgres import Postgres, postgres
 from tests.test_registry import PASSED, tiny
 
@@ -135,7 +122,7 @@ def spoil_row(kept: Path) -> None:
     with sqlite3.connect(folder / "registry.db") as file: file.execute("UPDATE aliases SET number = 1")
     file.close()
     told = json.loads((folder / "backup.json").read_text())
-    told["files"] = mlray.backup._sums(folder)
+    told["files"] = mlray.governance.backup._sums(folder)
     (folder / "backup.json").write_text(json.dumps(told))
 
 
@@ -147,7 +134,7 @@ def spoil_anchor(kept: Path) -> None:
         file.execute("DELETE FROM events WHERE seq = (SELECT max(seq) FROM events)")
     file.close()
     told = json.loads((folder / "backup.json").read_text())
-    (folder / "backup.json").write_text(json.dumps(told | {"files": mlray.backup._sums(folder)}))
+    (folder / "backup.json").write_text(json.dumps(told | {"files": mlray.governance.backup._sums(folder)}))
 
 
 @pytest.mark.parametrize(("spoil", "letter"), [

@@ -14,17 +14,17 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mlray import batch as pieces_of
-from mlray.batch import ROW, Finished, cut, read_piece
-from mlray.batch_cli import predict_batch
-from mlray.batch_run import in_process, predict_file
-from mlray.bundle import decide, predict
-from mlray.errors import DataError, RegistryError, Unavailable
-from mlray.explanation import explain
-from mlray.journal import line_of
-from mlray.registry import bundle_of, open_registry
+from mlray.command_line.batch_cli import predict_batch
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.monitoring.journal import line_of
+from mlray.running.explanation import explain
 from mlray.samples import diabetes
-from mlray.settings import Settings
+from mlray.serving import batch as pieces_of
+from mlray.serving.batch import ROW, Finished, cut, read_piece
+from mlray.serving.batch_run import in_process, predict_file
+from mlray.shipping.bundle import decide, predict
+from mlray.values.errors import DataError, RegistryError, Unavailable
+from mlray.values.settings import Settings
 
 QUIET = type("Quiet", (), {"start": lambda *a, **k: None, "add": lambda *a, **k: None, "finish": lambda *a, **k: None})
 
@@ -84,8 +84,8 @@ def test_every_row_comes_out_once_with_the_bits_of_predict(trained, small, tmp_p
 
 def test_text_is_cut_where_a_record_ends(diabetes, tmp_path, small):
     "Quotes with line breaks inside, blank lines, CRLF, a comment, a byte-order mark, no last line break: the numbers are those of a parser that sees the whole."
-    from mlray.contract import Contract
-    from mlray.data import Csv
+    from mlray.learning.contract import Contract
+    from mlray.values.data import Csv
     contract = Contract({"a": diabetes.contract["age"].model_copy(update={"type": "text", "min": None, "max": None, "sensitive": False, "bands": (), "personal": False}), "b": diabetes.contract["bmi"]})
     draw = random.Random(7)
     for end, comment in (("\n", None), ("\r\n", None), ("\n", "#")):
@@ -165,7 +165,7 @@ def test_one_file_and_its_refused_rows(trained, small, tmp_path, monkeypatch):
         (tmp_path / f"answers.refused{suffix}").unlink()
     assert {p.name for p in tmp_path.iterdir()} == {"answers.csv", "answers.jsonl", "answers.parquet", "in-0.parquet", "in-1.parquet"}
     with pytest.raises(DataError, match="is there already"): predict_batch("diabetes/1", "in-*.parquet", "answers.csv", settings=settings, progress=QUIET())
-    from mlray.archive import journaled
+    from mlray.monitoring.archive import journaled
     kept = journaled(settings.home / "journal", "diabetes", "1").collect()
     assert kept.height == 439 and kept["arm"].unique().to_list() == ["batch"] and np.array_equal(np.sort(kept["answer:score"].to_numpy().astype(np.float32)), np.sort(pl.read_parquet(tmp_path / "answers.parquet")["score"].to_numpy()))
 
@@ -173,9 +173,9 @@ def test_one_file_and_its_refused_rows(trained, small, tmp_path, monkeypatch):
 GO = """
 import sys
 from pathlib import Path
-from mlray import batch
-from mlray.batch_cli import predict_batch
-from mlray.settings import Settings
+from mlray.serving import batch
+from mlray.command_line.batch_cli import predict_batch
+from mlray.values.settings import Settings
 batch._MOST = int(sys.argv[5])
 home = Path(sys.argv[1])
 predict_batch("diabetes/1", sys.argv[2], sys.argv[3], sys.argv[4], settings=Settings(root=home, home=home / "home", tracking="disabled", object_store_mb=100))
@@ -212,7 +212,7 @@ def test_twenty_kills_leave_no_trace(trained, tmp_path):
 def test_on_ray_the_same_bytes_through_killed_workers(ray_cluster, trained, tmp_path, monkeypatch):
     import psutil
 
-    from mlray.predict_on_ray import on_ray
+    from mlray.engines.predict_on_ray import on_ray
     monkeypatch.setattr(pieces_of, "_MOST", 2000)
     rows, killed = written(pl.concat([spoilt(diabetes())] * 300), tmp_path / "rows.csv"), list[int]()
 
@@ -236,8 +236,8 @@ def test_on_ray_the_same_bytes_through_killed_workers(ray_cluster, trained, tmp_
 BIG = """
 import sys
 from pathlib import Path
-from mlray.batch_run import predict_file
-from mlray.settings import Settings
+from mlray.serving.batch_run import predict_file
+from mlray.values.settings import Settings
 home = Path(sys.argv[1])
 done = predict_file("diabetes/1", sys.argv[2], sys.argv[3], Settings(root=home, home=home / "home", tracking="disabled"))
 print(done.rows, done.seconds, next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

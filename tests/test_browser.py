@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlray.answer import predictions
-from mlray.bundle import decide, predict
-from mlray.commands import gate_version
-from mlray.gate_report import write_reports
-from mlray.journal import Entry, Feedback, Journal
-from mlray.keeping import answer_columns, kept, plan, read_keys
-from mlray.registry import bundle_of, open_registry, promote
-from mlray.run import train
-from mlray.settings import Settings, shipped
-from mlray.spec import read_spec
+from mlray.command_line.commands import gate_version
+from mlray.governance.registry import bundle_of, open_registry, promote
+from mlray.monitoring.journal import Entry, Feedback, Journal
+from mlray.monitoring.keeping import answer_columns, kept, plan, read_keys
+from mlray.pages.gate_report import write_reports
+from mlray.running.run import train
+from mlray.shipping.answer import predictions
+from mlray.shipping.bundle import decide, predict
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import read_spec
 from tests.conftest import free_port
 
 pytestmark = pytest.mark.chaos
@@ -133,7 +133,7 @@ def console_of(root: Path):
 
 def test_the_console(project, chromium, axe):
     registry = open_registry(Settings(root=project, home=project / ".mlray", tracking="disabled"))
-    from mlray.registry import version
+    from mlray.governance.registry import version
     promote(registry, version(registry, "diabetes/1"), "canary", gates=())
     watched = mlray("monitor", "diabetes/1", "--html", str(project / "monitor.html"), cwd=project)
     assert watched.communicate(timeout=300) and watched.returncode in (0, 1)
@@ -220,7 +220,7 @@ class Quiet(SimpleHTTPRequestHandler):
 @contextmanager
 def lab_of(root: Path):
     "`mlray lab`, and its address with the token."
-    from mlray.lab_cli import FOLDER, find_lab, make_lab
+    from mlray.command_line.lab_cli import FOLDER, find_lab, make_lab
     program = find_lab(ROOT) if (ROOT / FOLDER).exists() else make_lab(ROOT)
     (root / FOLDER).symlink_to(program.parents[1])
     said = root / "lab.log"
@@ -304,7 +304,7 @@ def test_the_first_run_in_jupyterlab(chromium, tmp_path):
         assert not see.wrong, see.told()
 
 
-PLOTS = ("from mlray.chart import front_chart, interval_chart, line_chart\nfrom mlray.score import Measure",
+PLOTS = ("from mlray.values.chart import front_chart, interval_chart, line_chart\nfrom mlray.measures.score import Measure",
          'interval_chart([("women", .71, .66, .75), ("men", .78, .75, .81), ("too few", float("nan"), float("nan"), float("nan"))], "recall by group", .75)',
          'line_chart({"train": [(e, 1 / e) for e in range(1, 30)], "valid": [(e, .2 + 1 / e) for e in range(1, 30)]}, "loss", "epoch", "loss")',
          'front_chart([(700, .56), (1500, .505), (6000, .48), (270_000, .49)], [(700, .56, "1"), (6000, .48, "3")], "loss against size", "parameters", "loss", log=True)',

@@ -32,26 +32,26 @@ def change(path: Path, old: str, new: str) -> None:
 
 
 def test_a_notebook_edited_without_export_is_found(copy):
-    change(copy / "nbs/25_gate.ipynb", "not low >= rule.at_least", "not low > rule.at_least")
+    change(copy / "nbs/03_judgement/17_gate.ipynb", "not low >= rule.at_least", "not low > rule.at_least")
     status, said = run(copy, "-c", "import sys; from tests.checks import out_of_step; sys.exit(out_of_step())")
-    assert status == 1 and "mlray/gate.py: differs from its notebook" in said
+    assert status == 1 and "mlray/judgement/gate.py: differs from its notebook" in said
 
 
 def test_an_import_upwards_is_found(copy):
-    notebook = json.loads((copy / "nbs/21_fairness.ipynb").read_text())
-    cell = next(c for c in notebook["cells"] if "from mlray.display import" in "".join(c["source"]))
-    cell["source"] = "".join(cell["source"]) + "\nfrom mlray.gate import judge"
-    (copy / "nbs/21_fairness.ipynb").write_text(json.dumps(notebook))
+    notebook = json.loads((copy / "nbs/02_measures/11_fairness.ipynb").read_text())
+    cell = next(c for c in notebook["cells"] if "from mlray.values.display import" in "".join(c["source"]))
+    cell["source"] = "".join(cell["source"]) + "\nfrom mlray.judgement.gate import judge"
+    (copy / "nbs/02_measures/11_fairness.ipynb").write_text(json.dumps(notebook))
     run(copy, "-c", "from tests.checks import fix; fix()")
     status, said = run(copy, "-c", "import sys; from importlinter.cli import lint_imports_command; lint_imports_command()")
-    assert status == 1 and "mlray.fairness is not allowed to import mlray.gate" in said
+    assert status == 1 and "mlray.measures is not allowed to import mlray.judgement" in said
     status, said = run(copy, "-m", "pytest", "-q", "tests/test_floors.py", "-k", "smaller_numbers")
-    assert status == 1 and "21_fairness.ipynb imports gate" in said
+    assert status == 1 and "11_fairness.ipynb imports judgement.gate" in said
 
 
 @pytest.mark.parametrize(("old", "new"), [('_meta({"ge": low, "le": high})', '_meta({"ge": low})'), ("value not in column.values", "value in ()"),
                                           ('"min" if low is not None and value < low else ', "")])
 def test_a_broken_law_of_the_contract_is_found(copy, old, new):
-    change(copy / "mlray/request.py", old, new)
+    change(copy / "mlray/learning/request.py", old, new)
     status, said = run(copy, "-m", "pytest", "-q", "tests/test_laws.py", "-k", "frame_and_request_agree")
     assert status == 1 and "1 failed" in said, said[-2000:]

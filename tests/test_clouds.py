@@ -17,9 +17,9 @@ import psutil
 import pytest
 import yaml
 
-from mlray.cluster_on_ray import free_port
-from mlray.settings import Settings, shipped
-from mlray.spec import read_spec
+from mlray.engines.cluster_on_ray import free_port
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import read_spec
 
 pytest.importorskip("moto", reason="pip install 'mlray[dev]'")
 FILE = shipped("cluster") / "aws.yaml"
@@ -190,8 +190,8 @@ def test_our_node_types_come_when_specs_ask_for_them_and_go_when_nobody_does(tmp
     for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items(): monkeypatch.setenv(name, value)
     import ray
 
-    from mlray.run import train
-    from mlray.train_on_ray import RayBackend
+    from mlray.engines.train_on_ray import RayBackend
+    from mlray.running.run import train
     with head_of(tmp_path, idle_s=10) as address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         took = dict[str, float]()

@@ -10,14 +10,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from mlray.cluster_cli import application
-from mlray.cluster_file import plan
-from mlray.cluster_plan import Demand, Group, place, read_prices
-from mlray.errors import SettingsError
-from mlray.launcher import faults, groups_of, pinned
-from mlray.manifest import clusters, faults as faults_of_manifests
-from mlray.settings import Settings, shipped
-from mlray.spec import read_spec
+from mlray.command_line.cluster_cli import application
+from mlray.operations.cluster_file import plan
+from mlray.operations.cluster_plan import Demand, Group, place, read_prices
+from mlray.operations.launcher import faults, groups_of, pinned
+from mlray.operations.manifest import clusters, faults as faults_of_manifests
+from mlray.values.errors import SettingsError
+from mlray.values.imported import imported
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import read_spec
 
 CLUSTER = shipped("cluster")
 LAUNCHERS = ("local", "aws", "gcp", "azure")
@@ -155,7 +156,7 @@ def test_manifests_hold_against_kuberays_own_schema():
 def test_kuberays_autoscaler_reads_our_clusters_as_we_do():
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as read
 
-    from mlray.manifest import groups_in
+    from mlray.operations.manifest import groups_in
     for thing in manifests():
         if thing.get("kind") != "RayCluster": continue
         types = read(copy.deepcopy(thing) | {"metadata": {"name": "mlray", "namespace": "default"}})["available_node_types"]
@@ -174,7 +175,7 @@ def test_what_manifests_start_is_there():
     assert words[0] == "mlray" and {w for w in words if w.startswith("--")} <= options
     serve = yaml.safe_load(service["spec"]["serveConfigV2"])
     from ray.serve.schema import ServeDeploySchema
-    assert ServeDeploySchema.model_validate(serve).applications[0].import_path == f"{application.__module__}:{application.__name__}"
+    assert imported(ServeDeploySchema.model_validate(serve).applications[0].import_path, "import_path") is application
     with pytest.raises(SettingsError, match="versions"): application({"env": "local"})
 
 
@@ -236,7 +237,7 @@ def _names(text: str) -> set[str]: return set(re.findall(r"\b((?:ray|mlray)_[a-z
 
 
 def test_alerts_and_dashboard_ask_for_metrics_that_exist():
-    from mlray import monitor
+    from mlray.monitoring import monitor
     panels = Path(importlib.util.find_spec("ray").submodule_search_locations[0]) / "dashboard/modules/metrics/dashboards"
     known = {n for p in panels.glob("*.py") for n in _names(p.read_text())} | _names(Path(monitor.__file__).read_text())
     rules = [r for g in yaml.safe_load((CLUSTER / "prometheus" / "alerts.yaml").read_text())["groups"] for r in g["rules"]]
@@ -256,7 +257,7 @@ def test_the_schema_and_the_clusters_are_what_we_say():
 def test_a_rayservice_of_ones_own_is_what_ships_with_other_names():
     from ray.serve.schema import ServeDeploySchema
 
-    from mlray.serve_manifest import manifest_yaml, ray_service, serve_config
+    from mlray.operations.serve_manifest import manifest_yaml, ray_service, serve_config
     made = ray_service(["adult", "wine@canary"], Settings(env="production", port=9000, replicas=6), "registry.example.org/mlray:7")
     again = yaml.safe_load(manifest_yaml(made))
     assert again == made and again["metadata"]["name"] == "mlray-adult-wine-canary"
@@ -283,7 +284,7 @@ def test_what_is_scheduled_is_there():
 
 HOLD = """
 import os, sys
-from mlray.cluster_on_ray import serve_environment
+from mlray.engines.cluster_on_ray import serve_environment
 os.environ.update(serve_environment() | {"RAY_USAGE_STATS_ENABLED": "0"})
 import ray
 ray.init(address="local", num_cpus=4, object_store_memory=100 * 2**20, include_dashboard=True, dashboard_port=int(sys.argv[1]), log_to_driver=False)
@@ -301,7 +302,7 @@ def test_serve_deploy_takes_our_file_and_it_answers(trained, tmp_path, monkeypat
 
     from mlray.cli import main
     from mlray.client import Client
-    from mlray.commands import create_key
+    from mlray.command_line.commands import create_key
     from tests.conftest import free_port
     settings, dashboard = trained[0].model_copy(update={"port": free_port()}), free_port()
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex()} # whoever deploys has to have the cluster's

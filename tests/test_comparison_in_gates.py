@@ -8,30 +8,21 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mlray.counts import count
-from mlray.errors import SpecError
-from mlray.evaluation import evaluate_beside
-from mlray.fairness import fairness_report, gaps, rates_named
-from mlray.gaps import class_terms, gap_report, number_terms
-from mlray.gate import judge
-from mlray.gate_on_papermill import run_gates
-from mlray.paired import (
-    auc_values,
-    compare_answers,
-    gap_differences,
-    largest_moved,
-    r2_values,
-    ratio_values,
-    root_values,
-    term_differences,
-)
-from mlray.registry import Policy, bundle_of, open_registry, promote
-from mlray.run import train
-from mlray.score import Measure, scorecard, wilson
-from mlray.score_of_classes import classes_scorecard, labels_scorecard
-from mlray.score_of_numbers import numbers_scorecard, quantiles_scorecard
-from mlray.spec import Rule, parse_spec
-from mlray.task import Task
+from mlray.engines.gate_on_papermill import run_gates
+from mlray.governance.registry import Policy, bundle_of, open_registry, promote
+from mlray.judgement.gate import judge
+from mlray.measures.counts import count
+from mlray.measures.fairness import fairness_report, gaps, rates_named
+from mlray.measures.gaps import class_terms, gap_report, number_terms
+from mlray.measures.paired import auc_values, compare_answers, gap_differences, largest_moved, r2_values, ratio_values, root_values, term_differences
+from mlray.measures.score import Measure, scorecard, wilson
+from mlray.measures.score_of_classes import classes_scorecard, labels_scorecard
+from mlray.measures.score_of_numbers import numbers_scorecard, quantiles_scorecard
+from mlray.running.evaluation import evaluate_beside
+from mlray.running.run import train
+from mlray.values.errors import SpecError
+from mlray.values.spec import Rule, parse_spec
+from mlray.values.task import Task
 
 ROWS = 400
 

@@ -9,20 +9,20 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from mlray.access import ROLES, Caller, new_key
-from mlray.console_acts import console_of
-from mlray.console_alone import app_of
-from mlray.console_seal import seal_text
-from mlray.errors import Refused, SettingsError
-from mlray.gate import judge
-from mlray.journal import Entry, Feedback, Journal
-from mlray.keeping import pseudonyms, read_keys
-from mlray.ledger import audit
-from mlray.registry import add_evidence, add_key, open_registry, promote, revoke_key, version
-from mlray.routes import CONSOLE, PUBLIC
-from mlray.run import train
-from mlray.settings import Settings, shipped
-from mlray.spec import Rule, read_spec
+from mlray.governance.access import ROLES, Caller, new_key
+from mlray.governance.ledger import audit
+from mlray.governance.registry import add_evidence, add_key, open_registry, promote, revoke_key, version
+from mlray.judgement.gate import judge
+from mlray.monitoring.journal import Entry, Feedback, Journal
+from mlray.monitoring.keeping import pseudonyms, read_keys
+from mlray.pages.console_acts import console_of
+from mlray.pages.console_alone import app_of
+from mlray.pages.console_seal import seal_text
+from mlray.running.run import train
+from mlray.serving.routes import CONSOLE, PUBLIC
+from mlray.values.errors import Refused, SettingsError
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import Rule, read_spec
 from tests.conftest import free_port
 
 PAGE = b'{"cells": [{"cell_type": "code", "id": "a", "execution_count": 1, "metadata": {}, "source": "1", "outputs": [{"output_type": "display_data", "metadata": {}, "data": {"text/html": "<script>top.stolen = 1</script><img src=http://evil/x.png>shown"}}]}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
@@ -221,8 +221,8 @@ def test_a_session_holds_at_every_replica(house, tmp_path):
 @pytest.mark.ray
 def test_behind_the_gateway(tmp_path):
     "Ray Serve behind HAProxy, two replicas: who may sees, whoever may not is refused, a promotion is followed, what is answered appears."
-    from mlray.cluster_on_ray import cluster
-    from mlray.commands import deploy_versions
+    from mlray.command_line.commands import deploy_versions
+    from mlray.engines.cluster_on_ray import cluster
     settings = Settings(root=tmp_path, home=tmp_path / "home", port=free_port(), object_store_mb=100, tracking="disabled", journal=True, replicas=2, gates=())
     registry, keys = open_registry(settings), {}
     runs = [train(read_spec(shipped("configs") / "diabetes.yaml", more), settings) for more in ([], ["description=the same again"])]

@@ -11,29 +11,18 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import binom
 from sklearn import metrics as sk
 
-from mlray.comparison import compare, mcnemar, paired_mean, paired_proportion, paired_roc_auc
-from mlray.counts import (
-    Counts,
-    binned,
-    confusion,
-    count,
-    count_rows,
-    groups_of,
-    largest_slices,
-    merged,
-    suppress,
-    tabulated,
-)
-from mlray.errors import DataError
-from mlray.fairness import JUDGED, fairness_report, gaps, rates_named
-from mlray.gate import less_is_better
-from mlray.intervals import bootstrap, in_pairs, largest
-from mlray.moments import count_errors, count_numbers, means, quantile, regression, scorecard_of_errors
-from mlray.ranking import average_precision, expected_calibration_error, lift, roc_auc
-from mlray.rates import RATES, class_rates
-from mlray.score import scorecard, wilson_intervals
-from mlray.score_of_counts import scorecard_of_counts
-from mlray.slices import conditions, worst_slices
+from mlray.judgement.gate import less_is_better
+from mlray.measures.comparison import compare, mcnemar, paired_mean, paired_proportion, paired_roc_auc
+from mlray.measures.counts import Counts, binned, confusion, count, count_rows, groups_of, largest_slices, merged, suppress, tabulated
+from mlray.measures.fairness import JUDGED, fairness_report, gaps, rates_named
+from mlray.measures.intervals import bootstrap, in_pairs, largest
+from mlray.measures.moments import count_errors, count_numbers, means, quantile, regression, scorecard_of_errors
+from mlray.measures.ranking import average_precision, expected_calibration_error, lift, roc_auc
+from mlray.measures.rates import RATES, class_rates
+from mlray.measures.score import scorecard, wilson_intervals
+from mlray.measures.score_of_counts import scorecard_of_counts
+from mlray.measures.slices import conditions, worst_slices
+from mlray.values.errors import DataError
 
 # ---- counts are the rows ----------------------------------------------------------------------------------------------
 
@@ -327,7 +316,7 @@ def test_the_bootstrap_covers(name, how):
 
     def draw(rng):
         seen = rng.multinomial(600, shares.ravel()).reshape(2, 2)
-        from mlray.intervals import spread_of
+        from mlray.measures.intervals import spread_of
         return spread_of(float(RATES[name](seen.astype(float))), RATES[name](bootstrap(seen, 400, rng, how=how)))
     assert abs(coverage(float(RATES[name](shares)), draw) - 0.95) < 0.02
 
@@ -445,7 +434,7 @@ def test_counts_made_elsewhere_are_counts():
 
 def test_a_few_cells_are_added_as_a_query_would_add_them():
     "The short way for one request's counts, and the query, give the same cells whatever is new."
-    from mlray.counts import _added, _added_to
+    from mlray.measures.counts import _added, _added_to
     rng = np.random.default_rng(0)
     def some(rows, groups): return count(pl.DataFrame({"g": rng.choice(groups, rows)}), rng.integers(0, 2, rows), rng.integers(0, 2, rows), rng.integers(0, 8, rows) / 8, bins=8)
     so_far, ways = some(500, ["a", "b"]), set()

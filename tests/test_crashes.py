@@ -20,29 +20,15 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-import mlray.garbage
-from mlray.audit import Entry
-from mlray.bundle import load_bundle
-from mlray.database import HEAD
-from mlray.errors import MlrayError, RegistryError, Unavailable
-from mlray.garbage import collect_garbage
-from mlray.ledger import audit
-from mlray.registry import (
-    Policy,
-    Registry,
-    Version,
-    add_evidence,
-    bundle_of,
-    evidence,
-    generation,
-    promote,
-    register,
-    remove,
-    retire,
-    rollback,
-    versions,
-)
-from mlray.store import Store
+import mlray.governance.garbage
+from mlray.governance.audit import Entry
+from mlray.governance.database import HEAD
+from mlray.governance.garbage import collect_garbage
+from mlray.governance.ledger import audit
+from mlray.governance.registry import Policy, Registry, Version, add_evidence, bundle_of, evidence, generation, promote, register, remove, retire, rollback, versions
+from mlray.governance.store import Store
+from mlray.shipping.bundle import load_bundle
+from mlray.values.errors import MlrayError, RegistryError, Unavailable
 from tests.postgres import postgres
 from tests.test_registry import FAILED, GOLDEN, PASSED, POLICY, tiny
 
@@ -128,7 +114,7 @@ def arm(point: Point) -> None:
         setattr(place, name, replaced)
 
 
-ROW, SEAL, NOTE, ANCHOR = "sql:INSERT INTO events", "commit", "mlray.database:_note", "os:write"
+ROW, SEAL, NOTE, ANCHOR = "sql:INSERT INTO events", "commit", "mlray.governance.database:_note", "os:write"
 
 
 def written(does: str, *tables: str) -> list[Point]:
@@ -138,19 +124,19 @@ def written(does: str, *tables: str) -> list[Point]:
             Point(f"{does}: before the answer", does, NOTE, "after", kept=True)]
 
 
-FILE, NAME = "mlray.store:write_durably", "pathlib:Path.rename"
+FILE, NAME = "mlray.governance.store:write_durably", "pathlib:Path.rename"
 POINTS = [
     Point("open: before the key has its name", "open", "os:link"), Point("open: after the key has its name", "open", "os:link", "after"),
     *(Point(f"open: {side} the table {t}", "open", f"sql:CREATE TABLE {t}", side) for t in ("versions", "aliases", "moves") for side in ("before", "after")),
-    Point("open: before the schema's number", "open", "sql:alembic_version", "before", 3), Point("open: before the commit", "open", SEAL), Point("open: after the commit", "open", "mlray.database:Database.log", kept=True),
-    Point("register: before its bytes", "register", "mlray.store:_put"), Point("register: half a file", "register", FILE, "half"), Point("register: half its third file", "register", FILE, "half", 3),
+    Point("open: before the schema's number", "open", "sql:alembic_version", "before", 3), Point("open: before the commit", "open", SEAL), Point("open: after the commit", "open", "mlray.governance.database:Database.log", kept=True),
+    Point("register: before its bytes", "register", "mlray.governance.store:_put"), Point("register: half a file", "register", FILE, "half"), Point("register: half its third file", "register", FILE, "half", 3),
     Point("register: after one file", "register", FILE, "after"), Point("register: after its files", "register", FILE, "after", 5), Point("register: before its bytes have their name", "register", NAME),
-    Point("register: after its bytes have their name", "register", NAME, "after"), Point("register: before the last sync", "register", "mlray.store:sync_folder", "before", 3),
-    Point("register: inside the lock", "register", "mlray.registry:load_bundle"), *written("register", "INSERT INTO versions"),
+    Point("register: after its bytes have their name", "register", NAME, "after"), Point("register: before the last sync", "register", "mlray.governance.store:sync_folder", "before", 3),
+    Point("register: inside the lock", "register", "mlray.governance.registry:load_bundle"), *written("register", "INSERT INTO versions"),
     Point("gate: half its page", "gate", FILE, "half"), Point("gate: after its page", "gate", NAME, "after"), *written("gate", "INSERT INTO evidence"),
-    *written("promote", "UPDATE aliases", "INSERT INTO moves"), Point("rollback: before it reads the bytes", "rollback", "mlray.registry:load_bundle"), *written("rollback", "UPDATE aliases", "INSERT INTO moves"),
-    *written("remove", "DELETE FROM aliases"), *written("retire", "UPDATE versions"), Point("gc: before a name is gone", "gc", "mlray.store:Store.put_aside", kept=False), Point("gc: after one name is gone", "gc", "mlray.store:Store.put_aside", "after"),
-    *written("gc"), Point("gc: before the bytes are gone", "gc", "mlray.store:Store.erase", kept=True), Point("gc: after some bytes are gone", "gc", "mlray.store:Store.erase", "after", kept=True)]
+    *written("promote", "UPDATE aliases", "INSERT INTO moves"), Point("rollback: before it reads the bytes", "rollback", "mlray.governance.registry:load_bundle"), *written("rollback", "UPDATE aliases", "INSERT INTO moves"),
+    *written("remove", "DELETE FROM aliases"), *written("retire", "UPDATE versions"), Point("gc: before a name is gone", "gc", "mlray.governance.store:Store.put_aside", kept=False), Point("gc: after one name is gone", "gc", "mlray.governance.store:Store.put_aside", "after"),
+    *written("gc"), Point("gc: before the bytes are gone", "gc", "mlray.governance.store:Store.erase", kept=True), Point("gc: after some bytes are gone", "gc", "mlray.governance.store:Store.erase", "after", kept=True)]
 
 
 # --- what is done --------------------------------------------------------------------------------------------------
@@ -371,14 +357,14 @@ def test_bytes_that_are_named_while_garbage_is_collected_stay(fresh, monkeypatch
     mine, theirs = opened(url, home), opened(url, home, "grace")
     one, two, three = (tiny(home / "made", seed) for seed in (1, 2, 3))
     for b in (one, two): mine.store.put(b.digest, {p.name: p.read_bytes() for p in b.path.iterdir()})
-    real, met = mlray.garbage._take, []
+    real, met = mlray.governance.garbage._take, []
 
     def late(*args: Any) -> Any: # what was found to be garbage is registered before it is taken
         met.append(register(theirs, one, {}))
         return real(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr("mlray.garbage._take", late)
+        patched.setattr("mlray.governance.garbage._take", late)
         assert [b.digest for b in collect_garbage(mine, hours=0).blobs] == [two.digest] and met
     put, took = Store.put, []
 

@@ -7,14 +7,14 @@ import polars as pl
 import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
-from mlray.column import Column
-from mlray.contract import Contract, check
-from mlray.data import Csv, Source, Split, Sql
-from mlray.errors import ContractError, DataError, SpecError, Unavailable
-from mlray.rows import check_sources, quarantine, read_rows
-from mlray.source import query_sql, read_source
-from mlray.spec import parse_spec
-from mlray.table import fingerprint, split
+from mlray.learning.contract import Contract, check
+from mlray.learning.table import fingerprint, split
+from mlray.sources.rows import check_sources, quarantine, read_rows
+from mlray.sources.source import query_sql, read_source
+from mlray.values.column import Column
+from mlray.values.data import Csv, Source, Split, Sql
+from mlray.values.errors import ContractError, DataError, SpecError, Unavailable
+from mlray.values.spec import parse_spec
 
 COLUMNS = {"id": Column(type="integer", role="id", unique=True), "x": Column(type="number"), "c": Column(type="category", nullable=True), "b": Column(type="boolean"),
            "d": Column(type="date", role="time"), "w": Column(type="datetime", role="ignored", time_zone="UTC")}
@@ -232,7 +232,7 @@ def test_infer_writes_a_contract_once_and_never_over_one(settings, capsys, monke
 
 
 def test_infer_of_a_file_without_header(settings):
-    from mlray.infer import infer_contract
+    from mlray.learning.infer import infer_contract
     (settings.root / "rows.csv").write_text("1,a\n2,b\n3,a\n4,b\n")
     frame, _ = read_source(Source(file="rows.csv"), Csv(header=False), (), settings)
     assert [c["type"] for c in infer_contract(frame).values()] == ["integer", "category"]
@@ -253,7 +253,7 @@ def visits(*rows: int) -> pl.DataFrame: return pl.DataFrame({"row": rows, "x": [
 
 def test_a_delta_table_is_followed_and_compaction_brings_no_row_twice(settings):
     deltalake = pytest.importorskip("deltalake", reason="pip install 'mlray[delta]'")
-    from mlray.watermark import accept, next_batch, read_mark
+    from mlray.sources.watermark import accept, next_batch, read_mark
     spec, table, seen = parse_spec(GROWING), str(settings.root / "visits"), []
 
     def take() -> tuple[int, int] | None:
@@ -276,7 +276,7 @@ def test_a_delta_table_is_followed_and_compaction_brings_no_row_twice(settings):
 
 
 def test_a_batch_that_breaks_the_contract_does_not_count_where_the_spec_says_stop(settings):
-    from mlray.watermark import Mark, next_batch, read_mark
+    from mlray.sources.watermark import Mark, next_batch, read_mark
     spec = parse_spec(GROWING, ["data.train={file: v-*.parquet}", "data.on_invalid=stop"])
     visits(1, -2).write_parquet(settings.root / "v-1.parquet")
     with pytest.raises(ContractError, match="The mark was not moved"): next_batch(spec, settings)
@@ -286,8 +286,8 @@ def test_a_batch_that_breaks_the_contract_does_not_count_where_the_spec_says_sto
 @hypothesis_settings(max_examples=25, deadline=None)
 @given(arrivals=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=5), min_size=1, max_size=6), looks=st.lists(st.booleans(), min_size=6, max_size=6))
 def test_each_row_comes_once_and_late_ones_are_counted(arrivals, looks, tmp_path_factory):
-    from mlray.settings import Settings
-    from mlray.watermark import accept, next_batch
+    from mlray.sources.watermark import accept, next_batch
+    from mlray.values.settings import Settings
     root = tmp_path_factory.mktemp("growing")
     here, spec, seen = Settings(root=root, home=root / "home"), parse_spec(GROWING, ["data.train={file: v-*.parquet}"]), []
     for i, rows in enumerate(arrivals):

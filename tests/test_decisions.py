@@ -8,28 +8,28 @@ import pytest
 import torch
 from hypothesis import assume, given, settings as hypothesis, strategies as st
 
-from mlray.bundle import decide, predict
-from mlray.calibration import Curve, calibrate, calibrated, expected_calibration_error
-from mlray.card import dossier, model_card
-from mlray.contract import labels as labels_of
-from mlray.decision import Cost, Mitigation, Threshold
-from mlray.errors import BundleError, ExplanationError, SpecError, TrainingError
-from mlray.estimator_graph import Mixture, model_of, session_of
-from mlray.explanation import explain
-from mlray.fairness import count, fairness_report
-from mlray.fetch import find
-from mlray.mitigation import constraint_of, exponentiated_gradient, reweighing
-from mlray.model import dump_state, epochs, load_state
-from mlray.reduction import mean_under, violation
-from mlray.registry import bundle_of, open_registry
-from mlray.reproduce import reproduce
-from mlray.rows import read_rows
-from mlray.run import LocalBackend, make_job, train
-from mlray.served import Served
-from mlray.settings import Settings, read_settings
-from mlray.spec import read_spec
-from mlray.threshold import choose, choose_by_group, lines, rates_of
-from mlray.white_box import attacked, own_importances
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.learning.calibration import Curve, calibrate, calibrated, expected_calibration_error
+from mlray.learning.contract import labels as labels_of
+from mlray.learning.estimator_graph import Mixture, model_of, session_of
+from mlray.learning.mitigation import constraint_of, exponentiated_gradient, reweighing
+from mlray.learning.model import dump_state, epochs, load_state
+from mlray.learning.reduction import mean_under, violation
+from mlray.measures.fairness import count, fairness_report
+from mlray.measures.threshold import choose, choose_by_group, lines, rates_of
+from mlray.running.card import dossier, model_card
+from mlray.running.explanation import explain
+from mlray.running.reproduce import reproduce
+from mlray.running.run import LocalBackend, make_job, train
+from mlray.running.white_box import attacked, own_importances
+from mlray.serving.served import Served
+from mlray.shipping.bundle import decide, predict
+from mlray.sources.fetch import find
+from mlray.sources.rows import read_rows
+from mlray.values.decision import Cost, Mitigation, Threshold
+from mlray.values.errors import BundleError, ExplanationError, SpecError, TrainingError
+from mlray.values.settings import Settings, read_settings
+from mlray.values.spec import read_spec
 
 SPEC, LOGISTIC = "configs/diabetes.yaml", "model.estimator=sklearn.linear_model:LogisticRegression"
 scored = st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=4, max_size=40).map(lambda rows: (np.array([s for s, _ in rows], np.float32), np.array([y for _, y in rows])))

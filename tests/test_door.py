@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mlray.settings import shipped
+from mlray.values.settings import shipped
 
 SPEC = yaml.safe_load((shipped("configs") / "diabetes.yaml").read_text())
 
@@ -275,8 +275,8 @@ def test_a_release_from_promotion_to_the_audit(mlray, trained, tmp_path, monkeyp
     import shutil
     import sqlite3
 
-    from mlray.registry import add_evidence, open_registry, version
-    from mlray.settings import read_settings
+    from mlray.governance.registry import add_evidence, open_registry, version
+    from mlray.values.settings import read_settings
     shutil.copytree(trained[0].home, tmp_path / "copy")
     monkeypatch.setenv("MLRAY_HOME", str(tmp_path / "copy"))
     registry = open_registry(read_settings())
@@ -303,8 +303,8 @@ def test_a_release_by_three_people(mlray, trained, project, tmp_path, monkeypatc
     "Keys, approvals, an end that is announced, and copies for MLflow, each with the exit code that a script would see."
     import shutil
 
-    from mlray.registry import add_evidence, open_registry, version
-    from mlray.settings import read_settings
+    from mlray.governance.registry import add_evidence, open_registry, version
+    from mlray.values.settings import read_settings
     shutil.copytree(trained[0].home, tmp_path / "copy")
     registry = open_registry(read_settings().model_copy(update={"home": tmp_path / "copy"}))
     for gate in ("quality", "fairness"): add_evidence(registry, version(registry, "diabetes"), gate, trained[1].verdict, b"{}")
@@ -347,8 +347,8 @@ def test_a_release_by_three_people(mlray, trained, project, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("delay", [1.5, 3.0, 4.5, 6.0])
 def test_a_killed_run_leaves_a_registry_that_opens(project, delay):
-    from mlray.registry import bundle_of, open_registry, versions
-    from mlray.settings import read_settings
+    from mlray.governance.registry import bundle_of, open_registry, versions
+    from mlray.values.settings import read_settings
     run = subprocess.Popen([str(Path(sys.executable).with_name("mlray")), "train", write(project / "s.yaml")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(delay)
     run.send_signal(signal.SIGKILL)
@@ -383,9 +383,9 @@ def test_a_check_does_not_hang_on_the_registry(mlray, project, monkeypatch):
 @pytest.mark.parametrize(("statement", "words"), [("UPDATE readings SET rows=1", "it tells of reading"), ("DELETE FROM readings", "it tells of reading"), ("INSERT INTO readings SELECT 9, source, model, part, digest, rows, bad, source_version, about, created, actor FROM readings", "no row tells of reading"),
                                                   ("UPDATE readings SET about='{}'", "it tells of reading")])
 def test_the_audit_vouches_for_what_was_read(tmp_path, statement, words):
-    from mlray.ledger import audit
-    from mlray.opened import Registry
-    from mlray.reading import Reading, note
+    from mlray.governance.ledger import audit
+    from mlray.governance.opened import Registry
+    from mlray.governance.reading import Reading, note
     registry = Registry(f"sqlite:///{tmp_path}/registry.db", tmp_path / "store", "ada")
     one = Reading("s3://lake/" + "x" * 300, "tiny", "train", "5f" * 16, 3, 0, None, {"age": {"type": "number"}}, newest={"at": "2026-01-01"})
     assert note(registry, [one]) == 1 and note(registry, [one]) == 0 and not audit(registry).faults

@@ -9,27 +9,20 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
-from mlray.bundle import load_bundle
-from mlray.column import Column
-from mlray.contract import Contract
-from mlray.drift import (
-    distances,
-    drift_report,
-    kolmogorov_smirnov,
-    kolmogorov_smirnov_bound,
-    p_values,
-    population_stability_index,
-)
-from mlray.errors import BundleError, DataError
-from mlray.estimate import estimate, two_sample_auc
-from mlray.gate import judge
-from mlray.gate_on_papermill import run_gates
-from mlray.leakage import leakage_report
-from mlray.profile import Profile, count_numbers, count_values, profile
-from mlray.registry import bundle_of, open_registry
-from mlray.run import train
-from mlray.spec import Rule
-from mlray.tracking import MemoryTracker
+from mlray.engines.gate_on_papermill import run_gates
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.judgement.drift import distances, drift_report, kolmogorov_smirnov, kolmogorov_smirnov_bound, p_values, population_stability_index
+from mlray.judgement.estimate import estimate, two_sample_auc
+from mlray.judgement.gate import judge
+from mlray.judgement.leakage import leakage_report
+from mlray.learning.contract import Contract
+from mlray.learning.profile import Profile, count_numbers, count_values, profile
+from mlray.running.run import train
+from mlray.running.tracking import MemoryTracker
+from mlray.shipping.bundle import load_bundle
+from mlray.values.column import Column
+from mlray.values.errors import BundleError, DataError
+from mlray.values.spec import Rule
 
 NUMBER, WORD = Contract({"c": Column(type="number", nullable=True)}), Contract({"c": Column(type="category", nullable=True)})
 
@@ -139,7 +132,7 @@ def test_a_report_names_what_cannot_be_compared(tmp_path):
 
 def test_importing_drift_loads_neither_scipy_nor_scikit_learn():
     from tests.test_floors import loaded_after
-    assert not {"scipy", "sklearn"} & loaded_after("import mlray.bundle, mlray.drift, mlray.estimate, mlray.leakage")
+    assert not {"scipy", "sklearn"} & loaded_after("import mlray.shipping.bundle, mlray.judgement.drift, mlray.judgement.estimate, mlray.judgement.leakage")
 
 
 def test_the_expected_area_under_the_curve_is_the_mean_over_all_labels():
@@ -260,6 +253,6 @@ def test_a_distance_lies_in_its_interval(old, new, numeric, seed):
 def test_few_are_tested_as_fisher_does(n, m, first, second):
     from scipy.stats import fisher_exact
 
-    from mlray.drift import _fisher
+    from mlray.judgement.drift import _fisher
     rows = np.array([[min(first, n), n - min(first, n)], [min(second, m), m - min(second, m)]])
     assert _fisher(rows) == pytest.approx(fisher_exact(rows).pvalue, abs=1e-9)

@@ -13,15 +13,15 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mlray.bundle import Bundle, predict
-from mlray.edge_folder import differences, expected, export_folder, rows_of_every_kind
-from mlray.errors import BundleError
-from mlray.export import plain
-from mlray.registry import bundle_of, open_registry
-from mlray.run import train
-from mlray.served import Served
-from mlray.settings import shipped
-from mlray.spec import changed, parse_spec, read_spec
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.running.run import train
+from mlray.serving.edge_folder import differences, expected, export_folder, rows_of_every_kind
+from mlray.serving.served import Served
+from mlray.shipping.bundle import Bundle, predict
+from mlray.shipping.export import plain
+from mlray.values.errors import BundleError
+from mlray.values.settings import shipped
+from mlray.values.spec import changed, parse_spec, read_spec
 
 ALL = """
 name: loans
@@ -83,7 +83,7 @@ def edge(trained, tmp_path_factory):
 def test_ten_thousand_rows_without_any_library_of_ours(edge, tmp_path, monkeypatch):
     "Good and bad rows, asked in a process that can import numpy, onnxruntime and the standard library alone."
     bundle, folder = edge
-    monkeypatch.setattr("mlray.edge_folder._TRIAL", BLOCKED + __import__("mlray.edge_folder").edge_folder._TRIAL)
+    monkeypatch.setattr("mlray.serving.edge_folder._TRIAL", BLOCKED + __import__("mlray.serving.edge_folder").serving.edge_folder._TRIAL)
     rows = rows_of_every_kind(plain(bundle, "1"), 10_000, seed=9)
     said = expected(bundle, rows)
     assert differences(folder, bundle, rows) == [] and 2500 < sum(isinstance(s, list) for s in said) < 5000
@@ -95,8 +95,8 @@ def test_ten_thousand_rows_without_any_library_of_ours(edge, tmp_path, monkeypat
 
 
 def test_a_folder_that_would_differ_is_not_written(edge, tmp_path, monkeypatch):
-    real = __import__("mlray.edge_folder").edge_folder.script
-    monkeypatch.setattr("mlray.edge_folder.script", lambda model: real(model).replace("said >= thresholds(rows)", "said > thresholds(rows) + 0.2"))
+    real = __import__("mlray.serving.edge_folder").serving.edge_folder.script
+    monkeypatch.setattr("mlray.serving.edge_folder.script", lambda model: real(model).replace("said >= thresholds(rows)", "said > thresholds(rows) + 0.2"))
     with pytest.raises(BundleError, match=r"would say .* where mlray says"): export_folder(edge[0], "1", tmp_path / "edge")
     assert not list(tmp_path.iterdir())
     with pytest.raises(BundleError, match="is there already"): export_folder(edge[0], "1", edge[1])
@@ -230,7 +230,7 @@ def near(a, b, names=("score", "value", "scores", "quantiles")) -> float:
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
 @pytest.mark.parametrize("name", ("diabetes", *KINDS))
 def test_the_page_in_a_real_browser(name, settings, tmp_path):
-    from mlray.edge_page import add_page, runtime
+    from mlray.serving.edge_page import add_page, runtime
     downloads = Path(os.environ.get("MLRAY_DOWNLOADS", tmp_path / "downloads"))
     bundle = of(name, settings)
     export_folder(bundle, "1", tmp_path / "edge")

@@ -8,22 +8,22 @@ from uuid import uuid4
 import pytest
 from typer.testing import CliRunner
 
-from mlray.access import new_key
-from mlray.card import dossier, model_card
 from mlray.cli import app
-from mlray.delivery import delivery
-from mlray.journal import Entry, Journal
-from mlray.keeping import open_recorder
-from mlray.ledger import audit
-from mlray.plan import loaded, plan_of
-from mlray.registry import add_key, bundle_of, promote, register, rollback, version
-from mlray.release import deprecate
-from mlray.rollout_step import start
-from mlray.routes import ROUTES
-from mlray.service import Service
-from mlray.settings import amended
-from mlray.sunset import callers_of, told_by
-from mlray.wire import Asked, at_once
+from mlray.governance.access import new_key
+from mlray.governance.ledger import audit
+from mlray.governance.registry import add_key, bundle_of, promote, register, rollback, version
+from mlray.governance.release import deprecate
+from mlray.monitoring.delivery import delivery
+from mlray.monitoring.journal import Entry, Journal
+from mlray.monitoring.keeping import open_recorder
+from mlray.monitoring.rollout_step import start
+from mlray.running.card import dossier, model_card
+from mlray.serving.plan import loaded, plan_of
+from mlray.serving.routes import ROUTES
+from mlray.serving.service import Service
+from mlray.serving.sunset import callers_of, told_by
+from mlray.serving.wire import Asked, at_once
+from mlray.values.settings import amended
 from tests.canaries import gone_wrong, slow
 from tests.test_rollout_steps import FAIR, House, World, housed, watched_with
 

@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given, settings as hypothesis, strategies as st
 from onnx import TensorProto, helper
 
-from mlray.bundle import decide, predict
-from mlray.errors import SpecError, TrainingError
-from mlray.estimator import check_batches, fit, front, make_estimator, score_of
-from mlray.estimator_graph import answer, model_of
-from mlray.features import Category, Features, Matrix, Number
-from mlray.registry import bundle_of, open_registry
-from mlray.reproduce import reproduce
-from mlray.run import LocalBackend, train
-from mlray.settings import Settings
-from mlray.spec import read_spec
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.learning.estimator import check_batches, fit, front, make_estimator, score_of
+from mlray.learning.estimator_graph import answer, model_of
+from mlray.learning.features import Category, Features, Matrix, Number
+from mlray.running.reproduce import reproduce
+from mlray.running.run import LocalBackend, train
+from mlray.shipping.bundle import decide, predict
+from mlray.values.errors import SpecError, TrainingError
+from mlray.values.settings import Settings
+from mlray.values.spec import read_spec
 
 KINDS = {"sklearn.ensemble:HistGradientBoostingClassifier": {"max_iter": 30}, "lightgbm:LGBMClassifier": {"n_estimators": 40, "min_child_samples": 5}, "xgboost:XGBClassifier": {"n_estimators": 30},
          "sklearn.linear_model:LogisticRegression": {"C": 0.5}, "sklearn.ensemble:RandomForestClassifier": {"n_estimators": 20}}
@@ -143,7 +143,7 @@ def test_an_estimator_is_trained_shipped_and_made_again_to_the_bit(name, place):
 def test_whoever_answers_needs_no_library_of_estimators(place):
     run = train(read_spec("configs/diabetes.yaml", ["model.estimator=sklearn.ensemble:HistGradientBoostingClassifier", "model.calibration=platt"]), place)
     path = bundle_of(open_registry(place), run.version).path
-    code = (f"import sys\nfrom mlray.bundle import load_bundle, predict\nb = load_bundle({str(path)!r})\nprint(predict(b, {{n: [None] for n in b.contract.features}}, 1)[0])\n"
+    code = (f"import sys\nfrom mlray.shipping.bundle import load_bundle, predict\nb = load_bundle({str(path)!r})\nprint(predict(b, {{n: [None] for n in b.contract.features}}, 1)[0])\n"
             "print(sorted({'torch', 'sklearn', 'pandas', 'fairlearn', 'skl2onnx', 'lightgbm', 'xgboost', 'onnxmltools', 'onnx'} & set(sys.modules)))")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
     assert 0 < float(said[0]) < 1 and said[1] == "[]"
@@ -151,7 +151,7 @@ def test_whoever_answers_needs_no_library_of_estimators(place):
 
 def test_parameters_can_be_searched():
     spec = read_spec("configs/diabetes.yaml", ["model.estimator=lightgbm:LGBMClassifier", "search={trials: 3, space: {model.parameters.num_leaves: {low: 4, high: 31, integer: true}}}"])
-    from mlray.spec import changed
+    from mlray.values.spec import changed
     assert changed(spec, {"model.parameters.num_leaves": 7}).model.parameters == {"num_leaves": 7}
 
 

@@ -13,21 +13,21 @@ import polars as pl
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from mlray.bundle import decide, predict
-from mlray.column import Column
-from mlray.contract import Contract
-from mlray.counterfactual import counterfactual
-from mlray.errors import ContractError, ExplanationError
-from mlray.explain import Explanation, background, keeping, lime_table
-from mlray.explain_image import lime_image, squares
-from mlray.explain_row import lime_row
-from mlray.explain_text import cosine_weights, lime_text
-from mlray.explanation import explain, explain_rows, known_rows, what_if
-from mlray.importance import Summary, permutation_importance, summary
-from mlray.local_line import draws, line, on_grid, words_of
-from mlray.profile import profile
-from mlray.registry import bundle_of, open_registry
-from mlray.shapley import shapley
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.judgement.counterfactual import counterfactual
+from mlray.judgement.explain import Explanation, background, keeping, lime_table
+from mlray.judgement.explain_image import lime_image, squares
+from mlray.judgement.explain_row import lime_row
+from mlray.judgement.explain_text import cosine_weights, lime_text
+from mlray.judgement.importance import Summary, permutation_importance, summary
+from mlray.judgement.local_line import draws, line, on_grid, words_of
+from mlray.judgement.shapley import shapley
+from mlray.learning.contract import Contract
+from mlray.learning.profile import profile
+from mlray.running.explanation import explain, explain_rows, known_rows, what_if
+from mlray.shipping.bundle import decide, predict
+from mlray.values.column import Column
+from mlray.values.errors import ContractError, ExplanationError
 
 NAMES = ["a", "b", "c", "d", "e"]
 CONTRACT = Contract({n: Column(type="number") for n in NAMES} | {"t": Column(type="boolean", role="target")})
@@ -305,7 +305,7 @@ def test_summaries_do_not_hang_on_the_division(trained):
 
 @pytest.mark.ray
 def test_ray_explains_as_one_process_does(trained, ray_cluster):
-    from mlray.explain_on_ray import explain_on_ray
+    from mlray.engines.explain_on_ray import explain_on_ray
     settings_, run = trained
     bundle = bundle_of(open_registry(settings_), run.version)
     frame = run.rows.parts.test.head(20)
@@ -326,9 +326,9 @@ def test_summary_of_one():
 @pytest.fixture(scope="module")
 def shipped_run(tmp_path_factory):
     "A run of a shipped spec, shortened."
-    from mlray.run import train
-    from mlray.settings import Settings, shipped
-    from mlray.spec import read_spec
+    from mlray.running.run import train
+    from mlray.values.settings import Settings, shipped
+    from mlray.values.spec import read_spec
 
     def run_of(name: str):
         home = tmp_path_factory.mktemp(name)
@@ -343,7 +343,7 @@ def test_pictures_and_texts_of_a_bundle_are_explained(shipped_run, name, column)
     from typer.testing import CliRunner
 
     from mlray.cli import app
-    from mlray.gate_on_papermill import run_gates
+    from mlray.engines.gate_on_papermill import run_gates
     place, run, bundle = shipped_run(name)
     frame = run.rows.parts.test.select(bundle.contract.features)
     row = frame.row(0, named=True)

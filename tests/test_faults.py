@@ -16,16 +16,16 @@ import numpy as np
 import psutil
 import pytest
 
-from mlray.checkpoints import Checkpoints
-from mlray.errors import SpecError, TrainingError, Unavailable
-from mlray.features import Matrix
-from mlray.model import Job, State
-from mlray.recipe import Train
-from mlray.rows import read_rows
-from mlray.run import LocalBackend, make_job, train
-from mlray.settings import Settings, shipped
-from mlray.spec import RunSpec, read_spec
-from mlray.tracking import MemoryTracker
+from mlray.learning.features import Matrix
+from mlray.learning.model import Job, State
+from mlray.running.checkpoints import Checkpoints
+from mlray.running.run import LocalBackend, make_job, train
+from mlray.running.tracking import MemoryTracker
+from mlray.sources.rows import read_rows
+from mlray.values.errors import SpecError, TrainingError, Unavailable
+from mlray.values.recipe import Train
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import RunSpec, read_spec
 from tests.conftest import ROOT
 
 EPOCHS, SHORT, LONG = 24, 6, 100
@@ -90,7 +90,7 @@ def test_a_write_that_breaks_off_anywhere_leaves_the_one_before(job, tmp_path, m
             path.write_bytes(data[:at])
             raise KeyboardInterrupt
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr("mlray.checkpoints.write_durably", killed)
+            patched.setattr("mlray.running.checkpoints.write_durably", killed)
             kept.save(replace(state, epoch=4))
         assert kept.files() == before and kept.newest().epoch == 3
 
@@ -175,7 +175,7 @@ def test_every_kind_of_loop_resumes_to_the_bit(job, tmp_path, changes):
 def test_what_stops_the_loop_says_what_to_do(job):
     import torch
 
-    from mlray.fitting import Average, make_optimizer, one_pass
+    from mlray.learning.fitting import Average, make_optimizer, one_pass
 
     class Broken(torch.nn.Module):
         def __init__(self, answer):
@@ -244,7 +244,7 @@ def kill_worker() -> bool:
 @pytest.mark.ray
 @pytest.mark.xdist_group("faults")
 def test_a_worker_lost_too_often_leaves_its_last_checkpoint(ray_cluster, job, undisturbed, tmp_path):
-    from mlray.train_on_ray import RayBackend
+    from mlray.engines.train_on_ray import RayBackend
     with Killer(tmp_path / "run", 5, kill_worker) as killer, pytest.raises(TrainingError, match=r"(?s)lost 1 times.*--resume"):
         list(RayBackend(1, failures=0).train(job, "run", tmp_path))
     kept = Checkpoints(tmp_path / "run")
@@ -261,7 +261,7 @@ def nodes() -> Iterator[object]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from mlray.cluster_on_ray import cluster
+    from mlray.engines.cluster_on_ray import cluster
     if ray.is_initialized(): pytest.skip("another cluster is up in this process")
     store = {"object_store_memory": 100 * 2**20}
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **store})
@@ -275,7 +275,7 @@ def nodes() -> Iterator[object]:
 @pytest.mark.parametrize("kind", ["worker"] * 10 + ["node"] * 5)
 def test_chaos(nodes, job, undisturbed, tmp_path, kind, request):
     "A worker, or a whole node with kill -9, at a random epoch: the weights at the end are those of the undisturbed run."
-    from mlray.train_on_ray import RayBackend
+    from mlray.engines.train_on_ray import RayBackend
     seed = request.node.callspec.indices["kind"]
     at, notes = random.Random(seed).randint(1, EPOCHS - 4), list[str]()
 
@@ -302,9 +302,9 @@ def test_chaos(nodes, job, undisturbed, tmp_path, kind, request):
 @pytest.mark.ray
 def test_a_node_lost_for_good_leaves_fewer_workers(nodes, diabetes, tmp_path):
     "Two nodes with a worker each; one is killed and does not come back. The other goes on from the newest epoch, and the version says so."
-    from mlray.registry import bundle_of, open_registry
-    from mlray.reproduce import reproduce
-    from mlray.train_on_ray import RayBackend
+    from mlray.engines.train_on_ray import RayBackend
+    from mlray.governance.registry import bundle_of, open_registry
+    from mlray.running.reproduce import reproduce
     spec = diabetes.model_copy(update={"train": diabetes.train.model_copy(update={"epochs": LONG, "patience": LONG, "batch_size": 8})})
     settings, memory, victims = Settings(root=tmp_path, home=tmp_path / "home"), MemoryTracker(), list(nodes.worker_nodes)[:1]
     alone = train(spec, Settings(root=tmp_path, home=tmp_path / "alone")).evaluation.scorecard.overall["roc_auc"].value

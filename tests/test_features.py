@@ -9,19 +9,19 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
-from mlray.access import new_key
-from mlray.bundle import predict
-from mlray.contract import Contract, schema
-from mlray.errors import BundleError, ContractError, SpecError, TrainingError
-from mlray.feature import Setting
-from mlray.features import Features, apply, learn
-from mlray.registry import bundle_of, open_registry
-from mlray.reproduce import reproduce
-from mlray.run import LocalBackend, train
-from mlray.served import Served
-from mlray.service import Service
-from mlray.settings import read_settings
-from mlray.spec import parse_spec, read_spec
+from mlray.governance.access import new_key
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.learning.contract import Contract, schema
+from mlray.learning.features import Features, apply, learn
+from mlray.running.reproduce import reproduce
+from mlray.running.run import LocalBackend, train
+from mlray.serving.served import Served
+from mlray.serving.service import Service
+from mlray.shipping.bundle import predict
+from mlray.values.errors import BundleError, ContractError, SpecError, TrainingError
+from mlray.values.feature import Setting
+from mlray.values.settings import read_settings
+from mlray.values.spec import parse_spec, read_spec
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -258,8 +258,8 @@ def test_a_network_of_ones_own_is_trained_shipped_and_reproduced(project, networ
 def test_an_own_network_sees_no_nan(letters, rows):
     import torch
 
-    from mlray.own_network import OwnNetwork
-    from mlray.recipe import Model
+    from mlray.learning.own_network import OwnNetwork
+    from mlray.values.recipe import Model
     seen = {}
 
     class Watch(torch.nn.Module):
@@ -294,11 +294,11 @@ def test_a_single_number_alone_is_itself_among_others():
     "With one numeric feature and one row onnxruntime would sum the pieces of its curve in another order."
     import torch
 
-    from mlray.bundle import _open, _run
-    from mlray.features import Features, Matrix, Number
-    from mlray.network import build, sensible, to_onnx
-    from mlray.recipe import Model, Train
-    from mlray.task import Task
+    from mlray.learning.features import Features, Matrix, Number
+    from mlray.learning.network import build, sensible, to_onnx
+    from mlray.shipping.bundle import _open, _run
+    from mlray.values.recipe import Model, Train
+    from mlray.values.task import Task
     features = Features((Number("x", 0.0, tuple(map(float, range(16))), tuple(i / 4 - 2 for i in range(16)), ()),), ())
     network, task = build(features, sensible(Model(network="mlp", hidden=(8,)), Train(), 3000)[0], 0), Task("regression", ("y",), ("y",), center=20_000.0, spread=11_547.0)
     with torch.no_grad():

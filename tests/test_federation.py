@@ -11,15 +11,15 @@ import psutil
 import pytest
 import yaml
 
-from mlray.contract import Contract
-from mlray.errors import DataError, SpecError
-from mlray.features import learn
-from mlray.network import build, sensible
-from mlray.registry import bundle_of, open_registry
-from mlray.rows import check_sources, read_rows
-from mlray.run import train
-from mlray.spec import parse_spec
-from mlray.summary import learn_from, summarize
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.learning.contract import Contract
+from mlray.learning.features import learn
+from mlray.learning.network import build, sensible
+from mlray.learning.summary import learn_from, summarize
+from mlray.running.run import train
+from mlray.sources.rows import check_sources, read_rows
+from mlray.values.errors import DataError, SpecError
+from mlray.values.spec import parse_spec
 
 CANARY_WORD, CANARY_NUMBER = "Zanzibar-7719", 83_461.75
 
@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 
 def holder_of(spec, name, settings):
-    from mlray.federate_on_ray import Holder
+    from mlray.engines.federate_on_ray import Holder
     holders = spec.data.train.holders
     return Holder(spec, holders[name], settings, list(holders).index(name))
 
@@ -63,7 +63,7 @@ def everything(holder, plan, weights) -> list:
 
 
 def plan_of(spec, holder):
-    from mlray.federate_on_ray import Plan
+    from mlray.engines.federate_on_ray import Plan
     model, pace = sensible(spec.model, spec.train, 2000)
     plan = Plan(learn_from(Contract(spec.contract), holder.summary(), 16), model, pace, spec.task)
     return plan, {n: w.numpy() for n, w in build(plan.features, model, 0).state_dict().items()}
@@ -119,8 +119,8 @@ def test_rows_of_holders_are_read_by_nobody_else(folder, settings):
 
 
 def test_an_update_that_does_not_fit_is_refused():
-    from mlray.errors import TrainingError
-    from mlray.federate_on_ray import Update, averaged
+    from mlray.engines.federate_on_ray import Update, averaged
+    from mlray.values.errors import TrainingError
     before = {"w": np.zeros(2, np.float32)}
     with pytest.raises(TrainingError, match=r"north does not fit: w has shape \(3,\)"): averaged(before, {"north": Update(1, {"w": np.zeros(3, np.float32)}, 0.1)})
     with pytest.raises(TrainingError, match="numbers that are none"): averaged(before, {"north": Update(1, {"w": np.array([1, np.nan], np.float32)}, 0.1)})
@@ -128,8 +128,8 @@ def test_an_update_that_does_not_fit_is_refused():
 
 def test_each_holder_keeps_a_promise_of_its_own(folder, settings):
     "Under privacy a holder adds noise before anything leaves, and its encoders come from the contract."
-    from mlray.declared import declared
-    from mlray.federate_on_ray import Plan
+    from mlray.engines.federate_on_ray import Plan
+    from mlray.learning.declared import declared
     spec = spec_of(folder, patience=None, learning_rate=0.01, privacy={"epsilon": 2})
     holder = holder_of(spec, "north", settings)
     model, pace = sensible(spec.model, spec.train, 2000)
@@ -143,8 +143,8 @@ def test_each_holder_keeps_a_promise_of_its_own(folder, settings):
 @pytest.mark.xdist_group("federation")
 def test_apart_is_as_good_as_together(ray_cluster, folder, settings):
     "Within 0.01 AUC of training on all rows; and a holder that is killed on the way changes no bit."
-    from mlray.federate_on_ray import federate
-    from mlray.tracking import MemoryTracker
+    from mlray.engines.federate_on_ray import federate
+    from mlray.running.tracking import MemoryTracker
     pooled = train(spec_of(folder, pooled=True), settings)
     calm = federate(spec_of(folder), settings)
     auc = [run.evaluation.scorecard.overall["roc_auc"].value for run in (pooled, calm)]
@@ -171,7 +171,7 @@ def test_apart_is_as_good_as_together(ray_cluster, folder, settings):
 @pytest.mark.xdist_group("federation")
 def test_a_number_apart_and_again(ray_cluster, folder, settings):
     "Holders learn a number on the scale of the contract; the version can be made again to the bit, and what has changed is named where it cannot."
-    from mlray.federate_on_ray import federate, reproduce_federated
+    from mlray.engines.federate_on_ray import federate, reproduce_federated
     tree = spec_of(folder, epochs=3).model_dump(mode="json", exclude={"gates"})
     tree["contract"] = {n: c | ({"role": "feature", "positive": None} if n == "bought" else {"role": "target", "max": 40_000} if n == "wage" else {}) for n, c in tree["contract"].items()}
     spec = parse_spec(yaml.safe_dump(tree, sort_keys=False), [], "shop")

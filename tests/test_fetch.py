@@ -5,9 +5,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from mlray.data import Source
-from mlray.errors import DataError, Unavailable
-from mlray.fetch import find
+from mlray.sources.fetch import find
+from mlray.values.data import Source
+from mlray.values.errors import DataError, Unavailable
 
 CONTENT = bytes(range(256)) * 4000
 

@@ -11,9 +11,9 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from mlray.asgi import send_reply
-from mlray.front_on_ray import send_whole
-from mlray.wire import Reply
+from mlray.engines.front_on_ray import send_whole
+from mlray.serving.asgi import send_reply
+from mlray.serving.wire import Reply
 
 
 class Counted:

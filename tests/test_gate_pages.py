@@ -8,18 +8,18 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mlray.column import Column
-from mlray.contract import Contract
-from mlray.explanation import exposed
-from mlray.gate import Finding, Verdict, judge, of_the_machine, results_digest
-from mlray.gate_on_papermill import run_gates, side_by_side
-from mlray.infer import undeclared_personal
-from mlray.registry import bundle_of, open_registry
-from mlray.run import train
-from mlray.settings import Settings, read_settings, shipped
-from mlray.spec import Rule, parse_spec, read_spec
-from mlray.trial import ask_anything, on_trial, requests_about
-from mlray.warm_kernels import in_warm_kernels, warm_kernels
+from mlray.engines.gate_on_papermill import run_gates, side_by_side
+from mlray.engines.warm_kernels import in_warm_kernels, warm_kernels
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.judgement.gate import Finding, Verdict, judge, of_the_machine, results_digest
+from mlray.learning.contract import Contract
+from mlray.learning.infer import undeclared_personal
+from mlray.running.explanation import exposed
+from mlray.running.run import train
+from mlray.serving.trial import ask_anything, on_trial, requests_about
+from mlray.values.column import Column
+from mlray.values.settings import Settings, read_settings, shipped
+from mlray.values.spec import Rule, parse_spec, read_spec
 from tests.conftest import ROOT, adult_data
 
 GATES = ("data", "quality", "fairness", "explanation", "robustness", "behaviour", "serving", "privacy")
@@ -150,7 +150,7 @@ def test_a_model_that_knows_its_rows_by_heart_gives_them_away(diabetes, settings
 
 
 def test_rules_of_a_served_bundle_are_left_to_their_gate(trained, diabetes):
-    from mlray.evaluation import rules_of
+    from mlray.running.evaluation import rules_of
     rule = Rule(metric="latency_p99_milliseconds", at_most=50)
     spec = diabetes.model_copy(update={"gates": {**diabetes.gates, "serving": (rule,)}})
     assert rule not in rules_of(spec) and rules_of(spec, "serving") == [rule]
@@ -171,9 +171,9 @@ def test_a_trial_says_what_a_bundle_is_like(bundle, trained):
 @pytest.mark.parametrize(("wider", "kind"), [(True, "allowed: an end of a column"), (False, "refused: beyond its limits")])
 def test_a_service_that_checks_otherwise_than_the_contract_is_found_out(bundle, trained, wider, kind):
     "Requests are made from a contract of which the bundle knows another version."
-    from mlray.access import new_key
-    from mlray.served import Served
-    from mlray.service import Service
+    from mlray.governance.access import new_key
+    from mlray.serving.served import Served
+    from mlray.serving.service import Service
     columns = dict(bundle.contract.columns)
     columns["bmi"] = columns["bmi"].model_copy(update={"max": 500.0 if wider else 70.0})
     key, secret = new_key("predictor")

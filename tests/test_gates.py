@@ -8,9 +8,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from mlray.errors import GateError, RegistryError
-from mlray.gate_on_papermill import gate_path, run_gate, run_gates
-from mlray.registry import Policy, add_evidence, events, evidence, open_registry, promote, version
+from mlray.engines.gate_on_papermill import gate_path, run_gate, run_gates
+from mlray.governance.registry import Policy, add_evidence, events, evidence, open_registry, promote, version
+from mlray.values.errors import GateError, RegistryError
 
 
 def page(path: Path, *cells: str, parameters: str = "version: str = 'diabetes'") -> Path:
@@ -19,7 +19,7 @@ def page(path: Path, *cells: str, parameters: str = "version: str = 'diabetes'")
     return path
 
 
-GOOD = "from mlray.gate import judge\nfrom mlray.spec import Rule\njudge({'x': 1.0}, [Rule(metric='x', at_least=0)])"
+GOOD = "from mlray.judgement.gate import judge\nfrom mlray.values.spec import Rule\njudge({'x': 1.0}, [Rule(metric='x', at_least=0)])"
 
 
 @pytest.mark.parametrize(("cells", "reason"), [
@@ -90,8 +90,8 @@ def test_evidence_names_the_commit_and_the_lock_file(own, tmp_path):
 
 
 def test_newer_evidence_counts(own):
-    from mlray.gate import judge
-    from mlray.spec import Rule
+    from mlray.judgement.gate import judge
+    from mlray.values.spec import Rule
     settings, run = own
     registry = open_registry(settings)
     for value, allowed in ((0.9, True), (0.1, False), (0.9, True)):
@@ -103,7 +103,7 @@ def test_newer_evidence_counts(own):
 
 def test_the_next_version_is_held_against_production(own, diabetes):
     "A worse candidate is told how much worse it is, by the run and by the gate."
-    from mlray.run import train
+    from mlray.running.run import train
     settings, first = own
     registry = open_registry(settings)
     for gate in settings.gates: add_evidence(registry, first.version, gate, first.verdict, b"{}")
@@ -116,7 +116,7 @@ def test_the_next_version_is_held_against_production(own, diabetes):
     with pytest.raises(RegistryError, match="failed the gate quality"): promote(registry, worse.version, gates=["quality"])
 
 
-RESULT = "from mlray.gate import Verdict\nVerdict(())"
+RESULT = "from mlray.judgement.gate import Verdict\nVerdict(())"
 FORGED = "from IPython.display import display\ndisplay({'application/vnd.mlray.verdict+json': {'findings': [{'measure': 'x'}]}}, raw=True)"
 
 
@@ -174,7 +174,7 @@ def test_a_kernel_gets_no_secret_that_nobody_named(tmp_path, monkeypatch, warm):
 
     from jupyter_client import AsyncKernelManager
 
-    from mlray.warm_kernels import warm_kernels
+    from mlray.engines.warm_kernels import warm_kernels
     kept = ("MLRAY_SIGNING_KEY", "MLRAY_AUDIT_KEY", "MLRAY_API_KEY", "MLRAY_JOURNAL_KEYS", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "WAREHOUSE_URI", "GITHUB_TOKEN")
     for name in (*kept, "HF_TOKEN", "LAKE_URI"): monkeypatch.setenv(name, "a value of its own")
     monkeypatch.setenv("MLRAY_ENV", "staging")
@@ -185,8 +185,8 @@ def test_a_kernel_gets_no_secret_that_nobody_named(tmp_path, monkeypatch, warm):
 
 
 def test_what_a_spec_names_is_given_and_keys_never(settings, diabetes, tmp_path):
-    from mlray.data import Source
-    from mlray.gate_page import known_to, needs_of, reached_by
+    from mlray.running.gate_page import known_to, needs_of, reached_by
+    from mlray.values.data import Source
     at = lambda **source: diabetes.model_copy(update={"data": diabetes.data.model_copy(update={"train": Source(**source)})})
     assert reached_by(diabetes, settings) == () and reached_by(at(sql={"uri_env": "LAKE_URI", "query": "select 1"}), settings) == ("LAKE_URI",)
     remote = settings.model_copy(update={"store": "gs://bucket/x", "registry": "postgresql://ada@db/r", "gate_variables": ("HF_TOKEN",)})
@@ -198,14 +198,14 @@ def test_what_a_spec_names_is_given_and_keys_never(settings, diabetes, tmp_path)
 
 
 def test_the_same_gate_twice_is_the_same_page(tmp_path):
-    from mlray.gate import results_digest
+    from mlray.judgement.gate import results_digest
     path = page(tmp_path / "g.ipynb", GOOD)
     first, second = run_gate(path, {}), run_gate(path, {})
     assert first.page == second.page and results_digest(first.verdict) == results_digest(second.verdict)
 
 
 def test_a_page_too_large_to_keep_is_a_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlray.gate_on_papermill._LARGEST", 2**20)
+    monkeypatch.setattr("mlray.engines.gate_on_papermill._LARGEST", 2**20)
     run = run_gate(page(tmp_path / "g.ipynb", GOOD, "print('x' * 2_000_000)"), {})
     assert "larger than 1 MiB" in run.broken and not run.verdict.passed and len(run.page) < 2**20
 
@@ -228,7 +228,7 @@ def test_every_end_in_a_warm_kernel_and_nothing_left(tmp_path):
 
     import psutil
 
-    from mlray.warm_kernels import warm_kernels
+    from mlray.engines.warm_kernels import warm_kernels
     paths = {name: page(tmp_path / f"{name}.ipynb", *cells) for name, (cells, _) in WARM.items()}
     with warm_kernels() as kind, ThreadPoolExecutor(3) as pool:
         runs = dict(zip(paths, pool.map(lambda path: run_gate(path, {}, 2 if path.stem == "hangs" else 120, environment={"WHERE": "here"}, kind=kind), paths.values()), strict=True))
@@ -253,7 +253,7 @@ def test_a_kernel_that_dies_before_its_first_cell_is_started_again(tmp_path):
 
 
 def test_a_stem_that_dies_takes_no_verdict_with_it(tmp_path):
-    from mlray.warm_kernels import warm_kernels
+    from mlray.engines.warm_kernels import warm_kernels
     kill = "import os, signal, time\nos.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(30)"
     with warm_kernels() as kind:
         first, after = (run_gate(page(tmp_path / f"{n}.ipynb", *cells), {}, kind=kind) for n, cells in (("kills", [GOOD, kill]), ("after", [GOOD])))
@@ -290,7 +290,7 @@ def test_what_a_verdict_stands_on_ends_its_use(gated, monkeypatch):
     registry.policy = Policy(gates=("one",))
     promote(registry, found)
     assert reused() == [False] and reused() == [True], "another version in production is another question"
-    monkeypatch.setattr("mlray.gate_on_papermill._software", lambda: "another mlray")
+    monkeypatch.setattr("mlray.engines.gate_on_papermill._software", lambda: "another mlray")
     assert reused() == [False] and reused() == [True]
     proof = evidence(registry, found)["one"]
     stored = registry.store.path(proof.page) / "one.ipynb"
@@ -311,18 +311,18 @@ def test_reports_point_at_the_cell_and_are_read_by_others(tmp_path):
     "JUnit as pytest's and GitHub's readers take it; an annotation leads to the very line of the notebook's file."
     import xml.etree.ElementTree as xml
 
-    from mlray.gate_report import annotations, junit, summary, tell_github, write_reports
+    from mlray.pages.gate_report import annotations, junit, summary, tell_github, write_reports
     (tmp_path / "nbs/gates").mkdir(parents=True)
-    raised = run_gate(page(tmp_path / "nbs/gates/raises.ipynb", "from mlray.gate import judge\n\njudge({}, 5)"), {})
+    raised = run_gate(page(tmp_path / "nbs/gates/raises.ipynb", "from mlray.judgement.gate import judge\n\njudge({}, 5)"), {})
     failed = run_gate(page(tmp_path / "nbs/gates/fails.ipynb", GOOD.replace("at_least=0", "at_least=2")), {})
     passed = run_gate(page(tmp_path / "nbs/gates/passes.ipynb", GOOD), {})
     runs = [raised, failed, passed]
-    for run, text in ((raised, "judge({}, 5)"), (failed, "from mlray.gate import judge")):
+    for run, text in ((raised, "judge({}, 5)"), (failed, "from mlray.judgement.gate import judge")):
         place = next(iter(annotations(run, tmp_path)))
         assert text in (tmp_path / place.file).read_text().splitlines()[place.line - 1]
-    import mlray.gate
+    import mlray.judgement.gate
     inside = list(annotations(raised, tmp_path))[1]
-    assert inside.file == "mlray/gate.py" and "for rule in rules" in Path(mlray.gate.__file__).read_text().splitlines()[inside.line - 1]
+    assert inside.file == "mlray/judgement/gate.py" and "for rule in rules" in Path(mlray.judgement.gate.__file__).read_text().splitlines()[inside.line - 1]
     assert not list(annotations(passed, tmp_path))
     suites = {s.get("name"): s for s in xml.fromstring(junit(runs, "a/1"))}
     assert {n: (s.get("tests"), s.get("failures"), len(s.findall("testcase/failure"))) for n, s in suites.items()} == {"raises": ("1", "1", 1), "fails": ("1", "1", 1), "passes": ("1", "0", 0)}
@@ -342,9 +342,9 @@ def test_junit_is_read_by_those_who_read_pytests(tmp_path):
 
     from junitparser import Failure, JUnitXml
 
-    from mlray.gate import Finding, Verdict
-    from mlray.gate_on_papermill import GateRun
-    from mlray.gate_report import junit
+    from mlray.engines.gate_on_papermill import GateRun
+    from mlray.judgement.gate import Finding, Verdict
+    from mlray.pages.gate_report import junit
     runs = [GateRun("quality", Verdict((Finding("roc_auc", "at least 0.8", 0.7, False, "0.7 is below 0.8"), Finding("accuracy", "at least 0.5", 0.6, True, "kept"))), b"{}", 1.5),
             GateRun("data", Verdict((Finding("moved_share", "at most 0.25", 0.5, False, "moved", "ada until 2030-01-01: known"),)), b"{}", 2.0), GateRun("empty", Verdict(()), b"{}", 0.1, "it shows no verdict")]
     (tmp_path / "gates.xml").write_bytes(junit(runs, "a/1"))
@@ -365,9 +365,9 @@ def test_junit_is_read_by_those_who_read_pytests(tmp_path):
 def test_a_report_survives_what_a_gate_may_say(tmp_path):
     import xml.etree.ElementTree as xml
 
-    from mlray.gate import Finding, Verdict
-    from mlray.gate_on_papermill import GateRun
-    from mlray.gate_report import Place, index, junit
+    from mlray.engines.gate_on_papermill import GateRun
+    from mlray.judgement.gate import Finding, Verdict
+    from mlray.pages.gate_report import Place, index, junit
     run = GateRun("g", Verdict((Finding("a<b>", "\x1b[31m\x00 & more", 1.0, False, "100 %\n::error::<script>"),)), b"{}", 1.0)
     assert xml.fromstring(junit([run], "a/1")).find(".//failure") is not None and "<script>" not in index([run], "a/1")
     assert Place("a,b", 1, "x:y", "100 %\n::stop").command() == "::error file=a%2Cb,line=1,title=x%3Ay::100 %25%0A::stop"
@@ -377,9 +377,9 @@ def test_a_verdict_in_the_lab(gated, monkeypatch):
     "`%load_ext mlray` in a shell as notebooks have it; the value of `%gate` is the verdict, and shows itself."
     from IPython.core.interactiveshell import InteractiveShell
 
-    from mlray.gate import MIME
+    from mlray.judgement.gate import MIME
     settings, found, registry = gated
-    monkeypatch.setattr("mlray.lab.settings_of", lambda env: settings)
+    monkeypatch.setattr("mlray.command_line.lab.settings_of", lambda env: settings)
     shell = InteractiveShell()
     shell.run_line_magic("load_ext", "mlray")
     done = shell.run_cell(f"%gate one two {found}")

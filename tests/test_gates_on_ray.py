@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from mlray.errors import GateError
-from mlray.gate_on_papermill import run_gates
-from mlray.gate_page import Needs, needs_of
-from mlray.registry import evidence, open_registry
+from mlray.engines.gate_on_papermill import run_gates
+from mlray.governance.registry import evidence, open_registry
+from mlray.running.gate_page import Needs, needs_of
+from mlray.values.errors import GateError
 from tests.test_gates import GOOD, page
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("gates_on_ray")]
@@ -32,9 +32,9 @@ def gated(trained, tmp_path):
 
 
 def test_gates_run_as_tasks_join_the_cluster_and_outlive_a_worker(gated, ray_cluster, tmp_path):
-    from mlray.gate_on_ray import on_ray
+    from mlray.engines.gate_on_ray import on_ray
     settings, found, registry, gate = gated
-    named = [gate("joins", JOINS, "assert os.environ['POLARS_MAX_THREADS'] == '2'", GOOD, tags=["num_cpus=2"]), gate("reads", "from mlray.registry import open_registry, version\nfrom mlray.settings import read_settings\nassert version(open_registry(read_settings()), '" + str(found) + "').digest == '" + found.digest + "'", GOOD),
+    named = [gate("joins", JOINS, "assert os.environ['POLARS_MAX_THREADS'] == '2'", GOOD, tags=["num_cpus=2"]), gate("reads", "from mlray.governance.registry import open_registry, version\nfrom mlray.values.settings import read_settings\nassert version(open_registry(read_settings()), '" + str(found) + "').digest == '" + found.digest + "'", GOOD),
              gate("kills", KILLS_ITS_WORKER, GOOD), gate("dies", DIES, GOOD), gate("fails", GOOD.replace("at_least=0", "at_least=2"))]
     said = []
     runs = {r.gate: r for r in run_gates(registry, found, named, settings, runner=on_ray, note=lambda g, where: said.append((g, where)))}
@@ -48,7 +48,7 @@ def test_gates_run_as_tasks_join_the_cluster_and_outlive_a_worker(gated, ray_clu
 
 
 def test_waiting_for_a_node_is_said_and_ends_with_the_run(gated, ray_cluster):
-    from mlray.gate_on_ray import on_ray
+    from mlray.engines.gate_on_ray import on_ray
     settings, found, registry, gate = gated
     said, running = [], run_gates(registry, found, [gate("large", GOOD, tags=["num_gpus=3"]), gate("small", GOOD)], settings, runner=on_ray, note=lambda g, where: said.append((g, where)))
     assert next(running).gate == "small" and ("large", "waits for a node with 1 CPUs, 3 GPUs") in said

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mlray.settings import shipped
+from mlray.values.settings import shipped
 from tests.test_clouds import _AtTheDoor
 
 discovery = pytest.importorskip("googleapiclient.discovery", reason="pip install google-api-python-client google-auth-httplib2")

@@ -20,42 +20,25 @@ from uuid import uuid4
 import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
-from mlray.access import ACTIONS, ROLES, Caller, allowed, new_key
-from mlray.anchoring import anchor
-from mlray.backup import backup
-from mlray.bundle import pack
-from mlray.database import HEAD, OUTBOX, REQUESTS, Database
-from mlray.errors import Conflict, Refused, RegistryError, Unavailable
-from mlray.ledger import audit
-from mlray.opened import open_registry
-from mlray.outbox import Letter, deliver, send_again, waiting
-from mlray.plan import set_share
-from mlray.policy import Policy, windows
-from mlray.proof import change_signer, sign
-from mlray.reading import Reading, note, readings
-from mlray.registry import (
-    Registry,
-    add_evidence,
-    add_key,
-    bundle_of,
-    events,
-    generation,
-    history,
-    keys,
-    promote,
-    register,
-    remove,
-    retire,
-    revoke_key,
-    rollback,
-    version,
-    versions,
-)
-from mlray.release import approvals, approve, deprecate, environment_of, withdraw
-from mlray.rollout_step import start, stop
-from mlray.service import Service
-from mlray.settings import Settings, amended, read_settings
-from mlray.triggers import resume
+from mlray.governance.access import ACTIONS, ROLES, Caller, allowed, new_key
+from mlray.governance.anchoring import anchor
+from mlray.governance.backup import backup
+from mlray.governance.database import HEAD, OUTBOX, REQUESTS, Database
+from mlray.governance.ledger import audit
+from mlray.governance.opened import open_registry
+from mlray.governance.outbox import Letter, deliver, send_again, waiting
+from mlray.governance.policy import Policy, windows
+from mlray.governance.proof import change_signer, sign
+from mlray.governance.reading import Reading, note, readings
+from mlray.governance.registry import Registry, add_evidence, add_key, bundle_of, events, generation, history, keys, promote, register, remove, retire, revoke_key, rollback, version, versions
+from mlray.governance.release import approvals, approve, deprecate, environment_of, withdraw
+from mlray.governance.triggers import resume
+from mlray.monitoring.rollout_step import start, stop
+from mlray.serving.plan import set_share
+from mlray.serving.service import Service
+from mlray.shipping.bundle import pack
+from mlray.values.errors import Conflict, Refused, RegistryError, Unavailable
+from mlray.values.settings import Settings, amended, read_settings
 from tests.test_registry import GOLDEN, PASSED, server, tiny, url
 
 __all__ = ["server", "url"] # fixtures
@@ -187,7 +170,7 @@ def test_every_change_goes_through_the_matrix(tmp_path):
     for each, alias in ((v[1], "production"), (v[0], "canary")): promote(root, each, alias)
     add_key(root, new_key("viewer")[0])
     change_signer(root, "create", "ada")
-    source = (Path(__file__).parents[1] / "mlray").glob("*.py")
+    source = (Path(__file__).parents[1] / "mlray").rglob("*.py")
     assert {a for p in source if p.stem != "run" for a in __import__("re").findall(r'Ask\(\s*"([a-z:]+)"', p.read_text())} == set(DEEDS), "an action that no test knows"
     expected = 0
     for action, deed in DEEDS.items():
@@ -294,7 +277,7 @@ def tiny_child(folder: Path, parent: str):
     made = tiny(folder, 50)
     import numpy as np
 
-    from mlray.features import apply
+    from mlray.learning.features import apply
     return pack(folder / "child", made.spec, made.features, (made.path / "model.onnx").read_bytes(), {}, {"seed": 51, "parent": parent}, apply(made.features, {"age": [50.0]}, 1), np.array([0.5], np.float32))
 
 
@@ -359,7 +342,7 @@ def test_what_is_kept_is_delivered_in_order_at_least_once_and_nothing_else(house
 
 
 def test_an_mlflow_folder_follows_the_aliases_and_an_old_letter_changes_nothing(house, proved, tmp_path):
-    from mlray.mirror_on_mlflow import MlflowMirror
+    from mlray.engines.mirror_on_mlflow import MlflowMirror
     root, folder = house("root", "admin", policy=Policy(gates=()), mirrors=("mlflow",)), tmp_path / "mirror"
     for v in proved: promote(root, v)
     rollback(root, "tiny")
@@ -385,8 +368,8 @@ def test_an_mlflow_folder_follows_the_aliases_and_an_old_letter_changes_nothing(
     assert not [p for p in folder.rglob(".*")], "something was left half written"
     model = folder / "tiny/1" / proved[0].digest / "model.onnx"
     model.write_bytes(model.read_bytes()[:-1] + b"x")
-    from mlray.errors import BundleError
-    from mlray.mirror_on_mlflow import _load_pyfunc
+    from mlray.engines.mirror_on_mlflow import _load_pyfunc
+    from mlray.values.errors import BundleError
     with pytest.raises(BundleError, match="not the file that was packed"): _load_pyfunc(str(model.parent))
 
 
@@ -399,9 +382,9 @@ def test_mlflow_itself_serves_the_folder(house, proved, tmp_path):
     "`mlflow models serve` and `mlflow.pyfunc.load_model` take what the mirror has written, and answer as mlray does, to the bit."
     import httpx
 
-    from mlray.bundle import predict
-    from mlray.mirror_on_mlflow import export_model
-    from mlray.registry import bundle_of
+    from mlray.engines.mirror_on_mlflow import export_model
+    from mlray.governance.registry import bundle_of
+    from mlray.shipping.bundle import predict
     from tests.conftest import free_port
     bundle, port, rows = bundle_of(house("root", "admin"), proved[0]), free_port(), [{"age": 50.0}, {"age": 1.5}, {"age": 99.25}]
     folder, mine = export_model(bundle, proved[0], tmp_path / "model"), predict(bundle, {"age": [r["age"] for r in rows]}, len(rows)).tolist()
@@ -504,7 +487,7 @@ jwt = pytest.importorskip("jwt", reason="pip install 'mlray[oidc]'")
 from cryptography.hazmat.primitives import serialization  # noqa: E402
 from cryptography.hazmat.primitives.asymmetric import ec, rsa  # noqa: E402
 
-from mlray.oidc import Issuer  # noqa: E402
+from mlray.governance.oidc import Issuer  # noqa: E402
 
 RSA, EC, NEW = rsa.generate_private_key(public_exponent=65537, key_size=2048), ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
 PEM = RSA.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
@@ -633,7 +616,7 @@ def test_what_is_shipped_asks_for_two_people_in_production():
 
 
 def test_pyjwt_is_not_loaded_by_those_who_have_no_provider():
-    done = subprocess.run([sys.executable, "-c", "import mlray.service, mlray.registry, sys; print('jwt' in sys.modules)"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", "import mlray.serving.service, mlray.governance.registry, sys; print('jwt' in sys.modules)"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
@@ -653,7 +636,7 @@ def desk_of(name: str):
 def test_from_a_cluster_what_is_asked_happens_once_though_the_actor_is_killed(ray_cluster, tmp_path, kills):
     import ray
 
-    from mlray.registry_on_ray import RegistryOnRay
+    from mlray.engines.registry_on_ray import RegistryOnRay
     settings = Settings(home=tmp_path / "home", gates=())
     afar = RegistryOnRay(settings)
 
@@ -689,10 +672,10 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
-from mlray.ledger import audit
-from mlray.opened import open_registry
-from mlray.registry_on_ray import RegistryOnRay
-from mlray.settings import Settings
+from mlray.governance.ledger import audit
+from mlray.governance.opened import open_registry
+from mlray.engines.registry_on_ray import RegistryOnRay
+from mlray.values.settings import Settings
 from tests.test_registry import tiny
 folder = Path(sys.argv[1])
 settings = Settings(home=folder / "home", gates=())
@@ -736,7 +719,7 @@ def test_a_registry_in_a_file_is_asked_from_other_nodes_and_outlives_them(tmp_pa
 
 def test_with_postgresql_every_node_asks_for_itself(house, proved, url, tmp_path):
     "No actor and no Ray: the database is asked directly."
-    from mlray.registry_on_ray import RegistryOnRay
+    from mlray.engines.registry_on_ray import RegistryOnRay
     if url.startswith("sqlite"): pytest.skip("an SQLite file is asked through the actor")
     afar = RegistryOnRay(Settings(home=tmp_path / "home", registry=url, gates=("quality",)))
     assert afar.ask("promote", proved[0], once="4b1f") == afar.ask("promote", proved[0], once="4b1f") == 1 and [v.aliases for v in afar.ask("versions")] == [(), ("production",)]

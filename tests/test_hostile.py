@@ -19,17 +19,17 @@ import numpy as np
 import pytest
 from onnx import TensorProto as T, helper as h, load_model_from_string
 
-import mlray.bundle as module
-from mlray.access import new_key
-from mlray.bundle import load_bundle, predict
-from mlray.errors import BundleError, MlrayError
-from mlray.gate import judge
-from mlray.gate_on_papermill import gate_path
-from mlray.registry import Registry, Version, add_evidence, bundle_of, promote, register, rollback, version, versions
-from mlray.settings import Settings
-from mlray.signature import create_signer
-from mlray.spec import Rule, parse_spec
-from mlray.store import Store
+import mlray.shipping.bundle as module
+from mlray.engines.gate_on_papermill import gate_path
+from mlray.governance.access import new_key
+from mlray.governance.registry import Registry, Version, add_evidence, bundle_of, promote, register, rollback, version, versions
+from mlray.governance.signature import create_signer
+from mlray.governance.store import Store
+from mlray.judgement.gate import judge
+from mlray.shipping.bundle import load_bundle, predict
+from mlray.values.errors import BundleError, MlrayError
+from mlray.values.settings import Settings
+from mlray.values.spec import Rule, parse_spec
 from tests.test_registry import tiny
 
 NAMES = ("model.onnx", "weights.safetensors", "bundle.json", "profile.json")

@@ -14,28 +14,28 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from mlray.access import new_key
-from mlray.answer import predictions
-from mlray.archive import journaled
-from mlray.arrow import ARROW, stream_of_answer
-from mlray.beside import beside, pairs
-from mlray.bundle import predict
-from mlray.job_desk import Desk, Tally, Worker, said_of, shelf_of
-from mlray.jobs import PART, claimed, keep, sweep
-from mlray.keeping import open_recorder
-from mlray.meters import Meters
-from mlray.open_inference import parts_of_answer
-from mlray.openapi import example_row
-from mlray.plan import Model, Plan, loaded
-from mlray.registry import bundle_of, open_registry
-from mlray.run import train
-from mlray.service import Service
-from mlray.settings import Settings, shipped
-from mlray.shadow import Shadow
-from mlray.spec import read_spec
-from mlray.task import Task
-from mlray.traffic import Traffic
-from mlray.wire import Asked, Reply, at_once, encode
+from mlray.governance.access import new_key
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.monitoring.archive import journaled
+from mlray.monitoring.beside import beside, pairs
+from mlray.monitoring.keeping import open_recorder
+from mlray.running.run import train
+from mlray.serving.arrow import ARROW, stream_of_answer
+from mlray.serving.job_desk import Desk, Tally, Worker, said_of, shelf_of
+from mlray.serving.jobs import PART, claimed, keep, sweep
+from mlray.serving.meters import Meters
+from mlray.serving.open_inference import parts_of_answer
+from mlray.serving.openapi import example_row
+from mlray.serving.plan import Model, Plan, loaded
+from mlray.serving.service import Service
+from mlray.serving.shadow import Shadow
+from mlray.serving.traffic import Traffic
+from mlray.serving.wire import Asked, Reply, at_once, encode
+from mlray.shipping.answer import predictions
+from mlray.shipping.bundle import predict
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import read_spec
+from mlray.values.task import Task
 
 
 @pytest.fixture(scope="module")

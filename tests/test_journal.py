@@ -15,19 +15,19 @@ import polars as pl
 import pytest
 from hypothesis import given, settings as given_settings, strategies as st
 
-from mlray.access import new_key
-from mlray.archive import cloud_events, entry_rows, erase, journaled, purge, put_away
-from mlray.bundle import predict
-from mlray.column import Column
-from mlray.contract import Contract
-from mlray.errors import ServingError, SettingsError
-from mlray.feedback import feedback_of, newest, truth
-from mlray.journal import Entry, Feedback, Journal, ended, line_of, read, records, segments, whole
-from mlray.keeping import Keys, kept, open_recorder, plan, pseudonym, read_keys
-from mlray.profile import Profile
-from mlray.registry import bundle_of, open_registry
-from mlray.served import Served
-from mlray.service import Service
+from mlray.governance.access import new_key
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.learning.contract import Contract
+from mlray.learning.profile import Profile
+from mlray.monitoring.archive import cloud_events, entry_rows, erase, journaled, purge, put_away
+from mlray.monitoring.feedback import feedback_of, newest, truth
+from mlray.monitoring.journal import Entry, Feedback, Journal, ended, line_of, read, records, segments, whole
+from mlray.monitoring.keeping import Keys, kept, open_recorder, plan, pseudonym, read_keys
+from mlray.serving.served import Served
+from mlray.serving.service import Service
+from mlray.shipping.bundle import predict
+from mlray.values.column import Column
+from mlray.values.errors import ServingError, SettingsError
 
 DAY = 86400 * 10**9
 
@@ -68,7 +68,7 @@ def test_a_flipped_byte_is_never_believed(many, at, mask):
 WRITER = """
 import sys, time
 from pathlib import Path
-from mlray.journal import Entry, Journal
+from mlray.monitoring.journal import Entry, Journal
 journal, name = Journal(Path(sys.argv[1]), most_bytes=20_000), sys.argv[2]
 for i in range(10**9):
     journal.write(Entry(f"{name}-{i}", time.time_ns(), "adult", "1", "d", rows=1, columns={"hours": [i]}, answers={"label": ["yes"]}))
@@ -101,7 +101,7 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path, times):
 PUTTING = """
 import sys
 from pathlib import Path
-from mlray.archive import put_away
+from mlray.monitoring.archive import put_away
 print("start", flush=True)
 put_away(Path(sys.argv[1]))
 """
@@ -144,7 +144,7 @@ def test_a_segment_that_is_written_is_left_alone(tmp_path):
 FULL = """
 import resource, sys, time
 from pathlib import Path
-from mlray.journal import Entry, Journal, JournalFull
+from mlray.monitoring.journal import Entry, Journal, JournalFull
 resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 1 << 40))
 journal, refused, said = Journal(Path(sys.argv[1]), full=sys.argv[2], sync_s=0.05), 0, []
 for i in range(300):
@@ -283,11 +283,11 @@ class Handle:
 @pytest.mark.parametrize("placement", ["together", "apart"])
 def test_asked_together_is_answered_as_alone(trained, tmp_path, placement):
     "Through the gateway, as a server of HTTP asks it: rows that are scored together have their answers to the bit, under their own ids; who goes away takes nobody along; all that was told is journaled."
-    from mlray.asgi import send_reply
-    from mlray.front_on_ray import Front
-    from mlray.plan import plan_of
-    from mlray.registry import add_key
-    from mlray.serve_on_ray import Gateway, Predictor
+    from mlray.engines.front_on_ray import Front
+    from mlray.engines.serve_on_ray import Gateway, Predictor
+    from mlray.governance.registry import add_key
+    from mlray.serving.asgi import send_reply
+    from mlray.serving.plan import plan_of
     registry, (key, secret), draw = open_registry(trained[0]), new_key(), random.Random(5)
     add_key(registry, key)
     settings = trained[0].model_copy(update={"home": tmp_path, "journal": True})
@@ -353,10 +353,10 @@ def test_feedback_that_is_none(body):
 @pytest.mark.ray
 @pytest.mark.chaos
 def test_through_http(trained):
-    from mlray.cluster_on_ray import cluster
-    from mlray.plan import plan_of
-    from mlray.registry import add_key
-    from mlray.serve_on_ray import deploy
+    from mlray.engines.cluster_on_ray import cluster
+    from mlray.engines.serve_on_ray import deploy
+    from mlray.governance.registry import add_key
+    from mlray.serving.plan import plan_of
     from tests.conftest import free_port
     settings, run = trained[0].model_copy(update={"journal": True, "port": free_port()}), trained[1]
     registry = open_registry(settings)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mlray.settings import shipped
+from mlray.values.settings import shipped
 from tests.conftest import DATA, ROOT
 from tests.hosts import Hosts, missing
 

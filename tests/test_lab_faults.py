@@ -26,12 +26,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 
 RELEASED = """
-from mlray.access import new_key
-from mlray.gate import judge
-from mlray.registry import add_evidence, add_key, open_registry, promote
-from mlray.run import train
-from mlray.settings import read_settings
-from mlray.spec import Rule, read_spec
+from mlray.governance.access import new_key
+from mlray.judgement.gate import judge
+from mlray.governance.registry import add_evidence, add_key, open_registry, promote
+from mlray.running.run import train
+from mlray.values.settings import read_settings
+from mlray.values.spec import Rule, read_spec
 settings = read_settings("lab", "project").model_copy(update={"ray": "local"})
 registry, made = open_registry(settings), train(read_spec("project/patients.yaml", ["model={}"]), settings).version
 for gate in registry.policy.gates: add_evidence(registry, made, gate, judge({"roc_auc": 0.8}, (Rule(metric="roc_auc", at_least=0.5),)), b"{}")
@@ -83,7 +83,7 @@ def test_a_slow_host_costs_time_and_no_answer(lab, key):
     wait_for(lambda: lab.alive() == 3)
 
 
-JOURNALED = "from pathlib import Path; from mlray.archive import journaled, put_away; f = Path('/tmp/home/journal'); put_away(f); print(chr(10).join(journaled(f).select('id').collect()['id']) if f.is_dir() else '')"
+JOURNALED = "from pathlib import Path; from mlray.monitoring.archive import journaled, put_away; f = Path('/tmp/home/journal'); put_away(f); print(chr(10).join(journaled(f).select('id').collect()['id']) if f.is_dir() else '')"
 FULL = "mount -o remount,size=$(( $(df --output=used -k /tmp | tail -1) + 4 ))k /tmp; dd if=/dev/zero of=/tmp/filler bs=1k 2>/dev/null; df --output=avail -k /tmp | tail -1"
 
 

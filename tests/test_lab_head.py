@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mlray.settings import shipped
+from mlray.values.settings import shipped
 from tests.conftest import ROOT
 from tests.hosts import Hosts, missing
 from tests.test_lab import LOAD, NODES, OPERATOR, ROW, Lab, begun, image, raised, wait_for

@@ -10,15 +10,15 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, example, given, settings as hypothesis_settings, strategies as st
 
-from mlray.access import new_key
-from mlray.bundle import decide, load_bundle, predict
-from mlray.column import Column
-from mlray.contract import Contract, check
-from mlray.errors import BundleError
-from mlray.registry import bundle_of, open_registry
-from mlray.request import broken_rules, row_type
-from mlray.served import Served
-from mlray.service import Service
+from mlray.governance.access import new_key
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.learning.contract import Contract, check
+from mlray.learning.request import broken_rules, row_type
+from mlray.serving.served import Served
+from mlray.serving.service import Service
+from mlray.shipping.bundle import decide, load_bundle, predict
+from mlray.values.column import Column
+from mlray.values.errors import BundleError
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_a_row_alone_is_the_row_in_a_batch(trained, bundle, size):
 
 
 def test_the_same_spec_gives_the_same_bytes(trained, diabetes, tmp_path):
-    from mlray.run import train
+    from mlray.running.run import train
     settings = trained[0].model_copy(update={"home": tmp_path / "elsewhere"})
     assert train(diabetes, settings).version.digest == trained[1].version.digest
 

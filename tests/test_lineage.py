@@ -9,11 +9,11 @@ from importlib.util import find_spec
 
 import pytest
 
-from mlray.commands import gate_version, train_run
-from mlray.errors import DataError
-from mlray.registry import open_registry
-from mlray.spec import read_spec
-from mlray.trace_on_openlineage import Lineage, lineage_of
+from mlray.command_line.commands import gate_version, train_run
+from mlray.engines.trace_on_openlineage import Lineage, lineage_of
+from mlray.governance.registry import open_registry
+from mlray.values.errors import DataError
+from mlray.values.spec import read_spec
 from tests.test_gates import GOOD, page
 
 client = pytest.mark.skipif(find_spec("openlineage") is None, reason="pip install 'mlray[lineage]'")
@@ -69,7 +69,7 @@ def quick(settings, tmp_path):
     "A spec that trains in a second, and a gate that takes no longer than its kernel."
     (tmp_path / "nbs/gates").mkdir(parents=True)
     page(tmp_path / "nbs/gates/one.ipynb", GOOD, parameters="version: str = ''")
-    from mlray.settings import shipped
+    from mlray.values.settings import shipped
     return read_spec(shipped("configs") / "diabetes.yaml", ["train.epochs=1"])
 
 
@@ -111,7 +111,7 @@ def test_a_run_that_fails_says_why(settings, tmp_path, monkeypatch, patient):
 
 
 def read_spec_of_nothing(tmp_path):
-    from mlray.spec import parse_spec
+    from mlray.values.spec import parse_spec
     return parse_spec("{name: nothing, data: {train: {file: is-not-there.csv}}, contract: {age: {type: number}, ill: {type: boolean, role: target}}}")
 
 

@@ -11,17 +11,17 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from mlray.alert import advance
-from mlray.answer import predictions
-from mlray.archive import _FEEDBACK, journaled
-from mlray.bundle import decide, predict
-from mlray.gate import Verdict
-from mlray.journal import Entry, Feedback, Journal
-from mlray.keeping import Keys, answer_columns, kept, plan
-from mlray.monitor import gauges, monitor, page, watched
-from mlray.registry import add_evidence, bundle_of, open_registry, promote, version
-from mlray.spec import Alert, Monitor, parse_spec
-from mlray.windows import Window, Windows, count_new, count_window, together
+from mlray.governance.registry import add_evidence, bundle_of, open_registry, promote, version
+from mlray.judgement.gate import Verdict
+from mlray.monitoring.alert import advance
+from mlray.monitoring.archive import _FEEDBACK, journaled
+from mlray.monitoring.journal import Entry, Feedback, Journal
+from mlray.monitoring.keeping import Keys, answer_columns, kept, plan
+from mlray.monitoring.monitor import gauges, monitor, page, watched
+from mlray.monitoring.windows import Window, Windows, count_new, count_window, together
+from mlray.shipping.answer import predictions
+from mlray.shipping.bundle import decide, predict
+from mlray.values.spec import Alert, Monitor, parse_spec
 
 NOON = 1_700_000_000 // 86400 * 86400
 NOTHING = pl.DataFrame(schema=_FEEDBACK)
@@ -177,7 +177,7 @@ def test_the_gates_promises_are_judged_on_live_groups(bundle, people):
 def test_live_numbers_are_those_of_the_rows(bundle, people):
     from sklearn.metrics import accuracy_score, roc_auc_score
 
-    from mlray.contract import labels
+    from mlray.learning.contract import labels
     report = watched(bundle, "1", [a_window(bundle, people, said=labels_of(bundle, people))])
     truth, scores = labels(bundle.contract, people).to_numpy(), predict(bundle, people, people.height)
     assert report.values["accuracy"] == pytest.approx(accuracy_score(truth, decide(bundle, scores, people)))
@@ -218,7 +218,7 @@ def test_alerts_stand_in_the_spec(diabetes):
 
 @pytest.mark.chaos
 def test_the_replay_gate(trained, bundle, people, tmp_path):
-    from mlray.gate_on_papermill import _environment, gate_path, run_gate
+    from mlray.engines.gate_on_papermill import _environment, gate_path, run_gate
     shutil.copytree(trained[0].home, tmp_path / "home")
     settings = trained[0].model_copy(update={"home": tmp_path / "home", "root": tmp_path})
     registry = open_registry(settings)
@@ -234,7 +234,7 @@ def test_the_replay_gate(trained, bundle, people, tmp_path):
 @pytest.mark.chaos
 def test_ten_million_rows(bundle, people, trained, tmp_path):
     "From raw segments, and from stored windows; prints what both took."
-    from mlray.journal import line_of
+    from mlray.monitoring.journal import line_of
     settings, n = trained[0].model_copy(update={"home": tmp_path}), 10_000_000
     both, folder = answers(bundle, people), tmp_path / "journal/segments"
     folder.mkdir(parents=True)

@@ -7,21 +7,21 @@ from onnx import numpy_helper
 from onnxruntime.quantization import quantize_dynamic
 from typer.testing import CliRunner
 
-from mlray.bundle import load_bundle, pack, predict
 from mlray.cli import app
-from mlray.edge_folder import export_folder
-from mlray.errors import BundleError, Refused, TrainingError
-from mlray.estimator_graph import answer
-from mlray.features import apply
-from mlray.network import scores
-from mlray.optimise import _matrices, optimise, pruned
-from mlray.optimised import held_to_parent, optimised
-from mlray.registry import bundle_of, history, open_registry, promote, version, versions
-from mlray.reproduce import repeatable
-from mlray.run import train
-from mlray.settings import Settings, shipped
-from mlray.spec import Rule, read_spec
-from mlray.white_box import network_of
+from mlray.governance.registry import bundle_of, history, open_registry, promote, version, versions
+from mlray.learning.estimator_graph import answer
+from mlray.learning.features import apply
+from mlray.learning.network import scores
+from mlray.running.optimised import held_to_parent, optimised
+from mlray.running.reproduce import repeatable
+from mlray.running.run import train
+from mlray.running.white_box import network_of
+from mlray.serving.edge_folder import export_folder
+from mlray.shipping.bundle import load_bundle, pack, predict
+from mlray.shipping.optimise import _matrices, optimise, pruned
+from mlray.values.errors import BundleError, Refused, TrainingError
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import Rule, read_spec
 
 SPEC = read_spec(shipped("configs") / "diabetes.yaml", ["train.epochs=10", "model.hidden=[64, 64]"])
 QUALITY = {"quality": (Rule(metric="roc_auc", at_least=0.6, within=0.05), Rule(metric="log_loss", at_most=0.9, within=0.01))}

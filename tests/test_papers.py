@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mlray.about import About
-from mlray.bundle import load_bundle, predict
-from mlray.card import Paper, Section, dossier, model_card
-from mlray.catalogue import catalogue, data_sets
-from mlray.compliance import ARTICLES, compliance
-from mlray.data_sheet import data_sheet
-from mlray.display import table
-from mlray.errors import RegistryError
-from mlray.gate import judge
-from mlray.registry import Version, add_evidence, bundle_of, open_registry, promote, register, version, versions
-from mlray.runbook import runbook, sample_row
-from mlray.settings import Settings, shipped
-from mlray.spec import Rule, read_spec
+from mlray.governance.catalogue import catalogue, data_sets
+from mlray.governance.registry import Version, add_evidence, bundle_of, open_registry, promote, register, version, versions
+from mlray.judgement.gate import judge
+from mlray.running.card import Paper, Section, dossier, model_card
+from mlray.running.compliance import ARTICLES, compliance
+from mlray.running.data_sheet import data_sheet
+from mlray.running.runbook import runbook, sample_row
+from mlray.shipping.bundle import load_bundle, predict
+from mlray.values.about import About
+from mlray.values.display import table
+from mlray.values.errors import RegistryError
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import Rule, read_spec
 
 PASSED = judge({"roc_auc": 0.9}, [Rule(metric="roc_auc", at_least=0.8)])
 HOSTILE = "</style><script>alert(1)</script> [a](javascript:b) ![i](http://evil/x.png) | # `x` --- \n---\nlicense: mit"
@@ -178,7 +178,7 @@ def test_every_command_of_a_runbook_exists(home):
     found = dossier(registry, "diabetes/2")
     row = sample_row(found)
     assert predict(found.bundle, {n: [v] for n, v in row.items()}, 1).shape == (1,)
-    from mlray.explanation import explain
+    from mlray.running.explanation import explain
     assert explain(found.bundle, row).weights
 
 
@@ -186,9 +186,9 @@ def test_every_command_of_a_runbook_exists(home):
 def test_a_sample_row_keeps_its_contract(kind):
     import polars as pl
 
-    from mlray.column import Column
-    from mlray.contract import Contract, check
-    from mlray.runbook import _typical
+    from mlray.learning.contract import Contract, check
+    from mlray.running.runbook import _typical
+    from mlray.values.column import Column
     column = Column(type=kind, length=3 if kind == "array" else None, min=5 if kind in ("integer", "number", "array", "duration") else None)
     for c in (column, column.model_copy(update={"personal": True})):
         value = _typical(c, None)

@@ -24,11 +24,11 @@ from typer.testing import CliRunner
 
 import mlray
 from mlray.cli import app
-from mlray.cluster_on_ray import serve_environment
-from mlray.errors import SettingsError
-from mlray.registry import open_registry, version
+from mlray.engines.cluster_on_ray import serve_environment
+from mlray.governance.registry import open_registry, version
 from mlray.samples import diabetes
-from mlray.settings import read_settings, shipped
+from mlray.values.errors import SettingsError
+from mlray.values.settings import read_settings, shipped
 from tests.conftest import free_port
 from tests.test_anywhere import begun
 

@@ -17,21 +17,21 @@ import yaml
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from mlray.access import new_key
-from mlray.journal import Journal
-from mlray.keeping import Recorder, read_keys
-from mlray.monitor import gauges, monitor, page
-from mlray.plan import plan_of
-from mlray.registry import add_key, bundle_of, open_registry, promote, version
-from mlray.routes import CONSOLE
-from mlray.run import train
-from mlray.served import Served
-from mlray.service import Service
-from mlray.settings import Settings
-from mlray.spec import parse_spec
-from mlray.track_on_wandb import WandbTracker
-from mlray.traffic import Line
-from mlray.wire import Asked, at_once
+from mlray.engines.track_on_wandb import WandbTracker
+from mlray.governance.access import new_key
+from mlray.governance.registry import add_key, bundle_of, open_registry, promote, version
+from mlray.monitoring.journal import Journal
+from mlray.monitoring.keeping import Recorder, read_keys
+from mlray.monitoring.monitor import gauges, monitor, page
+from mlray.running.run import train
+from mlray.serving.plan import plan_of
+from mlray.serving.routes import CONSOLE
+from mlray.serving.served import Served
+from mlray.serving.service import Service
+from mlray.serving.traffic import Line
+from mlray.serving.wire import Asked, at_once
+from mlray.values.settings import Settings
+from mlray.values.spec import parse_spec
 from tests.conftest import free_port
 from tests.test_lineage import Recorder as Listener
 
@@ -122,9 +122,9 @@ def bad_request(at: Service, key: str, row: dict, caplog) -> None:
 
 def console(settings: Settings) -> list[str]:
     "Every page of the console, and one answer that was searched for by its id and by its person."
-    from mlray.access import Caller
-    from mlray.console_acts import console_of
-    from mlray.console_alone import app_of
+    from mlray.governance.access import Caller
+    from mlray.pages.console_acts import console_of
+    from mlray.pages.console_alone import app_of
     from tests.test_console import csrf
     key, text = new_key("admin", "root")
     add_key(open_registry(settings, "root"), key)
@@ -163,7 +163,7 @@ def lived(root: Path, gates: tuple[str, ...], whole: bool, monkeypatch, caplog) 
     run = train(parse_spec((root / "loans.yaml").read_text()), settings, tracker=WandbTracker(settings.home / "runs") if whole else None)
     registry = open_registry(settings)
     if gates:
-        from mlray.commands import gate_version
+        from mlray.command_line.commands import gate_version
         assert all(not r.broken for r in gate_version(registry, run.version, gates, settings).values())
         command("gate", "loans/1", *(word for name in gates for word in ("--gate", name)), code=None)
         promote(registry, run.version, "production", ())
@@ -244,8 +244,8 @@ def test_logs_of_the_service_and_of_ray_hold_nothing(placement, tmp_path, monkey
     import httpx
     import ray
 
-    from mlray.cluster_on_ray import cluster
-    from mlray.commands import deploy_versions, train_run
+    from mlray.command_line.commands import deploy_versions, train_run
+    from mlray.engines.cluster_on_ray import cluster
     frame = people()
     frame.with_columns(income=pl.when(pl.int_range(pl.len()) % 40 == 0).then(pl.lit("none of yours")).otherwise(pl.col("income").cast(pl.String))).write_csv(tmp_path / "source.csv")
     settings = Settings(root=tmp_path, home=tmp_path / "home", port=free_port(), object_store_mb=100, tracking="disabled", journal=True, gates=())

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from mlray.errors import SpecError, TrainingError
-from mlray.features import apply
-from mlray.fitting import Average, make_optimizer
-from mlray.fitting_privately import Budget, budget_of, private_pass, row_gradients
-from mlray.loss import loss_of
-from mlray.model import epochs
-from mlray.network import build
-from mlray.recipe import Privacy, Train
-from mlray.registry import bundle_of, open_registry
-from mlray.reproduce import reproduce
-from mlray.rows import read_rows
-from mlray.run import LocalBackend, make_job, train
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.learning.features import apply
+from mlray.learning.fitting import Average, make_optimizer
+from mlray.learning.fitting_privately import Budget, budget_of, private_pass, row_gradients
+from mlray.learning.loss import loss_of
+from mlray.learning.model import epochs
+from mlray.learning.network import build
+from mlray.running.reproduce import reproduce
+from mlray.running.run import LocalBackend, make_job, train
+from mlray.sources.rows import read_rows
+from mlray.values.errors import SpecError, TrainingError
+from mlray.values.recipe import Privacy, Train
 
 pytest.importorskip("opacus")
 CHANGES = {"privacy": Privacy(epsilon=3, noise="seed"), "epochs": 4, "batch_size": 64}
@@ -32,7 +32,7 @@ def private(diabetes):
 
 @pytest.fixture(scope="module")
 def job(private, tmp_path_factory):
-    from mlray.settings import Settings
+    from mlray.values.settings import Settings
     root = tmp_path_factory.mktemp("private")
     return make_job(private, read_rows(private, Settings(root=root, home=root)))
 
@@ -156,7 +156,7 @@ def test_encoders_do_not_depend_on_rows(private, settings):
 @pytest.mark.xdist_group("federation")
 def test_two_workers_keep_the_same_promise(ray_cluster, job, tmp_path):
     "One worker gives the bits of this process; two draw other batches, and spend as much."
-    from mlray.train_on_ray import RayBackend
+    from mlray.engines.train_on_ray import RayBackend
     here, one, two = (list(b.train(job, "p", tmp_path)) for b in (LocalBackend(), RayBackend(1), RayBackend(2)))
     assert same(here[-1].state.now, one[-1].state.now) and [e.metrics for e in here] == [e.metrics for e in one]
     assert two[-1].metrics["epsilon"] == here[-1].metrics["epsilon"] and not same(two[-1].state.now, here[-1].state.now) and len(two) == 4
@@ -170,8 +170,8 @@ def test_a_network_of_one_member_answers_a_row_alone_as_among_others(diabetes, s
 
 
 def test_a_number_is_learned_on_a_scale_that_no_row_has_a_say_in(tmp_path):
-    from mlray.settings import Settings, shipped
-    from mlray.spec import changed, read_spec
+    from mlray.values.settings import Settings, shipped
+    from mlray.values.spec import changed, read_spec
     spec, settings = read_spec(shipped("configs") / "progression.yaml"), Settings(root=tmp_path, home=tmp_path, tracking="disabled")
     target = spec.task.targets[0]
     bounded = changed(spec, {"model.members": 2, "model.hidden": [8], "model.quantiles": [], "train.privacy": {"epsilon": 8, "noise": "seed"}, "train.epochs": 20} | {f"contract.{n}.{end}": value for n, c in spec.contract.items()

@@ -8,11 +8,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from mlray.errors import DataError, SpecError
-from mlray.first_look import file_format, first_spec
-from mlray.project import project_from, sample_project
-from mlray.project_folder import write_project
-from mlray.spec import parse_spec
+from mlray.operations.first_look import file_format, first_spec
+from mlray.operations.project import project_from, sample_project
+from mlray.operations.project_folder import write_project
+from mlray.values.errors import DataError, SpecError
+from mlray.values.spec import parse_spec
 from tests.conftest import free_port
 
 MLRAY = str(Path(sys.executable).with_name("mlray"))

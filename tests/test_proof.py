@@ -11,38 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from mlray.anchoring import FilePlace, GitPlace, anchor, verify as verify_audit
-from mlray.database import SIGNATURES
-from mlray.errors import RegistryError, SignatureError
-from mlray.gate import judge
-from mlray.ledger import audit
-from mlray.proof import sign, verify, write_proof
-from mlray.registry import (
-    Policy,
-    Registry,
-    Version,
-    add_evidence,
-    doubts,
-    evidence,
-    open_registry,
-    promote,
-    register,
-    rollback,
-    version,
-)
-from mlray.settings import read_settings
-from mlray.signature import (
-    create_signer,
-    envelope,
-    opened,
-    retire_signer,
-    revoke_signer,
-    signer_of,
-    signers,
-    signing_keys,
-)
-from mlray.spec import Rule
-from mlray.statement import TEST_RESULT, Conditions, canonical
+from mlray.governance.anchoring import FilePlace, GitPlace, anchor, verify as verify_audit
+from mlray.governance.database import SIGNATURES
+from mlray.governance.ledger import audit
+from mlray.governance.proof import sign, verify, write_proof
+from mlray.governance.registry import Policy, Registry, Version, add_evidence, doubts, evidence, open_registry, promote, register, rollback, version
+from mlray.governance.signature import create_signer, envelope, opened, retire_signer, revoke_signer, signer_of, signers, signing_keys
+from mlray.governance.statement import TEST_RESULT, Conditions, canonical
+from mlray.judgement.gate import judge
+from mlray.values.errors import RegistryError, SignatureError
+from mlray.values.settings import read_settings
+from mlray.values.spec import Rule
 from tests.test_door import letter, mlray, project  # noqa: F401 (fixtures)
 from tests.test_registry import alone, tiny
 
@@ -282,8 +261,8 @@ def cut(registry: Registry, row: int) -> None:
 
 def rewritten(registry: Registry) -> None:
     "The same story with another actor, sealed with the right key; and anchors that fit it."
-    from mlray.audit import seal
-    from mlray.database import EVENTS, audit_key
+    from mlray.governance.audit import seal
+    from mlray.governance.database import EVENTS, audit_key
     alone(registry)
     with registry.database.change() as c:
         old, last = registry.database.entries(c), None

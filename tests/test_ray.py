@@ -7,12 +7,12 @@ import time
 import psutil
 import pytest
 
-from mlray.evaluation import evaluate
-from mlray.registry import bundle_of, open_registry
-from mlray.rows import read_rows
-from mlray.run import LocalBackend, make_job, train
-from mlray.settings import shipped
-from mlray.spec import read_spec
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.running.evaluation import evaluate
+from mlray.running.run import LocalBackend, make_job, train
+from mlray.sources.rows import read_rows
+from mlray.values.settings import shipped
+from mlray.values.spec import read_spec
 from tests.conftest import adult_data
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
@@ -25,20 +25,20 @@ def same(a, b) -> bool:
 
 @pytest.fixture(scope="module")
 def job(diabetes, tmp_path_factory):
-    from mlray.settings import Settings
+    from mlray.values.settings import Settings
     root = tmp_path_factory.mktemp("job")
     return make_job(diabetes, read_rows(diabetes, Settings(root=root, home=root)))
 
 
 def test_one_worker_gives_the_same_bits(ray_cluster, job, tmp_path):
-    from mlray.train_on_ray import RayBackend
+    from mlray.engines.train_on_ray import RayBackend
     here, there = list(LocalBackend().train(job, "d", tmp_path)), list(RayBackend(1).train(job, "d", tmp_path))
     assert [e.number for e in here] == [e.number for e in there] and [e.metrics for e in here] == [e.metrics for e in there]
     assert same(here[-1].state.now, there[-1].state.now) and same(here[-1].state.best, there[-1].state.best)
 
 
 def test_two_workers_share_the_rows_and_agree(ray_cluster, job, tmp_path):
-    from mlray.train_on_ray import RayBackend
+    from mlray.engines.train_on_ray import RayBackend
     first, second = job.shard(0, 2), job.shard(1, 2)
     assert len(first.labels) == len(second.labels) and len(first.labels) * 2 >= len(job.labels) and (first.rows.numbers[:5] != second.rows.numbers[:5]).any()
     history = list(RayBackend(2).train(job, "d", tmp_path))
@@ -47,11 +47,11 @@ def test_two_workers_share_the_rows_and_agree(ray_cluster, job, tmp_path):
 
 @pytest.mark.chaos # half a minute for what one line decides
 def test_a_mixture_of_networks_is_fitted_by_one_worker_to_the_same_bits(ray_cluster, tmp_path):
-    from mlray.rows import read_rows
-    from mlray.run import make_job
-    from mlray.settings import Settings
-    from mlray.spec import read_spec
-    from mlray.train_on_ray import RayBackend
+    from mlray.engines.train_on_ray import RayBackend
+    from mlray.running.run import make_job
+    from mlray.sources.rows import read_rows
+    from mlray.values.settings import Settings
+    from mlray.values.spec import read_spec
     spec = read_spec("configs/diabetes.yaml", ["model={network: mlp, hidden: [16], embedding: 4, bins: 4}", "train={epochs: 5, patience: 5}", "mitigation={method: exponentiated_gradient, by: [sex], eps: 0.02, rounds: 4}"])
     job = make_job(spec, read_rows(spec, Settings(root=tmp_path, home=tmp_path)))
     there, here = list(RayBackend(2).train(job, "there", tmp_path)), list(LocalBackend().train(job, "here", tmp_path))
@@ -70,7 +70,7 @@ def worker_process() -> psutil.Process | None:
 def test_a_killed_worker_changes_nothing(ray_cluster, job, tmp_path):
     from dataclasses import replace
 
-    from mlray.train_on_ray import RayBackend
+    from mlray.engines.train_on_ray import RayBackend
     longer = replace(job, train=job.train.model_copy(update={"epochs": 40, "patience": 40}))
     killed: list[int] = []
 
@@ -101,7 +101,7 @@ def test_who_stops_listening_ends_the_workers(ray_cluster, job, tmp_path):
 
     from ray.util import placement_group_table
 
-    from mlray.train_on_ray import RayBackend
+    from mlray.engines.train_on_ray import RayBackend
     assert cores_free(10)
     endless = replace(job, train=job.train.model_copy(update={"epochs": 100_000, "patience": 100_000}))
     training = RayBackend(2).train(endless, "d", tmp_path)
@@ -118,8 +118,8 @@ def test_who_stops_listening_ends_the_workers(ray_cluster, job, tmp_path):
 def test_an_error_on_a_worker_is_a_letter(ray_cluster, job, tmp_path):
     from dataclasses import replace
 
-    from mlray.errors import TrainingError
-    from mlray.train_on_ray import RayBackend
+    from mlray.engines.train_on_ray import RayBackend
+    from mlray.values.errors import TrainingError
     with pytest.raises(TrainingError, match=r"Lower train\.learning_rate"):
         list(RayBackend(1).train(replace(job, train=job.train.model_copy(update={"learning_rate": 1e30, "epochs": 30, "patience": 30})), "d", tmp_path))
 
@@ -127,7 +127,7 @@ def test_an_error_on_a_worker_is_a_letter(ray_cluster, job, tmp_path):
 @adult_data
 def test_adult(ray_cluster, settings):
     "On the original test file: AUC at least 0.905, with one process and, within 0.005, with two workers."
-    from mlray.train_on_ray import RayBackend
+    from mlray.engines.train_on_ray import RayBackend
     spec = read_spec(shipped("configs") / "adult.yaml", ["train.epochs=3"])
     run = train(spec, settings, RayBackend(2))
     auc = run.evaluation.scorecard.overall["roc_auc"].value
@@ -146,7 +146,7 @@ def test_a_worker_that_hangs_on_its_way_out_is_seen_off(ray_cluster):
     import psutil
     import ray
 
-    from mlray.cluster_on_ray import _see_off, _workers
+    from mlray.engines.cluster_on_ray import _see_off, _workers
     pid = ray.get(ray.remote(num_cpus=0)(lambda: os.getpid()).remote())
     assert pid in {p.pid for p in _workers()} and os.getpid() not in {p.pid for p in _workers()}
     stubborn = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"])
@@ -157,9 +157,9 @@ def test_a_worker_that_hangs_on_its_way_out_is_seen_off(ray_cluster):
 
 @pytest.mark.chaos
 def test_a_ray_that_starts_too_slowly_is_a_letter_and_leaves_nothing(tmp_path):
-    from mlray.cluster_on_ray import cluster
-    from mlray.errors import Unavailable
-    from mlray.settings import Settings
+    from mlray.engines.cluster_on_ray import cluster
+    from mlray.values.errors import Unavailable
+    from mlray.values.settings import Settings
     before, held = set(psutil.Process().children()), threading.Event()
 
     def hold() -> None:

@@ -18,8 +18,8 @@ import yaml
 from typer.testing import CliRunner
 
 from mlray.cli import app
-from mlray.first_screen import CHAPTERS
-from mlray.spec import RunSpec, parse_spec
+from mlray.command_line.first_screen import CHAPTERS
+from mlray.values.spec import RunSpec, parse_spec
 from tests.conftest import ROOT, free_port
 
 MLRAY = str(Path(sys.executable).with_name("mlray"))

@@ -17,38 +17,24 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from mlray.access import new_key
-from mlray.card import dossier
 from mlray.cli import app
-from mlray.console_pages import against, standing
-from mlray.delivery import changes_of
-from mlray.errors import Refused, RegistryError
-from mlray.gate import judge
-from mlray.ledger import audit
-from mlray.opened import policy_of
-from mlray.plan import plan_of, set_share, share_of
-from mlray.region_cli import look, release
-from mlray.registry import (
-    Registry,
-    Version,
-    add_evidence,
-    add_key,
-    bundle_of,
-    generation,
-    open_registry,
-    promote,
-    register,
-    remove,
-    rollback,
-    version as named,
-    versions,
-)
-from mlray.release import approvals, approvals_table, approve
-from mlray.rollout import Promote, RollBack
-from mlray.rollout_step import carry_out, running, standing_of, start
-from mlray.runbook import runbook
-from mlray.settings import Settings, amended, read_settings
-from mlray.spec import Rule
+from mlray.command_line.region_cli import look, release
+from mlray.governance.access import new_key
+from mlray.governance.ledger import audit
+from mlray.governance.opened import policy_of
+from mlray.governance.registry import Registry, Version, add_evidence, add_key, bundle_of, generation, open_registry, promote, register, remove, rollback, version as named, versions
+from mlray.governance.release import approvals, approvals_table, approve
+from mlray.judgement.gate import judge
+from mlray.judgement.rollout import Promote, RollBack
+from mlray.monitoring.delivery import changes_of
+from mlray.monitoring.rollout_step import carry_out, running, standing_of, start
+from mlray.pages.console_pages import against, standing
+from mlray.running.card import dossier
+from mlray.running.runbook import runbook
+from mlray.serving.plan import plan_of, set_share, share_of
+from mlray.values.errors import Refused, RegistryError
+from mlray.values.settings import Settings, amended, read_settings
+from mlray.values.spec import Rule
 from tests.canaries import gone_wrong, same, slow
 from tests.conftest import free_port
 from tests.postgres import Postgres, postgres

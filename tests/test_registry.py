@@ -14,31 +14,16 @@ import polars as pl
 import pytest
 from onnx import TensorProto as T, helper as h
 
-from mlray.access import new_key
-from mlray.audit import Anchor, Entry, seal, verify
-from mlray.bundle import Bundle, pack
-from mlray.contract import Contract
-from mlray.errors import Conflict, RegistryError
-from mlray.features import apply, learn
-from mlray.gate import judge
-from mlray.ledger import audit
-from mlray.registry import (
-    Policy,
-    Registry,
-    add_evidence,
-    add_key,
-    events,
-    evidence,
-    generation,
-    keys,
-    promote,
-    register,
-    retire,
-    rollback,
-    version,
-    versions,
-)
-from mlray.spec import Rule, parse_spec
+from mlray.governance.access import new_key
+from mlray.governance.audit import Anchor, Entry, seal, verify
+from mlray.governance.ledger import audit
+from mlray.governance.registry import Policy, Registry, add_evidence, add_key, events, evidence, generation, keys, promote, register, retire, rollback, version, versions
+from mlray.judgement.gate import judge
+from mlray.learning.contract import Contract
+from mlray.learning.features import apply, learn
+from mlray.shipping.bundle import Bundle, pack
+from mlray.values.errors import Conflict, RegistryError
+from mlray.values.spec import Rule, parse_spec
 from tests.postgres import postgres
 
 PASSED, FAILED = (judge({"roc_auc": value}, [Rule(metric="roc_auc", at_least=0.8)]) for value in (0.9, 0.7))
@@ -258,7 +243,7 @@ def test_a_roll_back_to_damaged_bytes_moves_nothing(registry, three):
     for v in three[:2]: promote(registry, v)
     damaged = next(p for p in registry.store.path(three[0].digest).iterdir() if p.suffix == ".onnx")
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    from mlray.errors import BundleError
+    from mlray.values.errors import BundleError
     with pytest.raises(BundleError): rollback(registry, "tiny")
     assert generation(registry, "tiny") == 2 and version(registry, "tiny@production").number == 2 and not audit(registry).faults
 
@@ -297,8 +282,8 @@ def test_production_asks_for_its_policy_whatever_the_caller_says(registry, url, 
 
 
 def test_the_policy_of_an_environment_is_read(tmp_path):
-    from mlray.registry import open_registry
-    from mlray.settings import read_settings
+    from mlray.governance.registry import open_registry
+    from mlray.values.settings import read_settings
     (tmp_path / "settings.ini").write_text("[DEFAULT]\nevidence_hours =\n[local]\ngates = quality\n[production]\nevidence_hours = 24\nseparate_promoter = yes\n")
     assert open_registry(read_settings("local", tmp_path, {})).policy == POLICY
     assert open_registry(read_settings("production", tmp_path, {})).policy == Policy(("quality", "fairness"), 24, True)

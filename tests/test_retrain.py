@@ -22,24 +22,24 @@ import yaml
 from cronsim import CronSim
 from typer.testing import CliRunner
 
-from mlray.answer import predictions
-from mlray.archive import journaled
-from mlray.bundle import decide, predict
-from mlray.error_analysis import analyse_errors
-from mlray.errors import Conflict, DataError, SettingsError
-from mlray.journal import Entry, Feedback, Journal
-from mlray.keeping import Keys, answer_columns, kept, plan, pseudonym, read_keys
-from mlray.labelled import keep_rows, labelled_rows, next_spec, next_to_label
-from mlray.ledger import audit
-from mlray.opened import Registry
-from mlray.registry import bundle_of, events, open_registry, version
-from mlray.retrain import Due, Evidence, due
-from mlray.rollout_policy import Guard, Retrain
-from mlray.rollout_step import running
-from mlray.rows import read_rows
-from mlray.schedule import cron_of, job_of, schedule
-from mlray.spec import parse_spec
-from mlray.triggers import Claim, attempts, claim, finish, held_on, renew, resume
+from mlray.governance.ledger import audit
+from mlray.governance.opened import Registry
+from mlray.governance.registry import bundle_of, events, open_registry, version
+from mlray.governance.triggers import Claim, attempts, claim, finish, held_on, renew, resume
+from mlray.judgement.retrain import Due, Evidence, due
+from mlray.monitoring.archive import journaled
+from mlray.monitoring.error_analysis import analyse_errors
+from mlray.monitoring.journal import Entry, Feedback, Journal
+from mlray.monitoring.keeping import Keys, answer_columns, kept, plan, pseudonym, read_keys
+from mlray.monitoring.labelled import keep_rows, labelled_rows, next_spec, next_to_label
+from mlray.monitoring.rollout_step import running
+from mlray.operations.schedule import cron_of, job_of, schedule
+from mlray.shipping.answer import predictions
+from mlray.shipping.bundle import decide, predict
+from mlray.sources.rows import read_rows
+from mlray.values.errors import Conflict, DataError, SettingsError
+from mlray.values.rollout_policy import Guard, Retrain
+from mlray.values.spec import parse_spec
 from tests.conftest import ROOT
 from tests.postgres import postgres
 
@@ -120,11 +120,11 @@ CONTROLLER = """
 import os, random, sys, time
 from datetime import UTC, datetime
 from pathlib import Path
-from mlray.opened import Registry
-from mlray.retrain import Evidence
-from mlray.rollout_policy import Retrain
-from mlray.triggers import Claim, attempts, claim, finish, renew
-from mlray.errors import Conflict, Unavailable
+from mlray.governance.opened import Registry
+from mlray.judgement.retrain import Evidence
+from mlray.values.rollout_policy import Retrain
+from mlray.governance.triggers import Claim, attempts, claim, finish, renew
+from mlray.values.errors import Conflict, Unavailable
 
 url, folder, seed, models, keys, runs = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6])
 rng, registry = random.Random(seed), Registry(url, folder / "store", "ada")
@@ -309,7 +309,7 @@ def test_from_labels_to_a_canary_by_the_commands(raw, tmp_path, monkeypatch, lab
         return json.loads(done.stdout)
     run("train", "spec.yaml"), run("gate", "diabetes/1"), run("promote", "diabetes/1")
     assert run("retrain", "diabetes", "--dry-run")["decision"] == "not yet"
-    from mlray.settings import read_settings
+    from mlray.values.settings import read_settings
     registry = open_registry(read_settings(env="local"))
     first = bundle_of(registry, version(registry, "diabetes/1"))
     now = int(time.time())
@@ -368,10 +368,10 @@ def test_the_report_is_a_notebook(raw, trained, tmp_path, monkeypatch):
 
 def test_who_looks_twice_has_looked_once(raw):
     "Otherwise `mlray monitor` and `mlray retrain` in one hour would be two windows in a row."
-    from mlray.alert import advance
-    from mlray.monitor import watched
-    from mlray.spec import Alert
-    from mlray.windows import Window
+    from mlray.monitoring.alert import advance
+    from mlray.monitoring.monitor import watched
+    from mlray.monitoring.windows import Window
+    from mlray.values.spec import Alert
     alerts, window = (Alert(metric="error_rate", at_most=0.1, minimum=10, looks=2),), Window("diabetes", "1", "production", NOON, NOON + 3600, requests=100, errors=50)
     report, later = (watched(raw[0], "1", [w]) for w in (window, replace(window, start=NOON + 3600, end=NOON + 7200)))
     once, nothing = advance({}, alerts, report)

@@ -8,24 +8,24 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from mlray.adversarial import adversarial, attack
-from mlray.behaviour import Behaviour
-from mlray.bundle import decide, predict
-from mlray.column import Column
-from mlray.contract import Contract
-from mlray.errors import ExplanationError, SpecError
-from mlray.evaluation import read_candidate
-from mlray.explain import keeping
-from mlray.explanation import asked_for, behaved, shaken
-from mlray.features import apply
-from mlray.gate import judge, less_is_better
-from mlray.local_line import words_of
-from mlray.network import scores
-from mlray.registry import bundle_of, open_registry
-from mlray.robust import DISTURBANCES, behave, missing, noise, robustness, typo, unit
-from mlray.settings import shipped
-from mlray.spec import Rule, read_spec
-from mlray.white_box import network_of, own_importances
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.judgement.adversarial import adversarial, attack
+from mlray.judgement.explain import keeping
+from mlray.judgement.gate import judge, less_is_better
+from mlray.judgement.local_line import words_of
+from mlray.judgement.robust import DISTURBANCES, behave, missing, noise, robustness, typo, unit
+from mlray.learning.contract import Contract
+from mlray.learning.features import apply
+from mlray.learning.network import scores
+from mlray.running.evaluation import read_candidate
+from mlray.running.explanation import asked_for, behaved, shaken
+from mlray.running.white_box import network_of, own_importances
+from mlray.shipping.bundle import decide, predict
+from mlray.values.behaviour import Behaviour
+from mlray.values.column import Column
+from mlray.values.errors import ExplanationError, SpecError
+from mlray.values.settings import shipped
+from mlray.values.spec import Rule, read_spec
 
 CONTRACT = Contract({"age": Column(type="integer", min=18, max=100), "weight": Column(type="number", min=30, max=250, nullable=True), "town": Column(type="category", nullable=True),
                      "sex": Column(type="category", values=("f", "m"), sensitive=True), "smokes": Column(type="boolean"), "t": Column(type="boolean", role="target")}, {"not absurd": "weight > age / 4"})
@@ -156,8 +156,8 @@ def test_an_attack_moves_the_score_the_other_way(bundle, trained):
 
 
 def test_own_importances_agree_with_shuffling(bundle, trained):
-    from mlray.importance import permutation_importance
-    from mlray.score import roc_auc
+    from mlray.judgement.importance import permutation_importance
+    from mlray.measures.score import roc_auc
     frame = trained[1].rows.parts.test
     truth = (frame["progression"] > 140.5).to_numpy().astype(int)
     shuffled = permutation_importance(lambda f: predict(bundle, f, f.height), frame.select(bundle.contract.features), truth, lambda y, p: roc_auc(y, p).value)
@@ -176,9 +176,9 @@ def test_only_what_is_asked_for_is_measured(bundle, trained):
 
 
 def test_a_run_and_the_gates_judge_the_same(diabetes, tmp_path):
-    from mlray.gate_on_papermill import run_gates
-    from mlray.run import train
-    from mlray.settings import Settings
+    from mlray.engines.gate_on_papermill import run_gates
+    from mlray.running.run import train
+    from mlray.values.settings import Settings
     rules = {"robustness": (Rule(metric="flip_rate[noise]", at_most=0.3), Rule(metric="flip_rate[pgd]", at_most=0.0), Rule(metric="flip_rate_difference", by=("sex",), at_most=0.5)), "explanation": (Rule(metric="stability", at_least=0.8),)}
     checks = (Behaviour(name="heavier is no healthier", kind="direction", add={"bmi": 5}, expect="up", tolerance=0.1, at_least=0.5), Behaviour(name="impossible", kind="minimum", row=_patient(), score_at_least=2.0))
     settings_ = Settings(root=tmp_path, home=tmp_path / "home", tracking="disabled")
@@ -197,9 +197,9 @@ def _patient(): return {"age": 50, "sex": "group 1", "bmi": 25.0, "blood_pressur
 
 
 def test_an_incumbent_without_a_gradient_is_a_finding(bundle, trained):
-    from mlray.errors import ExplanationError
-    from mlray.gate import judge
-    from mlray.white_box import asked_of_network
+    from mlray.judgement.gate import judge
+    from mlray.running.white_box import asked_of_network
+    from mlray.values.errors import ExplanationError
     trees = replace(bundle, spec=bundle.spec.model_copy(update={"model": bundle.spec.model.model_copy(update={"estimator": "sklearn.ensemble:HistGradientBoostingClassifier"})}))
     frame, rules = trained[1].rows.parts.test.head(20), [Rule(metric="flip_rate[pgd]", within=0.1)]
     with pytest.raises(ExplanationError, match="no gradient"): asked_of_network(trees, frame, rules)

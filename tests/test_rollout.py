@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy.special import betaln, xlogy
 
-from mlray.arm import EDGES, Arm, Evidence, Mean, latencies, mean_of
-from mlray.counts import confusion, tabulated
-from mlray.errors import DataError, SpecError
-from mlray.fairness import gaps
-from mlray.mixture import difference, interval
-from mlray.rollout import Decision, Hold, Promote, RollBack, decide, decision_from
-from mlray.rollout_policy import Check, Rollout
-from mlray.spec import Rule, parse_spec
+from mlray.judgement.arm import EDGES, Arm, Evidence, Mean, latencies, mean_of
+from mlray.judgement.mixture import difference, interval
+from mlray.judgement.rollout import Decision, Hold, Promote, RollBack, decide, decision_from
+from mlray.measures.counts import confusion, tabulated
+from mlray.measures.fairness import gaps
+from mlray.values.errors import DataError, SpecError
+from mlray.values.rollout_policy import Check, Rollout
+from mlray.values.spec import Rule, parse_spec
 
 # ---- the interval, against other ways to compute it -----------------------------------------------------------------
 

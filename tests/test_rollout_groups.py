@@ -10,23 +10,23 @@ import polars as pl
 import pytest
 from onnx import helper as h
 
-from mlray.access import new_key
-from mlray.arm import Arm, Evidence, Mean
-from mlray.gaps import number_terms
-from mlray.group_sums import group_sums
-from mlray.journal import Feedback, Journal
-from mlray.keeping import open_recorder
-from mlray.plan import loaded, plan_of
-from mlray.registry import add_key, bundle_of
-from mlray.rollout import Finding, Hold, Promote, RollBack, decide
-from mlray.rollout_policy import Rollout
-from mlray.rollout_run import arm_of
-from mlray.rollout_step import Controller, progress
-from mlray.run import train
-from mlray.service import Service
-from mlray.settings import Settings
-from mlray.spec import Rule
-from mlray.windows import Window
+from mlray.governance.access import new_key
+from mlray.governance.registry import add_key, bundle_of
+from mlray.judgement.arm import Arm, Evidence, Mean
+from mlray.judgement.rollout import Finding, Hold, Promote, RollBack, decide
+from mlray.measures.gaps import number_terms
+from mlray.measures.group_sums import group_sums
+from mlray.monitoring.journal import Feedback, Journal
+from mlray.monitoring.keeping import open_recorder
+from mlray.monitoring.rollout_run import arm_of
+from mlray.monitoring.rollout_step import Controller, progress
+from mlray.monitoring.windows import Window
+from mlray.running.run import train
+from mlray.serving.plan import loaded, plan_of
+from mlray.serving.service import Service
+from mlray.values.rollout_policy import Rollout
+from mlray.values.settings import Settings
+from mlray.values.spec import Rule
 from tests.canaries import Added, _of_group, same
 from tests.test_rollout_steps import ONE, House, housed
 from tests.test_targets import spec_of

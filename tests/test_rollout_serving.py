@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import ray
 
-from mlray.access import new_key
-from mlray.commands import deploy_versions
-from mlray.ledger import audit
-from mlray.registry import Registry, Version, add_key, bundle_of, open_registry, promote, register
-from mlray.rollout_run import Standing
-from mlray.rollout_step import holder_of, lease_of, progress, standing_of, start
-from mlray.run import train
-from mlray.settings import Settings, shipped
-from mlray.spec import read_spec
-from mlray.watch_on_ray import watch_rollouts
+from mlray.command_line.commands import deploy_versions
+from mlray.engines.watch_on_ray import watch_rollouts
+from mlray.governance.access import new_key
+from mlray.governance.ledger import audit
+from mlray.governance.registry import Registry, Version, add_key, bundle_of, open_registry, promote, register
+from mlray.monitoring.rollout_run import Standing
+from mlray.monitoring.rollout_step import holder_of, lease_of, progress, standing_of, start
+from mlray.running.run import train
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import read_spec
 from tests.canaries import gone_wrong, no_number, opposite, raises, same, slow, unfair
 from tests.conftest import free_port
 
@@ -76,7 +76,7 @@ class Stack:
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
     "Two models: one that answers at once, and one that takes some milliseconds."
-    from mlray.cluster_on_ray import cluster
+    from mlray.engines.cluster_on_ray import cluster
     root = tmp_path_factory.mktemp("rollouts")
     settings = Settings(root=root, home=root / "home", port=free_port(), object_store_mb=100, tracking="disabled", journal=True, gates=())
     registry = open_registry(settings)

@@ -15,50 +15,29 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from mlray.access import new_key
-from mlray.archive import journaled
-from mlray.arm import latencies
 from mlray.cli import app
-from mlray.counts import tabulated
-from mlray.database import ALIASES
-from mlray.errors import Conflict, Refused, RegistryError
-from mlray.journal import Feedback, Journal
-from mlray.keeping import open_recorder
-from mlray.lease import acting, holder_of, take
-from mlray.ledger import audit
-from mlray.meters import Meters
-from mlray.plan import loaded, plan_of, set_share, share_of
-from mlray.registry import (
-    Registry,
-    Version,
-    add_key,
-    bundle_of,
-    open_registry,
-    promote,
-    register,
-    remove,
-    rollback,
-    version as named,
-)
-from mlray.retrain import due
-from mlray.retraining import known_of
-from mlray.rollout_policy import Retrain
-from mlray.rollout_run import Standing, gauges
-from mlray.rollout_step import (
-    Controller,
-    carry_out,
-    from_journal,
-    lease_of,
-    progress,
-    running,
-    standing_of,
-    start,
-    stop,
-)
-from mlray.service import Service
-from mlray.settings import Settings, amended
-from mlray.shadow import Shadow
-from mlray.windows import Sum, Window
+from mlray.governance.access import new_key
+from mlray.governance.database import ALIASES
+from mlray.governance.lease import acting, holder_of, take
+from mlray.governance.ledger import audit
+from mlray.governance.registry import Registry, Version, add_key, bundle_of, open_registry, promote, register, remove, rollback, version as named
+from mlray.judgement.arm import latencies
+from mlray.judgement.retrain import due
+from mlray.measures.counts import tabulated
+from mlray.monitoring.archive import journaled
+from mlray.monitoring.journal import Feedback, Journal
+from mlray.monitoring.keeping import open_recorder
+from mlray.monitoring.retraining import known_of
+from mlray.monitoring.rollout_run import Standing, gauges
+from mlray.monitoring.rollout_step import Controller, carry_out, from_journal, lease_of, progress, running, standing_of, start, stop
+from mlray.monitoring.windows import Sum, Window
+from mlray.serving.meters import Meters
+from mlray.serving.plan import loaded, plan_of, set_share, share_of
+from mlray.serving.service import Service
+from mlray.serving.shadow import Shadow
+from mlray.values.errors import Conflict, Refused, RegistryError
+from mlray.values.rollout_policy import Retrain
+from mlray.values.settings import Settings, amended
 from tests.canaries import gone_wrong, no_number, opposite, raises, same, slow, unfair
 
 ONE, TWO = 2, 3 # codes of the two groups of the diabetes model
@@ -279,7 +258,7 @@ def test_shadow_first_then_canary_then_everybody(trained, tmp_path):
     first = replace_gates(house)
     assert (first.share, plan_of(house.registry, ["diabetes"]).traffic[0].shadow) == (0.0, house.canary.partition("/")[2])
     world = World()
-    from mlray.arm import Mean
+    from mlray.judgement.arm import Mean
     apart = lambda standing, spec, now: (*world(standing, spec, now)[:2], {"disagreement": Mean(4.0, 2000)})
     assert watched_with(house, apart).over == "promoted"
     shown = progress(house.registry, house.settings, "diabetes")
@@ -427,7 +406,7 @@ def test_controllers_side_by_side_take_each_step_once(trained, tmp_path):
 
 
 def test_of_two_decisions_from_one_place_one_is_carried_out(trained, tmp_path):
-    from mlray.rollout import Promote, RollBack
+    from mlray.judgement.rollout import Promote, RollBack
     house = housed(trained, tmp_path / "home", policy=FAIR).at_noon()
     first, spec = house.begin(), plain(house)
     carry_out(house.registry, spec, first, Promote(0.5, "shown", ()))
@@ -437,7 +416,7 @@ def test_of_two_decisions_from_one_place_one_is_carried_out(trained, tmp_path):
 
 def late(settings: Settings, canary: str, out: Path) -> None:
     "A controller that is stopped between its look and its act, for longer than its lease."
-    from mlray.arm import Mean
+    from mlray.judgement.arm import Mean
     def source(standing, spec, now):
         os.kill(os.getpid(), signal.SIGSTOP)
         world = World(canary=(0.5, 0.004))

@@ -6,9 +6,9 @@ import jsonschema
 import pytest
 import yaml
 
-from mlray.errors import SpecError
-from mlray.schema import spec_schema
-from mlray.spec import parse_spec
+from mlray.values.errors import SpecError
+from mlray.values.schema import spec_schema
+from mlray.values.spec import parse_spec
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

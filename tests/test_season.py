@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlray.look import look, looks_of_a_season
-from mlray.monitor import Known
-from mlray.score import wilson
-from mlray.spec import Alert
-from mlray.windows import Window
+from mlray.measures.score import wilson
+from mlray.monitoring.look import look, looks_of_a_season
+from mlray.monitoring.monitor import Known
+from mlray.monitoring.windows import Window
+from mlray.values.spec import Alert
 from tests import seasons
 from tests.conftest import ROOT, adult_data
 
@@ -62,8 +62,8 @@ def test_the_next_version_goes_the_same_way_and_quality_returns(season):
 @pytest.mark.chaos
 @adult_data
 def test_what_it_learned_from_can_be_read_again(season):
-    from mlray.registry import bundle_of, version
-    from mlray.rows import read_rows
+    from mlray.governance.registry import bundle_of, version
+    from mlray.sources.rows import read_rows
     bundle = bundle_of(season["registry"], version(season["registry"], "income/2"))
     assert read_rows(bundle.spec, season["settings"]).fingerprints["train"] == bundle.provenance["train_rows"] and Path(season["home"], bundle.spec.data.train.file).is_file()
 

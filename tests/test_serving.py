@@ -21,34 +21,24 @@ import pytest
 import tritonclient.grpc as tritongrpc
 import tritonclient.http as triton
 
-from mlray.access import ROLES, new_key
-from mlray.archive import journaled
-from mlray.arrow import ARROW
-from mlray.asgi import asked_of
-from mlray.bundle import Bundle, predict
 from mlray.client import AsyncClient, BrokenContract, Client, NotAllowed, NotFound, Patience, ServiceError
-from mlray.commands import deploy_versions
-from mlray.gate import judge
-from mlray.grpc_on_ray import CALLS
-from mlray.inference_messages import messages
-from mlray.openapi import example_row
-from mlray.plan import set_share
-from mlray.registry import (
-    Registry,
-    Version,
-    add_evidence,
-    add_key,
-    bundle_of,
-    open_registry,
-    promote,
-    revoke_key,
-    rollback,
-)
-from mlray.routes import PUBLIC, ROUTES, Route
-from mlray.run import train
-from mlray.settings import Settings, shipped
-from mlray.spec import Rule, read_spec
-from mlray.wire import Refused
+from mlray.command_line.commands import deploy_versions
+from mlray.engines.grpc_on_ray import CALLS
+from mlray.governance.access import ROLES, new_key
+from mlray.governance.registry import Registry, Version, add_evidence, add_key, bundle_of, open_registry, promote, revoke_key, rollback
+from mlray.judgement.gate import judge
+from mlray.monitoring.archive import journaled
+from mlray.running.run import train
+from mlray.serving.arrow import ARROW
+from mlray.serving.asgi import asked_of
+from mlray.serving.inference_messages import messages
+from mlray.serving.openapi import example_row
+from mlray.serving.plan import set_share
+from mlray.serving.routes import PUBLIC, ROUTES, Route
+from mlray.serving.wire import Refused
+from mlray.shipping.bundle import Bundle, predict
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import Rule, read_spec
 from tests.conftest import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("serve")]
@@ -80,7 +70,7 @@ def registered(settings: Settings, name: str, seed: int, *more: str) -> Version:
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
     "Two models: diabetes with three versions, in the gateway; `distant` in predictors of its own."
-    from mlray.cluster_on_ray import cluster
+    from mlray.engines.cluster_on_ray import cluster
     root = tmp_path_factory.mktemp("serving")
     settings = Settings(root=root, home=root / "home", port=free_port(), grpc_port=free_port(), object_store_mb=100, tracking="disabled", journal=True)
     registry, passed = open_registry(settings), judge({"roc_auc": 0.8}, (Rule(metric="roc_auc", at_least=0.5),))

@@ -10,14 +10,14 @@ import httpx
 import psutil
 import pytest
 
-from mlray.access import new_key
-from mlray.commands import deploy_versions
-from mlray.haproxy import servers_up
-from mlray.openapi import example_row
-from mlray.registry import Registry, Version, add_key, bundle_of, open_registry, promote, register, rollback
-from mlray.run import train
-from mlray.settings import Settings, shipped
-from mlray.spec import read_spec
+from mlray.command_line.commands import deploy_versions
+from mlray.engines.haproxy import servers_up
+from mlray.governance.access import new_key
+from mlray.governance.registry import Registry, Version, add_key, bundle_of, open_registry, promote, register, rollback
+from mlray.running.run import train
+from mlray.serving.openapi import example_row
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import read_spec
 from tests.canaries import gone_wrong, raises, slow
 from tests.conftest import free_port
 
@@ -93,7 +93,7 @@ class Stack:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
-    from mlray.cluster_on_ray import cluster
+    from mlray.engines.cluster_on_ray import cluster
     root = tmp_path_factory.mktemp("faults")
     settings = Settings(root=root, home=root / "home", port=free_port(), object_store_mb=100, tracking="disabled", journal=True, gates=(), replicas=2)
     registry = open_registry(settings)

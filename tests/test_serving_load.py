@@ -15,16 +15,16 @@ from pathlib import Path
 import httpx
 import pytest
 
-from mlray.access import new_key
-from mlray.bundle import Bundle
-from mlray.commands import deploy_versions
-from mlray.journal import Entry, records
-from mlray.openapi import example_row
-from mlray.plan import set_share
-from mlray.registry import Registry, add_key, bundle_of, open_registry, promote, register
-from mlray.run import train
-from mlray.settings import Settings, shipped
-from mlray.spec import read_spec
+from mlray.command_line.commands import deploy_versions
+from mlray.governance.access import new_key
+from mlray.governance.registry import Registry, add_key, bundle_of, open_registry, promote, register
+from mlray.monitoring.journal import Entry, records
+from mlray.running.run import train
+from mlray.serving.openapi import example_row
+from mlray.serving.plan import set_share
+from mlray.shipping.bundle import Bundle
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import read_spec
 from tests.canaries import Added, gone_wrong, same, slow
 from tests.conftest import free_port
 from tests.test_serving_faults import Load
@@ -69,7 +69,7 @@ def house(root: Path, base: Bundle, **more: object) -> House:
 
 @contextmanager
 def served(house: House, *names: str) -> Iterator[None]:
-    from mlray.cluster_on_ray import cluster
+    from mlray.engines.cluster_on_ray import cluster
     with cluster(house.settings):
         deploy_versions(names, house.settings)
         yield
@@ -170,7 +170,7 @@ def test_a_canary_gets_its_share(diabetes, tmp_path):
 
 def test_a_stuck_shadow_is_not_felt(diabetes, tmp_path):
     "Two environments of one cluster, behind one HAProxy: the same version, and beside one of them a shadow that takes far longer than requests take to come. They are asked by turns."
-    from mlray.cluster_on_ray import cluster
+    from mlray.engines.cluster_on_ray import cluster
     port, turns, each = free_port(), 20, 500
     plain, shadowed = (house(tmp_path / n, diabetes, port=port, namespace=n, route=f"/{n}", console=False, jobs_queued=0) for n in ("plain", "shadowed"))
     for here in (plain, shadowed): here.version("light", same())

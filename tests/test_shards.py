@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from mlray.model import Job, State, dump_state, epochs, load_state
-from mlray.recipe import Train
-from mlray.rows import read_rows
-from mlray.run import make_job
-from mlray.settings import Settings
-from mlray.spec import changed
+from mlray.learning.model import Job, State, dump_state, epochs, load_state
+from mlray.running.run import make_job
+from mlray.sources.rows import read_rows
+from mlray.values.recipe import Train
+from mlray.values.settings import Settings
+from mlray.values.spec import changed
 from tests.conftest import free_port
 
 
@@ -24,7 +24,7 @@ def work(rank: int, world: int, port: int, job: Job, start: bytes | None, folder
     "One of several processes; keeps what each epoch brings, and the numbers of a network that are here."
     import torch.distributed as dist
 
-    from mlray.train_on_ray import _averaged, _sharded, _together
+    from mlray.engines.train_on_ray import _averaged, _sharded, _together
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     here = []
@@ -52,8 +52,8 @@ def trained(job: Job, folder: Path, start: bytes | None = None) -> list[bytes]:
 def test_shards_give_the_same_weights_and_resume_to_the_bit(diabetes, tmp_path):
     import torch
 
-    from mlray.loss import valid_loss
-    from mlray.network import fitted, scores
+    from mlray.learning.loss import valid_loss
+    from mlray.learning.network import fitted, scores
     spec = changed(diabetes, {"train.epochs": 3, "train.clip": 1.0})
     jobs = {kind: make_job(changed(spec, {"train.parallel": kind}), read_rows(spec, Settings(root=tmp_path, home=tmp_path))) for kind in ("ddp", "fsdp")}
     jobs = {kind: replace(job, valid_rows=job.valid_rows[1:], valid_labels=job.valid_labels[1:]) for kind, job in jobs.items()} # an odd number of rows

@@ -16,18 +16,18 @@ import polars as pl
 import pytest
 import yaml
 
-from mlray.archive import erase, journaled, purge, put_away
-from mlray.checkpoints import Checkpoints
-from mlray.errors import SettingsError, Unavailable
-from mlray.journal import Entry, Journal
-from mlray.mirror import fetch_rows, send_rows
-from mlray.model import Epoch, Job, State
-from mlray.recipe import Train
-from mlray.remote_checkpoints import open_checkpoints
-from mlray.rows import read_rows
-from mlray.run import LocalBackend, make_job
-from mlray.settings import Settings, shipped
-from mlray.spec import RunSpec
+from mlray.learning.model import Epoch, Job, State
+from mlray.monitoring.archive import erase, journaled, purge, put_away
+from mlray.monitoring.journal import Entry, Journal
+from mlray.running.checkpoints import Checkpoints
+from mlray.running.remote_checkpoints import open_checkpoints
+from mlray.running.run import LocalBackend, make_job
+from mlray.sources.mirror import fetch_rows, send_rows
+from mlray.sources.rows import read_rows
+from mlray.values.errors import SettingsError, Unavailable
+from mlray.values.recipe import Train
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import RunSpec
 from tests.test_federation import made as customers, spec_of as holders_of
 from tests.test_stream import SPEC as LOANS, table as rows_that_pass_by
 
@@ -200,8 +200,8 @@ def test_a_killed_search_goes_on_from_the_bucket_on_a_machine_that_has_nothing(s
 
 def test_what_another_machine_has_tried_is_known_here(s3, tmp_path):
     "Results are a line a trial, in a bucket as on the disk; states of a population are there by name; and where settings name a folder, all of it is in that."
-    from mlray.search import Trial, keep, read_trials, results_of
-    from mlray.tune_on_ray import _gathered, _places, _whole
+    from mlray.engines.tune_on_ray import _gathered, _places, _whole
+    from mlray.running.search import Trial, keep, read_trials, results_of
     trials = [Trial(n, f"k{n}", {"train.learning_rate": n / 10}, 3, 0.5, 0.5, None, 10) for n in (1, 2, 3)]
     (one, found, states), (two, there, _) = (_places(Settings(home=tmp_path / n, checkpoints="s3://kept/found"), "wine-search") for n in ("one", "two"))
     with results_of(one) as file:
@@ -280,7 +280,7 @@ def test_rows_that_were_put_away_are_in_the_bucket_and_an_erasure_reaches_them(s
 def test_a_sending_that_is_cut_off_is_done_by_the_next_one(s3, tmp_path, monkeypatch):
     settings = Settings(home=tmp_path / "cut", archive="s3://kept/cut")
     for _ in range(3): journal_of(settings.home, "ab")
-    from mlray.store import Bucket
+    from mlray.governance.store import Bucket
     write, wrote = Bucket.write, []
 
     def once(self: Bucket, path: str, data: bytes) -> None:
@@ -294,7 +294,7 @@ def test_a_sending_that_is_cut_off_is_done_by_the_next_one(s3, tmp_path, monkeyp
 
 
 def test_the_commands_send_and_bring(s3, tmp_path):
-    from mlray.watching import tend
+    from mlray.command_line.watching import tend
     settings, other = (Settings(home=tmp_path / n, archive="s3://kept/commands") for n in ("home", "other"))
     journal_of(settings.home, "ab")
     assert tend("compact", "", "", "", False, settings)[0]["sent"] == 1
@@ -323,18 +323,18 @@ def there(client: Any, below: str) -> dict[str, bytes]: return {k.removeprefix(b
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     "Of fifty rows."
-    from mlray import batch
+    from mlray.serving import batch
     monkeypatch.setattr(batch, "_MOST", 50)
 
 
 def answer(settings: Settings, source: Any, out: str, engine: Any = None, version: str = "diabetes/1") -> Any:
-    from mlray.batch_in_bucket import place_of
-    from mlray.batch_run import in_process, predict_file
+    from mlray.serving.batch_in_bucket import place_of
+    from mlray.serving.batch_run import in_process, predict_file
     return predict_file(version, source, place_of(out, settings), settings, engine or in_process, progress=QUIET)
 
 
 def test_a_bucket_gets_the_parts_that_a_folder_gets_and_a_batch_goes_on_there(s3, trained, pieces, tmp_path):
-    from mlray.batch_run import in_process
+    from mlray.serving.batch_run import in_process
     settings, client = trained[0], s3[0]
     patients().write_parquet(tmp_path / "rows.parquet")
     local = answer(settings, tmp_path / "rows.parquet", str(tmp_path / "out"))
@@ -355,8 +355,8 @@ def test_a_bucket_gets_the_parts_that_a_folder_gets_and_a_batch_goes_on_there(s3
 
 
 def test_a_place_that_is_another_batchs_is_a_letter(s3, trained, tmp_path, monkeypatch):
-    from mlray.batch_in_bucket import place_of
-    from mlray.errors import DataError
+    from mlray.serving.batch_in_bucket import place_of
+    from mlray.values.errors import DataError
     settings, client = trained[0], s3[0]
     patients().head(20).write_parquet(tmp_path / "rows.parquet")
     answer(settings, tmp_path / "rows.parquet", "s3://kept/taken")
@@ -376,7 +376,7 @@ def test_a_place_that_is_another_batchs_is_a_letter(s3, trained, tmp_path, monke
     one.begin(claims[0])
     with pytest.raises(DataError, match="being claimed"): two.begin(claims[1])
     assert two.about() == claims[0] and one.begin(claims[0]) is None # the same batch once more is no other
-    from mlray.store import Bucket
+    from mlray.governance.store import Bucket
     write = Bucket.write
     def both(self, path, data): # the other one writes between this one's writing and its look
         write(self, path, data)
@@ -389,9 +389,9 @@ def test_a_place_that_is_another_batchs_is_a_letter(s3, trained, tmp_path, monke
 
 def test_rows_and_answers_in_buckets_as_files(s3, trained, pieces, tmp_path):
     "Text, Parquet, several of them, and a Delta table that grows while its batch is cut off; one file comes out."
-    from mlray.batch_run import in_process
+    from mlray.serving.batch_run import in_process
     deltalake = pytest.importorskip("deltalake", reason="pip install 'mlray[delta]'")
-    from mlray.errors import DataError
+    from mlray.values.errors import DataError
     settings, client = trained[0], s3[0]
     def whole(frame: pl.DataFrame, name: str) -> list[bytes]: # the two files that a batch here makes of such rows
         frame.write_parquet(tmp_path / "rows.parquet")
@@ -423,9 +423,9 @@ def test_rows_and_answers_in_buckets_as_files(s3, trained, pieces, tmp_path):
 GO = """
 import sys
 from pathlib import Path
-from mlray import batch
-from mlray.batch_cli import predict_batch
-from mlray.settings import Settings
+from mlray.serving import batch
+from mlray.command_line.batch_cli import predict_batch
+from mlray.values.settings import Settings
 batch._MOST = 500
 home = Path(sys.argv[1])
 predict_batch("diabetes/1", sys.argv[2], sys.argv[3], *sys.argv[4:], settings=Settings(root=home, home=home / "home", tracking="disabled", object_store_mb=100))

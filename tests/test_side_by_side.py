@@ -6,14 +6,14 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from mlray.access import new_key
-from mlray.cluster_on_ray import cluster
-from mlray.plan import plan_of
-from mlray.registry import add_key, bundle_of, open_registry, promote, version as find
-from mlray.run import train
-from mlray.serve_on_ray import deploy, undeploy
-from mlray.settings import Settings
-from mlray.spec import changed
+from mlray.engines.cluster_on_ray import cluster
+from mlray.engines.serve_on_ray import deploy, undeploy
+from mlray.governance.access import new_key
+from mlray.governance.registry import add_key, bundle_of, open_registry, promote, version as find
+from mlray.running.run import train
+from mlray.serving.plan import plan_of
+from mlray.values.settings import Settings
+from mlray.values.spec import changed
 from tests.conftest import free_port
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.xdist_group("ray")]

@@ -13,17 +13,17 @@ import polars as pl
 import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
-from mlray.accepted import Mark, accepted_rows, read_mark
-from mlray.contract import UNREAD, Contract, check
-from mlray.data import Csv, Kafka, Source, Sql
-from mlray.errors import DataError, Unavailable
-from mlray.rows import check_sources, quarantine, read_rows
-from mlray.source import query_sql, read_source
-from mlray.spec import parse_spec
-from mlray.survey import survey
-from mlray.table import fingerprint
-from mlray.topic import open_topic, read_message, scan_topic
-from mlray.watermark import accept, admission, next_batch
+from mlray.learning.contract import UNREAD, Contract, check
+from mlray.learning.table import fingerprint
+from mlray.sources.accepted import Mark, accepted_rows, read_mark
+from mlray.sources.rows import check_sources, quarantine, read_rows
+from mlray.sources.source import query_sql, read_source
+from mlray.sources.survey import survey
+from mlray.sources.topic import open_topic, read_message, scan_topic
+from mlray.sources.watermark import accept, admission, next_batch
+from mlray.values.data import Csv, Kafka, Source, Sql
+from mlray.values.errors import DataError, Unavailable
+from mlray.values.spec import parse_spec
 from tests.brokers import broker
 from tests.postgres import Postgres, postgres
 
@@ -141,7 +141,7 @@ def test_a_topic_made_anew_is_not_the_topic(brokers, settings):
 
 
 def test_brokers_that_are_away_or_refused_are_a_letter_without_secrets(settings, monkeypatch):
-    monkeypatch.setattr("mlray.topic.PATIENCE", 1.0)
+    monkeypatch.setattr("mlray.sources.topic.PATIENCE", 1.0)
     secret = {"bootstrap.servers": "127.0.0.1:9", "security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN", "sasl.username": "me", "sasl.password": "secret-7391"}
     kafka, began = Kafka(topic="visits", brokers_env="BROKERS"), time.monotonic()
     for said in ("127.0.0.1:9", json.dumps(secret)):
@@ -167,10 +167,10 @@ def test_a_message_is_a_row_or_says_why_not(content):
 
 DIES = """
 import os, signal, sys
-from mlray import accepted
-from mlray.settings import Settings
-from mlray.spec import read_spec
-from mlray.watermark import accept, next_batch
+from mlray.sources import accepted
+from mlray.values.settings import Settings
+from mlray.values.spec import read_spec
+from mlray.sources.watermark import accept, next_batch
 settle, left = accepted._settle, int(sys.argv[1])
 def dying(part, path):
     global left
@@ -226,7 +226,7 @@ def test_the_door_takes_a_batch_and_refuses_one_that_has_moved(brokers, settings
 def test_lost_messages_need_somebody_to_look(settings):
     spec = parse_spec(SPEC)
     checked = check(Contract(spec.contract), ROWS)
-    from mlray.watermark import Batch
+    from mlray.sources.watermark import Batch
     assert "3 messages were deleted" in admission(spec, settings, Batch(checked, 0, Mark(batches=1), Mark(), lost=3)).reasons[0]
 
 
@@ -336,7 +336,7 @@ def test_a_model_is_trained_from_rows_at_google_and_made_again(s3, settings):
     from safetensors.numpy import load_file
 
     from mlray.samples import diabetes
-    from mlray.spec import read_spec
+    from mlray.values.spec import read_spec
     environ, client = s3
     shipped, table = read_spec("configs/diabetes.yaml"), diabetes()
     for i, part in enumerate((table[:200], table[200:])):
@@ -380,7 +380,7 @@ def azure(tmp_path):
 
     import httpx
 
-    from mlray.cluster_on_ray import free_port
+    from mlray.engines.cluster_on_ray import free_port
     account, key, port = "devstoreaccount1", "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==", free_port() # the emulator's own, the same everywhere
     server = subprocess.Popen([AZURITE, "--silent", "--inMemoryPersistence", "--blobPort", str(port), "--skipApiVersionCheck", "--disableTelemetry"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-12-02"}
@@ -509,8 +509,8 @@ def test_a_database_that_refuses_is_a_letter_without_the_password(database: Post
 @hypothesis_settings(max_examples=25, deadline=None)
 @given(values=st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["1", "2.5", "-1", "", "x"])), min_size=1, max_size=40), size=st.integers(1, 9))
 def test_in_pieces_or_as_one_it_is_the_same(values, size, tmp_path_factory):
-    from mlray import survey as module
-    from mlray.settings import Settings
+    from mlray.sources import survey as module
+    from mlray.values.settings import Settings
     root = tmp_path_factory.mktemp("pieces")
     here, spec = Settings(root=root, home=root / "home"), parse_spec(SPEC.replace("role: time", "role: id, unique: true"), ["data.train={file: rows.csv}"])
     pl.DataFrame({"row": [str(r) for r, _ in values], "x": [x for _, x in values], "y": ["true"] * len(values)}).write_csv(root / "rows.csv")
@@ -529,7 +529,7 @@ def test_a_version_remembers_which_version_of_its_source_it_read(settings):
     from typer.testing import CliRunner
 
     from mlray.cli import app
-    from mlray.run import train
+    from mlray.running.run import train
     pytest.importorskip("deltalake", reason="pip install 'mlray[delta]'")
     for _ in range(2): pl.concat([ROWS] * 5).write_delta(str(settings.root / "events"), mode="append")
     run = train(parse_spec(SPEC.replace("min: 0}", "min: 0, sensitive: true, bands: [2]}"), ["data={train: {delta: events}, split: {key: [row]}}", "train.epochs=1"]), settings)

@@ -12,10 +12,10 @@ import httpx
 import psutil
 import pytest
 
-from mlray.haproxy import _said, _standing
+from mlray.engines.haproxy import _said, _standing
 from tests.conftest import free_port
 
-MANAGER = "import json, subprocess, sys\nfor line in sys.stdin: print(subprocess.Popen([sys.executable, '-c', 'from mlray.haproxy import main; main()', *json.loads(line)]).pid, flush=True)"
+MANAGER = "import json, subprocess, sys\nfor line in sys.stdin: print(subprocess.Popen([sys.executable, '-c', 'from mlray.engines.haproxy import main; main()', *json.loads(line)]).pid, flush=True)"
 NODE = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {MANAGER!r}]).wait()\ntime.sleep(600)" # all ends with it, as with a raylet
 
 

@@ -15,11 +15,11 @@ import psutil
 import pytest
 from safetensors.numpy import load
 
-from mlray.errors import ContractError, SpecError
-from mlray.registry import bundle_of, open_registry, version
-from mlray.rows import read_rows
-from mlray.run import LocalBackend, make_job, train
-from mlray.spec import RunSpec, parse_spec, read_spec
+from mlray.governance.registry import bundle_of, open_registry, version
+from mlray.running.run import LocalBackend, make_job, train
+from mlray.sources.rows import read_rows
+from mlray.values.errors import ContractError, SpecError
+from mlray.values.spec import RunSpec, parse_spec, read_spec
 from tests.test_ray import same
 
 SPEC = """
@@ -63,7 +63,7 @@ def test_in_pieces_the_rows_have_the_same_names(spec, settings, monkeypatch):
     whole, pieces = read_rows(in_memory(spec), settings), read_rows(spec, settings)
     assert names(whole) == names(pieces) and pieces.checked["train"].put_aside == 62
     assert {part: frame.equals(getattr(whole.parts, part)) for part, frame in vars(pieces.parts).items()} == {"train": True, "valid": True, "test": True}, "fewer than the bound: the sample is the part, in its order"
-    monkeypatch.setattr("mlray.pieces.LOOKED_AT", 500)
+    monkeypatch.setattr("mlray.learning.pieces.LOOKED_AT", 500)
     few = read_rows(spec, settings)
     assert names(few) == names(whole) and {p: f.height for p, f in vars(few.parts).items()} == {"train": 500, "valid": 500, "test": 500}
     assert few.size("train") == whole.parts.train.height and few.parts.train.join(whole.parts.train, on="id", how="anti").is_empty()
@@ -80,7 +80,7 @@ def test_what_cannot_be_streamed_is_said(tmp_path):
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray")
 def test_a_streamed_run_is_that_of_rows_in_memory(ray_cluster, spec, settings):
-    from mlray.stream_on_ray import streaming
+    from mlray.engines.stream_on_ray import streaming
     rows = read_rows(in_memory(spec), settings)
     with streaming(settings) as supply:
         streamed = supply.rows(spec, settings)
@@ -102,8 +102,8 @@ def test_a_streamed_run_is_that_of_rows_in_memory(ray_cluster, spec, settings):
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray")
 def test_a_streamed_run_outlives_its_workers(ray_cluster, spec, settings):
-    from mlray.stream_on_ray import streaming
-    from mlray.train_on_ray import RayBackend
+    from mlray.engines.stream_on_ray import streaming
+    from mlray.engines.train_on_ray import RayBackend
     notes, killed = list[str](), list[int]()
     with streaming(settings) as supply: job = supply.job(spec, supply.rows(spec, settings), None, settings.home / "one")
     windows = replace(job, stream=replace(job.stream, window=7_000), train=job.train.model_copy(update={"epochs": 12, "patience": 12}))
@@ -157,8 +157,8 @@ def test_a_killed_driver_of_a_streamed_run_is_taken_up_by_the_same_command(spec,
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray")
 def test_what_is_wrong_with_rows_is_said_as_anywhere(ray_cluster, settings, tmp_path):
-    from mlray.errors import DataError
-    from mlray.stream_on_ray import streaming
+    from mlray.engines.stream_on_ray import streaming
+    from mlray.values.errors import DataError
     (tmp_path / "loans").mkdir()
     (tmp_path / "loans/a.csv").write_text("id,income,place,owes\n1,2,a,3\n")
     with streaming(settings) as supply, pytest.raises(DataError, match=r"no column 'late', which the contract names"): supply.rows(parse_spec(SPEC.format(folder=tmp_path / "loans")), settings)

@@ -10,38 +10,38 @@ import torch
 from fastcore.test import expect_fail
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
-from mlray.access import new_key
-from mlray.adversarial import adversarial
-from mlray.alert import advance
-from mlray.answer import predictions
-from mlray.archive import _FEEDBACK
-from mlray.bundle import decide, load_bundle, pack, predict
-from mlray.contract import Contract, labels
-from mlray.errors import BundleError, DataError, MlrayError, SpecError, TrainingError
-from mlray.evaluation import evaluate, read_candidate, rules_of
-from mlray.explanation import Wish, explain, output_of, shaken, tolerance_of, what_if
-from mlray.feedback import label_sets
-from mlray.gaps import class_terms, gap_report, label_terms
-from mlray.gate import less_is_better
-from mlray.keeping import Keys, answer_columns, kept, plan
-from mlray.loss import loss_of, pinball, row_weights, valid_loss
-from mlray.model import epochs
-from mlray.monitor import watched
-from mlray.network import build, logits_of
-from mlray.recipe import Train
-from mlray.registry import bundle_of, open_registry
-from mlray.rows import read_rows
-from mlray.run import make_job, train
+from mlray.governance.access import new_key
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.judgement.adversarial import adversarial
+from mlray.judgement.gate import less_is_better
+from mlray.learning.contract import Contract, labels
+from mlray.learning.loss import loss_of, pinball, row_weights, valid_loss
+from mlray.learning.model import epochs
+from mlray.learning.network import build, logits_of
+from mlray.measures.gaps import class_terms, gap_report, label_terms
+from mlray.measures.score_of_classes import class_measures, label_measures
+from mlray.measures.score_of_numbers import number_measures, quantile_measures, weighted_mean
+from mlray.monitoring.alert import advance
+from mlray.monitoring.archive import _FEEDBACK
+from mlray.monitoring.feedback import label_sets
+from mlray.monitoring.keeping import Keys, answer_columns, kept, plan
+from mlray.monitoring.monitor import watched
+from mlray.monitoring.windows import Window, count_window
+from mlray.running.evaluation import evaluate, read_candidate, rules_of
+from mlray.running.explanation import Wish, explain, output_of, shaken, tolerance_of, what_if
+from mlray.running.run import make_job, train
+from mlray.running.white_box import attacked, network_of
 from mlray.samples import diabetes as patients
-from mlray.score_of_classes import class_measures, label_measures
-from mlray.score_of_numbers import number_measures, quantile_measures, weighted_mean
-from mlray.served import Served
-from mlray.service import Service
-from mlray.settings import Settings, shipped
-from mlray.spec import Alert, parse_spec, read_spec
-from mlray.task import BINARY, Task
-from mlray.white_box import attacked, network_of
-from mlray.windows import Window, count_window
+from mlray.serving.served import Served
+from mlray.serving.service import Service
+from mlray.shipping.answer import predictions
+from mlray.shipping.bundle import decide, load_bundle, pack, predict
+from mlray.sources.rows import read_rows
+from mlray.values.errors import BundleError, DataError, MlrayError, SpecError, TrainingError
+from mlray.values.recipe import Train
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import Alert, parse_spec, read_spec
+from mlray.values.task import BINARY, Task
 
 KINDS = ("multiclass", "multilabel", "regression", "quantile")
 FEATURES = """
@@ -145,7 +145,7 @@ def test_the_wire(runs, kind):
         "regression": lambda s: {"value": s},
         "quantile": lambda s: {"value": s[1], "quantiles": {"0.1": s[0], "0.5": s[1], "0.9": s[2]}}}[kind]
     assert reply.status == 200 and said == [expected(s) for s in predict(bundle, test, 5).tolist()]
-    from mlray.serve_on_ray import describe
+    from mlray.engines.serve_on_ray import describe
     schema = json.dumps(describe(Service({"patients": served}, (key,)))["components"]["schemas"])
     assert all(f'"{field}"' in schema for field in said[0])
 
@@ -161,7 +161,7 @@ def test_a_gate_reads_a_candidate_of_another_kind(runs):
 
 
 def test_a_number_that_gives_itself_away_is_a_leak():
-    from mlray.leakage import leakage_report
+    from mlray.judgement.leakage import leakage_report
     contract = Contract(spec_of("regression", columns="  copy: {type: number}").contract)
     frame = rows().with_columns((pl.col("progression") * 2 + 1).alias("copy"))
     assert leakage_report(contract, frame.head(300), frame.tail(142)).values["single_feature_roc_auc[copy]"] == 1
@@ -203,7 +203,7 @@ def test_the_specs_that_ship(settings, name):
 
 @pytest.mark.ray
 def test_two_ray_workers_learn_classes_with_weights(ray_cluster, settings):
-    from mlray.train_on_ray import RayBackend
+    from mlray.engines.train_on_ray import RayBackend
     run = train(spec_of("multiclass", "train: {class_weight: balanced, epochs: 12}", "  weight: {type: number, role: weight, min: 0}"), settings, RayBackend(2))
     assert run.evaluation.values["balanced_accuracy"] > 0.45 and "weighted_accuracy" in run.evaluation.values
 
@@ -331,8 +331,8 @@ def test_which_way_is_better():
 
 
 def test_production_of_another_target_is_named():
-    from mlray.gate import judge
-    from mlray.spec import Rule
+    from mlray.judgement.gate import judge
+    from mlray.values.spec import Rule
     verdict = judge({"r2": 0.5}, [Rule(metric="r2", within=0.1)], {"roc_auc": 0.9})
     assert not verdict.passed and "same target" in verdict.findings[0].why
 
@@ -475,7 +475,7 @@ def test_rows_that_cannot_teach_it(settings):
 
 
 def test_what_needs_probabilities_of_two_classes_refuses_others(runs):
-    from mlray.estimate import estimate
+    from mlray.judgement.estimate import estimate
     settings, run = runs("regression")
     bundle, test = bundle_of_run(settings, run), run.rows.parts.test
     values = predict(bundle, test, test.height)
@@ -534,7 +534,7 @@ def test_a_wish_that_makes_no_sense_is_a_letter(runs):
 
 
 def test_the_gates_of_a_number_speak_of_it(runs):
-    from mlray.gate_on_papermill import run_gates
+    from mlray.engines.gate_on_papermill import run_gates
     settings, run = runs("regression")
     done = {g.gate: g for g in run_gates(open_registry(settings), run.version, ["explanation", "robustness"], settings)}
     assert not any(g.broken for g in done.values()) and b"would be" in done["explanation"].page and {f.measure for f in done["robustness"].verdict.findings} == {"flip_rate[noise]"}

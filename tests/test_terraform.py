@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mlray.settings import Settings, shipped
+from mlray.values.settings import Settings, shipped
 
 hcl2 = pytest.importorskip("hcl2", reason="pip install 'mlray[dev]'")
 FOLDER = shipped("cluster") / "terraform"

@@ -24,8 +24,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from mlray.client import AsyncClient, Client, Patience, believing
-from mlray.errors import ServingError
-from mlray.settings import Settings
+from mlray.values.errors import ServingError
+from mlray.values.settings import Settings
 from tests.conftest import free_port
 
 
@@ -127,7 +127,7 @@ def test_the_command_believes_whom_it_is_told_to(https, authority):
 # --- the service -----------------------------------------------------------------------------------------------------
 
 def test_a_pair_that_does_not_belong_together_is_a_letter(authority, stranger, tmp_path):
-    from mlray.cluster_on_ray import cluster
+    from mlray.engines.cluster_on_ray import cluster
     cert, key = authority.vouch("one")
     for pair in ((cert, stranger.vouch("two")[1]), (cert, tmp_path / "none.key"), (key, cert)):
         with pytest.raises(ServingError, match="no certificate and the key that belongs to it"), cluster(Settings(root=tmp_path, home=tmp_path, tls_cert=pair[0], tls_key=pair[1])): pass
@@ -141,7 +141,7 @@ def test_what_ray_serve_writes_is_closed_whatever_stands_between_its_lines(pem):
 
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
-    from mlray.haproxy import closed
+    from mlray.engines.haproxy import closed
     written = re.sub(r"\{\{ *config\.(\w+) *\}\}", lambda m: "9000" if m[1].endswith("port") else "127.0.0.1", HAPROXY_CONFIG_TEMPLATE)
     told = closed(written, pem=pem)
     section = lambda name: told.partition(f"frontend {name}_frontend\n")[2].partition("\nfrontend ")[0]
@@ -158,16 +158,16 @@ def test_real_clients_over_tls(diabetes, authority, stranger, tmp_path, capsys):
     import numpy as np
     import tritonclient.grpc as tritongrpc
 
-    from mlray.access import new_key
-    from mlray.bundle import predict
-    from mlray.cluster_on_ray import cluster
-    from mlray.commands import deploy_versions
-    from mlray.grpc_on_ray import CALLS
-    from mlray.inference_messages import messages
-    from mlray.registry import add_key, bundle_of, open_registry
-    from mlray.run import train
+    from mlray.command_line.commands import deploy_versions
+    from mlray.engines.cluster_on_ray import cluster
+    from mlray.engines.grpc_on_ray import CALLS
+    from mlray.governance.access import new_key
+    from mlray.governance.registry import add_key, bundle_of, open_registry
+    from mlray.running.run import train
     from mlray.samples import diabetes as patients
-    from mlray.spec import changed
+    from mlray.serving.inference_messages import messages
+    from mlray.shipping.bundle import predict
+    from mlray.values.spec import changed
     from tests.test_serving import infer_message, triton_inputs
     cert, private_key = authority.vouch("localhost")
     settings = Settings(root=tmp_path, home=tmp_path / "home", port=free_port(), grpc_port=free_port(), object_store_mb=100, tracking="disabled", journal=True, tls_cert=cert, tls_key=private_key, tls_ca=authority.pem)

@@ -9,13 +9,13 @@ import polars as pl
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from mlray.access import new_key
-from mlray.commands import deploy_versions
-from mlray.gate import judge
-from mlray.openapi import example_row
-from mlray.registry import add_evidence, add_key, bundle_of, open_registry, promote
-from mlray.settings import Settings
-from mlray.spec import Rule
+from mlray.command_line.commands import deploy_versions
+from mlray.governance.access import new_key
+from mlray.governance.registry import add_evidence, add_key, bundle_of, open_registry, promote
+from mlray.judgement.gate import judge
+from mlray.serving.openapi import example_row
+from mlray.values.settings import Settings
+from mlray.values.spec import Rule
 from tests.conftest import free_port
 from tests.test_serving import infer_message, registered
 
@@ -43,7 +43,7 @@ def receiver():
 
 
 def test_a_trace_goes_through_gateway_and_predictor(tmp_path, receiver):
-    from mlray.cluster_on_ray import cluster
+    from mlray.engines.cluster_on_ray import cluster
     url, spans = receiver
     settings = Settings(root=tmp_path, home=tmp_path / "home", port=free_port(), grpc_port=free_port(), object_store_mb=100, tracking="disabled", journal=True, traces=url)
     registry, version = open_registry(settings), registered(settings, "distant", 1, "serve.placement=apart")

@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlray.run import train
-from mlray.settings import shipped
-from mlray.tracking import MemoryTracker, NullTracker, Trackers
+from mlray.running.run import train
+from mlray.running.tracking import MemoryTracker, NullTracker, Trackers
+from mlray.values.settings import shipped
 from tests.wandb_server import KEY, WandbServer
 
 BLOCK = 32768
@@ -48,7 +48,7 @@ def plain(item):
 
 
 def test_a_training_is_one_run_with_losses_spec_and_scorecard(settings, diabetes):
-    from mlray.track_on_wandb import WandbTracker
+    from mlray.engines.track_on_wandb import WandbTracker
     memory = MemoryTracker()
     run = train(diabetes, settings, tracker=Trackers((memory, WandbTracker(settings.home / "runs"))))
     files = list((settings.home / "runs").glob("wandb/offline-run-*/*.wandb"))
@@ -66,7 +66,7 @@ def test_a_training_is_one_run_with_losses_spec_and_scorecard(settings, diabetes
 
 
 def test_a_run_that_fails_says_so(settings, diabetes):
-    from mlray.errors import DataError
+    from mlray.values.errors import DataError
     memory = MemoryTracker()
     broken = diabetes.model_copy(update={"contract": diabetes.contract | {"progression": diabetes.contract["progression"].model_copy(update={"positive_above": 499.0})}})
     with pytest.raises(DataError): train(broken, settings, tracker=Trackers((memory, NullTracker())))
@@ -100,7 +100,7 @@ class Watching(MemoryTracker):
 
 
 def test_an_online_run_is_whole_and_keeps_its_key_to_itself(settings, diabetes, server, capfd):
-    from mlray.track_on_wandb import WandbTracker
+    from mlray.engines.track_on_wandb import WandbTracker
     memory = Watching()
     run = train(diabetes, settings, tracker=Trackers((memory, WandbTracker(settings.home / "runs", mode="online"))))
     found, = server.runs.values()
@@ -120,7 +120,7 @@ def test_an_online_run_is_whole_and_keeps_its_key_to_itself(settings, diabetes, 
 
 
 def test_a_network_that_goes_away_costs_no_row(tmp_path, diabetes, server):
-    from mlray.track_on_wandb import WandbTracker
+    from mlray.engines.track_on_wandb import WandbTracker
     tracker = WandbTracker(tmp_path, mode="online")
     tracker.start(diabetes)
     for step in range(1, 61):
@@ -135,7 +135,7 @@ def test_a_network_that_goes_away_costs_no_row(tmp_path, diabetes, server):
 
 
 def test_no_network_at_all_means_offline(tmp_path, diabetes, server):
-    from mlray.track_on_wandb import WandbTracker
+    from mlray.engines.track_on_wandb import WandbTracker
     server.cut()
     tracker, began = WandbTracker(tmp_path, mode="online"), time.monotonic()
     tracker.start(diabetes)
@@ -147,7 +147,7 @@ def test_no_network_at_all_means_offline(tmp_path, diabetes, server):
 
 
 NOTEBOOK = """
-from mlray.progress import ProgressTracker
+from mlray.running.progress import ProgressTracker
 tracker = ProgressTracker()
 tracker.expect(20)
 for step in range(1, 13): tracker.log({"valid_loss": 1 / step}, step)
@@ -155,12 +155,12 @@ tracker.finish({})
 """, """
 from pathlib import Path
 from mlray import read_spec, train
-from mlray.settings import Settings, shipped
+from mlray.values.settings import Settings, shipped
 run = train(read_spec(shipped("configs") / "diabetes.yaml", ["train.epochs=3"]), Settings(root=Path("."), home=Path(".mlray"), tracking="disabled"))
 """, """
-from mlray.search import Trial
-from mlray.spec import changed
-from mlray.tuned import SearchProgress
+from mlray.running.search import Trial
+from mlray.values.spec import changed
+from mlray.running.tuned import SearchProgress
 spec = read_spec(shipped("configs") / "diabetes.yaml", ["search={trials: 4, direction: minimize, space: {model.dropout: {low: 0, high: 0.4}}}"])
 show = SearchProgress(spec)
 trials = [Trial(n, str(n), {"model.dropout": n / 10}, 3, 1 / n, None, 0.1, 100 * n) for n in range(1, 5)]
@@ -199,12 +199,12 @@ def test_json_alone_is_printed_when_json_is_asked_for(tmp_path):
 
 @pytest.mark.chaos
 def test_heads_of_the_audit_come_back_from_wandb(tmp_path, server):
-    from mlray.anchoring import anchor, verify
-    from mlray.audit import Anchor
-    from mlray.policy import Policy
-    from mlray.registry import Registry, register
-    from mlray.signature import create_signer
-    from mlray.track_on_wandb import WandbPlace
+    from mlray.engines.track_on_wandb import WandbPlace
+    from mlray.governance.anchoring import anchor, verify
+    from mlray.governance.audit import Anchor
+    from mlray.governance.policy import Policy
+    from mlray.governance.registry import Registry, register
+    from mlray.governance.signature import create_signer
     from tests.test_registry import tiny
     registry, place = Registry(f"sqlite:///{tmp_path}/registry.db", tmp_path / "store", "ada", policy=Policy(gates=())), WandbPlace(tmp_path / "runs")
     create_signer(registry.attestor.folder, "ada", "2026-01-01T00:00:00+00:00")
@@ -220,10 +220,10 @@ def test_heads_of_the_audit_come_back_from_wandb(tmp_path, server):
 
 
 def test_a_mirror_tells_wandb_what_the_registry_did(tmp_path, server):
-    from mlray.outbox import Letter, deliver, send_again, waiting
-    from mlray.policy import Policy
-    from mlray.registry import Registry, promote, register, remove
-    from mlray.track_on_wandb import WandbMirror
+    from mlray.engines.track_on_wandb import WandbMirror
+    from mlray.governance.outbox import Letter, deliver, send_again, waiting
+    from mlray.governance.policy import Policy
+    from mlray.governance.registry import Registry, promote, register, remove
     from tests.test_registry import tiny
     registry = Registry(f"sqlite:///{tmp_path}/registry.db", tmp_path / "store", "ada", policy=Policy(gates=()), mirrors=("wandb",))
     found = register(registry, tiny(tmp_path, 1), {})
@@ -259,7 +259,7 @@ def test_words_with_brackets_are_words():
 
     from rich.console import Console
 
-    from mlray.progress import ProgressTracker
+    from mlray.running.progress import ProgressTracker
     said = "a worker was lost ([/pytorch/gloo/transport/tcp/unbound_buffer.cc:129] timed out)"
     ProgressTracker(Console(file=(out := StringIO()), soft_wrap=True)).note(said)
     assert said in out.getvalue()

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from mlray.errors import SpecError, TrainingError
-from mlray.population import lived
-from mlray.registry import bundle_of, open_registry
-from mlray.reproduce import reproduce
-from mlray.rows import read_rows
-from mlray.run import LocalBackend, make_job, train
-from mlray.search import Proposals, Proposing, Trial, best_of
-from mlray.settings import Settings, shipped
-from mlray.spec import RunSpec, changed, parse_spec
+from mlray.governance.registry import bundle_of, open_registry
+from mlray.running.population import lived
+from mlray.running.reproduce import reproduce
+from mlray.running.run import LocalBackend, make_job, train
+from mlray.running.search import Proposals, Proposing, Trial, best_of
+from mlray.sources.rows import read_rows
+from mlray.values.errors import SpecError, TrainingError
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import RunSpec, changed, parse_spec
 
 DIABETES = (shipped("configs") / "diabetes.yaml").read_text()
 SEARCH = """
@@ -145,7 +145,7 @@ def test_patience_ends_a_search_at_the_same_trial_whoever_comes_first():
 @pytest.fixture(scope="module")
 def tuned(ray_cluster, tmp_path_factory):
     "A search with ASHA and TPE past its random beginning, and what came of it."
-    from mlray.tune_on_ray import tune
+    from mlray.engines.tune_on_ray import tune
     settings = in_a_home(tmp_path_factory.mktemp("tuned"))
     return settings, tune(spec_of("search.trials=14", "search.parallel=3"), settings)
 
@@ -173,7 +173,7 @@ class TestOnRay:
 
     @pytest.mark.chaos
     def test_the_same_seed_gives_the_same_trials_and_asha_spends_less(self, tuned, tmp_path):
-        from mlray.tune_on_ray import search_trials
+        from mlray.engines.tune_on_ray import search_trials
         _, done = tuned
         spec, settings = spec_of("search.trials=14", "search.parallel=3"), in_a_home(tmp_path)
         again = search_trials(spec, read_rows(spec, settings), settings)
@@ -184,13 +184,13 @@ class TestOnRay:
         assert [t.key for t in stopped] == [t.key for t in every] and sum(t.epochs for t in stopped) < 0.75 * sum(t.epochs for t in every)
 
     def test_a_search_that_is_done_runs_nothing(self, tuned):
-        from mlray.tune_on_ray import search_trials
+        from mlray.engines.tune_on_ray import search_trials
         settings, done = tuned
         spec, said = spec_of("search.trials=14", "search.parallel=3"), []
         assert search_trials(spec, read_rows(spec, settings), settings, said.append) == done.trials and said == ["14 trials are known already"]
 
     def test_other_rows_are_another_search(self, tuned, tmp_path):
-        from mlray.tune_on_ray import search_trials
+        from mlray.engines.tune_on_ray import search_trials
         settings, _ = tuned
         spec = spec_of("search.trials=14", "search.parallel=3")
         other, said = changed(spec, {"data.split.seed": 3, "search.trials": 2}), []
@@ -198,7 +198,7 @@ class TestOnRay:
         assert search_trials(other, read_rows(changed(other, {"data.split.seed": 4}), settings), settings, said.append) and sum("trial " in s for s in said) == 4
 
     def test_a_trial_that_fails_ends_itself_and_a_small_space_ends_the_search(self, ray_cluster, tmp_path):
-        from mlray.tune_on_ray import search_trials
+        from mlray.engines.tune_on_ray import search_trials
         spec = parse_spec(DIABETES + "search: {trials: 9, space: {train.learning_rate: {choices: [1.0e-3, 1.0e+30]}}}", ["train.epochs=5"])
         trials = search_trials(spec, read_rows(spec, in_a_home(tmp_path)), in_a_home(tmp_path))
         assert len(trials) == 2 and {bool(t.failed) for t in trials} == {True, False}
@@ -206,7 +206,7 @@ class TestOnRay:
 
     def test_a_population_learns_and_its_winner_is_reproduced(self, ray_cluster, tmp_path):
         "The winner's state went from trial to trial through files; trained in one go, its schedule comes to the same losses, to the bit."
-        from mlray.tune_on_ray import tune
+        from mlray.engines.tune_on_ray import tune
         spec, settings = spec_of("search.scheduler=pbt", "search.trials=4", "search.grace=3"), in_a_home(tmp_path)
         done = tune(spec, settings)
         assert [len([t for t in done.trials if t.behind == at]) for at in (0, 3, 6, 9)] == [4, 4, 4, 4] and len({t.key for t in done.trials}) == 16
@@ -223,7 +223,7 @@ class TestOnRay:
         assert reproduce(bundle_of(open_registry(settings), done.run.version), "diabetes/1", settings, LocalBackend()).identical
 
     def test_a_budget_ends_a_search_and_what_costs_too_much_is_not_chosen(self, ray_cluster, tmp_path):
-        from mlray.tune_on_ray import search_trials, tune
+        from mlray.engines.tune_on_ray import search_trials, tune
         spec, settings = spec_of("search.trials=500", "search.epochs=60", "search.prices=[latency, parameters]", "search.at_most={parameters: 16000}"), in_a_home(tmp_path)
         done = tune(spec, settings)
         spent = sum(t.epochs for t in done.trials)
@@ -235,8 +235,8 @@ class TestOnRay:
 
     @pytest.mark.chaos
     def test_a_trial_of_two_workers_finds_what_a_run_of_two_finds(self, ray_cluster, tmp_path):
-        from mlray.train_on_ray import RayBackend
-        from mlray.tune_on_ray import search_trials
+        from mlray.engines.train_on_ray import RayBackend
+        from mlray.engines.tune_on_ray import search_trials
         spec, settings = spec_of("search.workers=2", "search.trials=3", "search.scheduler=none"), in_a_home(tmp_path)
         with pytest.raises(SpecError, match="RayBackend"): search_trials(spec, read_rows(spec, settings), settings)
         with pytest.raises(TrainingError, match="the cluster has"): search_trials(changed(spec, {"search.workers": 999}), read_rows(spec, settings), settings, each=RayBackend(999))
@@ -250,8 +250,8 @@ class TestOnRay:
     def test_a_trial_of_two_workers_that_is_stopped_gives_its_cores_back(self, ray_cluster, tmp_path):
         import ray
 
-        from mlray.train_on_ray import RayBackend
-        from mlray.tune_on_ray import search_trials
+        from mlray.engines.train_on_ray import RayBackend
+        from mlray.engines.tune_on_ray import search_trials
         spec, settings = spec_of("search.workers=2", "search.trials=6", "search.sampler=random", "search.grace=1", "search.reduction=2", "train.epochs=40", "train.patience=40"), in_a_home(tmp_path)
         trials = search_trials(spec, read_rows(spec, settings), settings, each=RayBackend(2))
         assert len(trials) == 6 and not any(t.failed for t in trials) and min(t.epochs for t in trials) < 40 == max(t.epochs for t in trials)
@@ -262,7 +262,7 @@ class TestOnRay:
         assert len(search_trials(budget, read_rows(budget, settings), settings, each=RayBackend(2))) < 10
 
     def test_two_workers_are_reproduced(self, ray_cluster, tmp_path, diabetes):
-        from mlray.train_on_ray import RayBackend
+        from mlray.engines.train_on_ray import RayBackend
         settings = in_a_home(tmp_path)
         run = train(changed(diabetes, {"train.epochs": 4}), settings, RayBackend(2))
         made = reproduce(bundle_of(open_registry(settings), run.version), "diabetes/1", settings, RayBackend(2))
@@ -329,7 +329,7 @@ def test_changed_rows_are_named(project):
 def test_a_changed_package_is_named(trained, tmp_path):
     from safetensors.numpy import load
 
-    from mlray.bundle import pack, predict
+    from mlray.shipping.bundle import pack, predict
     settings, run = trained
     bundle = bundle_of(open_registry(settings), run.version)
     job = make_job(bundle.spec, run.rows)
@@ -347,7 +347,7 @@ def test_a_search_in_a_notebook_has_its_card(tmp_path):
     import nbformat
     from nbclient import NotebookClient
     (tmp_path / "s.yaml").write_text(DIABETES + SEARCH)
-    code = 'import mlray; from mlray.settings import Settings; from pathlib import Path\nfound = mlray.tune(mlray.read_spec("s.yaml", ["train.epochs=4", "search.trials=4"]), Settings(root=Path("."), home=Path("home"), object_store_mb=100, tracking="disabled"))'
+    code = 'import mlray; from mlray.values.settings import Settings; from pathlib import Path\nfound = mlray.tune(mlray.read_spec("s.yaml", ["train.epochs=4", "search.trials=4"]), Settings(root=Path("."), home=Path("home"), object_store_mb=100, tracking="disabled"))'
     page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code), nbformat.v4.new_code_cell("found")])
     NotebookClient(page, timeout=400, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = page.cells[0].outputs
