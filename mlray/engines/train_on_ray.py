@@ -172,7 +172,7 @@ def _room(most: int, least: int, each: dict[str, float], without: Sequence[Node]
     "For how many workers there is room now."
     there = _elsewhere(without)
     for number in range(most, least - 1, -1):
-        group = placement_group([each] * number, bundle_label_selector=[there] * number if there else None) # type: ignore[arg-type]
+        group = placement_group([each] * number, bundle_label_selector=[there] * number if there else None)
         try:
             if group.wait(patience_s): return number
         finally: remove_placement_group(group)
@@ -189,7 +189,7 @@ class RayBackend:
     workers_min: int | None = None  # so many will do where there is no room for all; None: all or none
     checkpoints: str = ""           # where states are kept; empty: in `home`
 
-    def _each(self) -> dict[str, float]: return {"CPU": 1} | ({"GPU": 1} if self.gpu else {})
+    def _each(self) -> dict[str, float]: return {"CPU": 1.0} | ({"GPU": 1.0} if self.gpu else {})
 
     def _trainer(self, job: list[Any], kept: Checkpoints, most: int, without: Sequence[Node], news: Queue) -> TorchTrainer:
         config = {"job": job, "news": news, "folder": str(kept.folder), "url": self.checkpoints, "workers": self.workers}
