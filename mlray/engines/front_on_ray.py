@@ -16,7 +16,7 @@ from typing import Any
 from starlette.middleware import Middleware
 
 from .serve_on_ray import Gateway
-from ..serving.asgi import Headers, Receive, Scope, Send, headers_of, length_of, send_reply
+from ..serving.asgi import Headers, Receive, Scope, Send, headers_of, id_of, length_of, send_reply
 from ..serving.wire import Reply
 
 # %% ../../nbs/10_engines/12_front_on_ray.ipynb #4e9b15b8
@@ -71,6 +71,8 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway = self.gateway or self.look()
+        if gateway and scope.get("path", "").endswith("/-/healthz") and (recorder := gateway.service.recorder) and not recorder.able(): # HAProxy asks elsewhere until there is room again
+            return await send_reply(Reply(503, b'{"error":"not_recorded","message":"What this replica answers could not be recorded."}'), id_of(headers_of(scope)), send)
         if scope["type"] != "http" or gateway is None or not _soon(gateway, scope, headers := headers_of(scope)): return await self.serve(scope, receive, send)
         with gateway.ahead: await send_whole(*await gateway.answer(scope, receive, headers), send)
 
