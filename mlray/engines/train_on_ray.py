@@ -234,7 +234,7 @@ class RayBackend:
             lost += not crowded and not going # who finds no room, or was told to go, has failed at nothing
             if lost > self.failures: raise TrainingError(f"Workers were lost {lost} times, the last time so: {letter}. The newest checkpoint is in {kept.folder}: go on with `mlray train … --resume`, or raise `failures` in settings.ini.")
             note(f"{'what was announced has gone' if going else 'Ray finds no room for so many workers' if crowded else f'a worker was lost ({letter})'}; going on from the newest checkpoint")
-            if "No space left" in f"{letter} {attempt.error}": full = [n for n in nodes_of() if n.full]
+            if "No space left" in f"{letter} {attempt.error}": full = [n for n in nodes_of() if n.full or n.silent] # some can no longer say why
             if full or crowded: most = self._team(full, note)
         state = kept.newest(note)
         if state is None: raise TrainingError(f"Ray Train ended without a checkpoint in {kept.folder}. Do all nodes see this folder?")
