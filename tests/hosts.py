@@ -60,7 +60,7 @@ class Hosts:
     folder: Path                            # for keys and what hosts write
     shared: Sequence[Path] = ()             # the same for all
     variables: Mapping[str, str] = field(default_factory=dict) # of every login, unless they are set (what SSH starts reads ~/.bashrc in every shell of its first level, workers of Ray among them)
-    memory_mb: int = 4096                   # of a host
+    memory_mb: int = 6144                   # of a host; on a busy one Ray starts many processes of 0.2 GB at once
     prefix: str = field(default_factory=lambda: f"h{os.getpid()}x{next(_NETWORKS)}") # of its own, for a process may have two networks at a time
 
     def __enter__(self) -> "Hosts":

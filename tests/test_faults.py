@@ -255,6 +255,23 @@ def test_a_worker_lost_too_often_leaves_its_last_checkpoint(ray_cluster, job, un
     assert [e.number for e in history] == list(range(1, EPOCHS + 1)) and same(history[-1].state, undisturbed) and "passed over" in notes[0]
 
 
+@pytest.mark.ray
+@pytest.mark.xdist_group("faults")
+def test_room_is_what_the_scheduler_finds(ray_cluster):
+    "Beside what others have taken, and without nodes whose disk is full."
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    from mlray.engines.nodes_on_ray import Node
+    from mlray.engines.train_on_ray import _room
+    node = ray.nodes()[0]
+    cores = int(node["Resources"]["CPU"])
+    taken = placement_group([{"CPU": 0.5}])
+    assert taken.wait(60) and _room(cores, 1, {"CPU": 1}) == cores - 1
+    remove_placement_group(taken)
+    assert _room(1, 1, {"CPU": 1}, [Node("full", id=node["NodeID"])], patience_s=1) == 0
+
+
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[object]:
     "Three Ray nodes on this machine: one for the driver, two that work and may die."

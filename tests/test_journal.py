@@ -21,7 +21,7 @@ from mlray.learning.contract import Contract
 from mlray.learning.profile import Profile
 from mlray.monitoring.archive import cloud_events, entry_rows, erase, journaled, purge, put_away
 from mlray.monitoring.feedback import feedback_of, newest, truth
-from mlray.monitoring.journal import Entry, Feedback, Journal, ended, line_of, read, records, segments, whole
+from mlray.monitoring.journal import Entry, Feedback, Journal, JournalFull, ended, line_of, read, records, segments, whole
 from mlray.monitoring.keeping import Keys, kept, open_recorder, plan, pseudonym, read_keys
 from mlray.serving.served import Served
 from mlray.serving.service import Service
@@ -157,6 +157,25 @@ for i in range(300):
 journal.close()
 print(refused, journal.dropped, *said)
 """
+
+
+def test_whoever_could_record_nothing_says_so_until_there_is_room(tmp_path):
+    "By what HAProxy asks a replica; what was tried meanwhile is no record."
+    journal, record = Journal[Entry](tmp_path, sync_s=0), Entry("a", 1, "wine", "1", "d" * 8, 200, 0.1)
+    journal.write(record)
+    assert journal.able()
+    file, full = os.dup(journal._segment.file), os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, journal._segment.file)
+    with pytest.raises(JournalFull): journal.write(record)
+    assert not journal.able() and not journal.able()
+    os.dup2(file, journal._segment.file)
+    assert journal.able()
+    journal.write(record)
+    assert journal.able()
+    journal.close()
+    found, torn = read(next(tmp_path.glob("*.log")), Entry)
+    assert [e.id for e in found] == ["a", "a"] and found[1].lost == 1 and torn == 0
+    os.close(file), os.close(full)
 
 
 @pytest.mark.parametrize("policy", ["refuse", "answer-without"])

@@ -101,9 +101,11 @@ def test_a_full_disk_of_one_host_stops_nothing(lab, key):
     assert left == ["0"], left
     try:
         load = loaded(lab, "n1", key, 50, f"{lab.share}/ids")
-        trained = lab.mlray("train", "patients.yaml", "train.seed=5", "--on", "lab")
+        trained = lab.mlray("train", "patients.yaml", "train.seed=5", "--workers", "1..3", "--on", "lab")
         seen = json.loads(load.communicate(timeout=300)[0].splitlines()[-1])
-        print("\na host without room:", seen, "trained meanwhile:", trained["version"])
+        print("\na host without room:", seen, "trained meanwhile:", trained["version"], f"{lab.seconds['train patients.yaml']:.0f} s")
+        refused = lab.laptop("mlray", "train", "patients.yaml", "train.seed=6", "--workers", "3", "--on", "lab", timeout=400) # who wants three and no fewer
+        assert refused.returncode == 3 and f"no room on the disk of {lab.hosts.ip('n3')}, and elsewhere there is none for 3 workers" in refused.stderr, refused.stderr
         complaints = told(lab, "n3")
         print("the doctor:", [c["found"] for c in complaints])
     finally: lab.hosts.run("n3", "bash", "-c", "mount -o remount,size=2g /tmp; rm -f /tmp/filler")
@@ -114,7 +116,8 @@ def test_a_full_disk_of_one_host_stops_nothing(lab, key):
     print(f"{len(acknowledged)} answers acknowledged, {len(acknowledged - kept)} of them not journaled")
     assert len(acknowledged) == seen["answered"] and acknowledged <= kept
     assert told(lab, "n3") == []
-    assert lab.mlray("train", "patients.yaml", "train.seed=5", "--on", "lab")["digest"] == trained["digest"]
+    again = lab.mlray("train", "patients.yaml", "train.seed=5", "--workers", "2", "--on", "lab")
+    assert again["measures"] == trained["measures"], "what two workers make anywhere"
 
 
 def announced(lab: Lab, n: str, seconds: int) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,7 +25,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2.api.exceptions import PreemptionError
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
@@ -34,7 +38,7 @@ from ..learning.model import Epoch, Job, State, dump_state, epochs, load_state, 
 from ..running.checkpoints import Checkpoints
 from ..running.remote_checkpoints import open_checkpoints, place_of
 from ..running.run import Note
-from ..values.errors import MlrayError, TrainingError
+from ..values.errors import MlrayError, TrainingError, Unavailable
 
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #733c2250
 def _agreed(state: State | None, world: int) -> State | None:
@@ -160,6 +164,20 @@ class _Attempt:
 
 _PATIENCE = 20 # seconds for an orderly end
 
+# %% ../../nbs/10_engines/05_train_on_ray.ipynb #7937755e
+def _elsewhere(without: Sequence[Node]) -> dict[str, str] | None: return {"ray.io/node-id": f"!in({','.join(n.id for n in without)})"} if without else None
+
+
+def _room(most: int, least: int, each: dict[str, float], without: Sequence[Node] = (), patience_s: float = 5) -> int: # 0: not for so few
+    "For how many workers there is room now."
+    there = _elsewhere(without)
+    for number in range(most, least - 1, -1):
+        group = placement_group([each] * number, bundle_label_selector=[there] * number if there else None)
+        try:
+            if group.wait(patience_s): return number
+        finally: remove_placement_group(group)
+    return 0
+
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #89252969
 @dataclass(frozen=True)
 class RayBackend:
@@ -171,13 +189,25 @@ class RayBackend:
     workers_min: int | None = None  # so many will do where there is no room for all; None: all or none
     checkpoints: str = ""           # where states are kept; empty: in `home`
 
-    def _trainer(self, job: list[Any], news: Queue, kept: Checkpoints, without: Sequence[Node] = ()) -> TorchTrainer:
+    def _each(self) -> dict[str, float]: return {"CPU": 1.0} | ({"GPU": 1.0} if self.gpu else {})
+
+    def _trainer(self, job: list[Any], kept: Checkpoints, most: int, without: Sequence[Node], news: Queue) -> TorchTrainer:
         config = {"job": job, "news": news, "folder": str(kept.folder), "url": self.checkpoints, "workers": self.workers}
-        team: Any = (self.workers_min, self.workers) if self.workers_min and self.workers_min < self.workers else self.workers
+        fewer = bool(self.workers_min and self.workers_min < self.workers)
+        team: Any = (self.workers_min, most) if self.workers_min and self.workers_min < most else most
         return TorchTrainer(
             _work, train_loop_config=config, torch_config=TorchConfig(timeout_s=self.collective_timeout_s),
-            scaling_config=ScalingConfig(num_workers=team, use_gpu=self.gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if self.gpu else {}), label_selector={"ray.io/node-id": f"!in({','.join(n.id for n in without)})"} if without else None), # type: ignore[call-arg]
-            run_config=RunConfig(name=uuid4().hex[:8], **place_of(kept), failure_config=FailureConfig(max_failures=0), callbacks=[_Announced(news)])) # type: ignore[list-item]
+            scaling_config=ScalingConfig(num_workers=team, use_gpu=self.gpu, resources_per_worker=self._each(), label_selector=_elsewhere(without)), # type: ignore[call-arg]
+            run_config=RunConfig(name=uuid4().hex[:8], **place_of(kept), callbacks=[_Announced(news)], # type: ignore[list-item]
+                                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if fewer else -1))) # type: ignore[call-arg]
+
+    def _team(self, without: Sequence[Node], note: Note) -> int: # how many workers may be asked for next
+        "What there is room for, beside all else that runs there. Raises `Unavailable` where only nodes with a full disk are left."
+        if without: note(f"there is no room on the disk of {', '.join(n.name for n in without)}: no worker is put there")
+        least = self.workers_min or self.workers
+        found = _room(self.workers, least, self._each(), without)
+        if without and not found: raise Unavailable(f"There is no room on the disk of {', '.join(n.name for n in without)}, and elsewhere there is none for {least} worker{'s' * (least > 1)}. Make room there (`mlray doctor` says where), or ask for fewer with `workers`; then go on with `mlray train … --resume`.")
+        return found or self.workers
 
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
         whole = job.model.estimator or job.mitigation # fitted as a whole, on one worker; no estimator has use for a GPU
@@ -186,9 +216,9 @@ class RayBackend:
             return
         kept = open_checkpoints((home / name).resolve(), self.checkpoints)
         if not resume: kept.forget()
-        shared, newest, full = [ray.put(job)], None, list[Node]()
-        for number in range(self.failures + 1):
-            attempt = _Attempt(lambda news: self._trainer(shared, news, kept, full))
+        shared, newest, full, most, lost = [ray.put(job)], None, list[Node](), self.workers, 0
+        while True:
+            attempt = _Attempt(partial(self._trainer, shared, kept, most, full))
             try:
                 for said in attempt:
                     if isinstance(said, str): note(said)
@@ -197,11 +227,15 @@ class RayBackend:
                         newest = said
             finally: attempt.end()
             if attempt.error is None: break
-            letter = _told(attempt.error)
+            letter, most = _told(attempt.error), self.workers
             if not isinstance(letter, _Lost): raise letter
-            if number < self.failures: note(f"a worker was lost ({letter}); going on from the newest checkpoint")
-            if "No space left" in str(letter) and (full := [n for n in nodes_of() if n.full]): note(f"there is no room on the disk of {', '.join(n.name for n in full)}: no worker is put there")
-        else: raise TrainingError(f"Workers were lost {self.failures + 1} times, the last time so: {letter}. The newest checkpoint is in {kept.folder}: go on with `mlray train … --resume`, or raise `failures` in settings.ini.")
+            crowded = isinstance(getattr(attempt.error, "controller_failure", None), WorkerGroupStartupTimeoutError)
+            going = isinstance(attempt.error, PreemptionError)
+            lost += not crowded and not going # who finds no room, or was told to go, has failed at nothing
+            if lost > self.failures: raise TrainingError(f"Workers were lost {lost} times, the last time so: {letter}. The newest checkpoint is in {kept.folder}: go on with `mlray train … --resume`, or raise `failures` in settings.ini.")
+            note(f"{'what was announced has gone' if going else 'Ray finds no room for so many workers' if crowded else f'a worker was lost ({letter})'}; going on from the newest checkpoint")
+            if "No space left" in f"{letter} {attempt.error}": full = [n for n in nodes_of() if n.full or n.silent] # some can no longer say why
+            if full or crowded: most = self._team(full, note)
         state = kept.newest(note)
         if state is None: raise TrainingError(f"Ray Train ended without a checkpoint in {kept.folder}. Do all nodes see this folder?")
         yield from (epoch for epoch in replayed(state) if epoch.number >= (newest.number if newest else 1))

@@ -142,6 +142,15 @@ class Journal(Generic[One]):
         if not self.sync_s: os.fsync(self._segment.file)
         if self._segment.size >= self.most_bytes: self.rotate()
 
+    def able(self) -> bool:
+        "Whether a record could be kept, where that is asked for: if the last one was not, an empty line is tried."
+        with self._lock:
+            if self.full != "refuse" or self.dropped == self._said: return True
+            try:
+                if self._segment is None: self._segment = _new_segment(self.folder)
+                return os.write(self._segment.file, b"\n") == 1
+            except OSError: return False
+
     def rotate(self) -> None:
         "End the segment; the next record opens another."
         with self._lock:

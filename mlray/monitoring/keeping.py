@@ -237,6 +237,10 @@ class Recorder:
         self.journal.write(Entry(request_id, self.now(), bundle.name, version, bundle.digest, status, seconds, len(said), kept(self.plans[bundle.digest], columns) if columns else {}, answer_columns(said), arm, caller,
                                  pseudonym(self.keys, "subject", subject) if subject else "", scoring=scoring))
 
+    def able(self) -> bool:
+        "Whether what is answered could be recorded."
+        return not isinstance(self.journal, Journal) or self.journal.able()
+
 
 def open_recorder(
     settings: Settings,
