@@ -54,7 +54,7 @@ def _at(field: str, title: str | None = None, kind: str = "quantitative", **more
 
 
 # lines stand at powers of ten only; one for each number between them is a curtain
-_LOG = {"scale": {"type": "log"}, "axis": {"gridOpacity": {"condition": {"test": "abs(log(datum.value) / LN10 - round(log(datum.value) / LN10)) < 1e-9", "value": 1}, "value": 0}}}
+_LOG: dict[str, Any] = {"scale": {"type": "log"}, "axis": {"gridOpacity": {"condition": {"test": "abs(log(datum.value) / LN10 - round(log(datum.value) / LN10)) < 1e-9", "value": 1}, "value": 0}}}
 
 
 def _zoom(*along: str) -> list[dict[str, Any]]: return [{"name": "zoom", "select": {"type": "interval", "encodings": list(along)}, "bind": "scales"}]
