@@ -204,8 +204,8 @@ def test_the_documentation(chromium, axe, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "site")) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         see = Looker(chromium, axe, bypass_csp=True)
-        for name in ("index", "tutorials/first_run", "run", "fairness", "explanations/glossary"):
-            see.look(f"http://127.0.0.1:{server.server_port}/{name}.html", f"site-{Path(name).name}")
+        for name in ("index", "tutorials/first_run", "running/index", "running/run", "measures/fairness", "explanations/glossary"):
+            see.look(f"http://127.0.0.1:{server.server_port}/{name}.html", f"site-{name.replace('/', '-')}")
             assert see.page.locator("body").get_attribute("data-md-color-scheme") == "slate", f"{name} is not dark where the system is"
         server.shutdown()
     assert not see.wrong, see.told()

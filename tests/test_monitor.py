@@ -218,7 +218,8 @@ def test_alerts_stand_in_the_spec(diabetes):
 
 @pytest.mark.chaos
 def test_the_replay_gate(trained, bundle, people, tmp_path):
-    from mlray.engines.gate_on_papermill import _environment, gate_path, run_gate
+    from mlray.engines.gate_on_papermill import environment_of, run_gate
+    from mlray.running.gate_page import gate_path
     shutil.copytree(trained[0].home, tmp_path / "home")
     settings = trained[0].model_copy(update={"home": tmp_path / "home", "root": tmp_path})
     registry = open_registry(settings)
@@ -227,7 +228,7 @@ def test_the_replay_gate(trained, bundle, people, tmp_path):
     both, journal, now = answers(bundle, people), Journal(settings.home / "journal/segments"), int(time.time())
     journal.write(Entry("r", (now - 60) * 10**9, "diabetes", "1", bundle.digest, rows=people.height, **both))
     journal.close()
-    with _environment(settings): runs = [run_gate(gate_path("replay", settings), {"version": "diabetes/1"}) for _ in range(2)]
+    runs = [run_gate(gate_path("replay", settings), {"version": "diabetes/1"}, environment=environment_of(settings)) for _ in range(2)]
     assert all(r.verdict.passed and not r.broken and r.verdict.findings[0].value == 0 for r in runs), [r.broken for r in runs]
 
 

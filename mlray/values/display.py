@@ -49,7 +49,7 @@ class Table:
 
     def _repr_html_(self) -> str:
         def row(tag: str, cells: Iterable[str]) -> str:
-            made = ((tag if c else "td", _CODE.sub(r"<code>\1</code>", escape(c)), "right" if n else "left") for c, n in zip(cells, self.numeric, strict=True)) # a heading without words heads nothing
+            made = ((tag if c else "td", _SIGN.sub(r"\1&nbsp;", _CODE.sub(r"<code>\1</code>", escape(c))), "right" if n else "left") for c, n in zip(cells, self.numeric, strict=True)) # a heading without words heads nothing
             return "<tr>" + "".join(f"<{t} style='text-align:{side}'>{c}</{t}>" for t, c, side in made) + "</tr>"
         if self.title and not self.rows: return f"<p><b>{escape(self.title)}</b></p>"
         caption = f"<caption style='text-align:left'><b>{escape(self.title)}</b></caption>" if self.title else ""
@@ -59,6 +59,7 @@ class Table:
 
 
 _CODE = re.compile("`([^`]+)`") # as Markdown has it
+_SIGN = re.compile("^([✓✗]) ")         # stays in the line of its word
 
 
 def table(

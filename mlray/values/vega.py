@@ -53,6 +53,10 @@ def _at(field: str, title: str | None = None, kind: str = "quantitative", **more
     return {"field": field, "type": kind, "title": title, **scale, **more}
 
 
+# lines stand at powers of ten only; one for each number between them is a curtain
+_LOG: dict[str, Any] = {"scale": {"type": "log"}, "axis": {"gridOpacity": {"condition": {"test": "abs(log(datum.value) / LN10 - round(log(datum.value) / LN10)) < 1e-9", "value": 1}, "value": 0}}}
+
+
 def _zoom(*along: str) -> list[dict[str, Any]]: return [{"name": "zoom", "select": {"type": "interval", "encodings": list(along)}, "bind": "scales"}]
 
 
@@ -113,7 +117,7 @@ def front(
 ) -> dict[str, Any]: # Vega-Lite
     "Points in the plane, and some of them in colour."
     values = [*({"x": _known(x), "y": _known(y), "what": "", "best": False} for x, y in points), *({"x": _known(x), "y": _known(y), "what": w, "best": True} for x, y, w in best)]
-    where = {"x": _at("x", across, scale={"type": "log"} if log else {}), "y": _at("y", up)}
+    where = {"x": _at("x", across, **(_LOG if log else {})), "y": _at("y", up)}
     seen = [{"field": "what", "type": "nominal", "title": "point"}, {"field": "x", "type": "quantitative", "title": across or "x", "format": ".4~g"}, {"field": "y", "type": "quantitative", "title": up or "y", "format": ".4~g"}]
     colour = {"condition": {"test": "datum.best", "value": COLOURS[0]}, "value": "gray"}
     dots = {"mark": {"type": "point", "filled": True, "opacity": 1}, "params": _zoom("x", "y"), "encoding": where | {"color": colour, "size": {"condition": {"test": "datum.best", "value": 70}, "value": 30}, "tooltip": seen}}
