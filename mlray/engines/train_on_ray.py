@@ -203,9 +203,9 @@ def _elsewhere(without: Sequence[Node]) -> dict[str, str] | None: return {"ray.i
 
 def _room(most: int, least: int, each: dict[str, float], without: Sequence[Node] = (), patience_s: float = 5) -> int: # 0: not for so few
     "For how many workers there is room now, by reserving a place for each."
-    there, until = _elsewhere(without), time.monotonic() + patience_s
+    there = _elsewhere(without)
     places = [placement_group([each], bundle_label_selector=[there] if there else None) for _ in range(most)]
-    try: found = sum(place.wait(max(until - time.monotonic(), 0.01)) for place in places)
+    try: found = len(ray.wait([place.ready() for place in places], num_returns=most, timeout=patience_s)[0])
     finally:
         for place in places: remove_placement_group(place)
     return found if found >= least else 0
