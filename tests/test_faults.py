@@ -344,3 +344,33 @@ def test_a_node_lost_for_good_leaves_fewer_workers(nodes, diabetes, tmp_path):
     assert not again.identical and "number of workers changed on the way" in again.finding
     for node in victims: nodes.remove_node(node, allow_graceful=False)
     nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+
+
+@pytest.mark.chaos
+@pytest.mark.ray
+@pytest.mark.parametrize("room", ["a node comes", "a neighbour goes"])
+def test_a_smaller_team_grows_between_two_epochs(nodes, diabetes, tmp_path, room):
+    "It began with one worker, for want of a node or beside something else; the second joins without a failure, and each part is to the bit what a team of its size makes of it."
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    from mlray.engines.train_on_ray import RayBackend
+    most = 3 * LONG # a node takes its time to come
+    long = with_train(make_job(diabetes, read_rows(diabetes, Settings(root=tmp_path, home=tmp_path))), epochs=most, patience=most, batch_size=16)
+    neighbour = placement_group([{"CPU": 1}])
+    assert neighbour.wait(60)
+    if room == "a node comes":
+        remove_placement_group(neighbour)
+        nodes.remove_node(next(iter(nodes.worker_nodes)))
+        nodes.wait_for_nodes(60)
+    notes, reached, began = list[str](), 0, time.monotonic()
+    for epoch in RayBackend(2, failures=0, workers_min=1, grow_every_s=1).train(long, "run", tmp_path / "grown", note=notes.append):
+        if epoch.number == 5 and room == "a node comes": nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        if epoch.number == 5 and room == "a neighbour goes": remove_placement_group(neighbour)
+        reached = epoch.number
+    grown, seconds = epoch.state, time.monotonic() - began
+    alone = grown.workers.count(1)
+    assert reached == most and 5 <= alone < most and grown.workers == (1,) * alone + (2,) * (most - alone), (grown.workers, notes)
+    assert f"grew from 1 to 2 workers after epoch {alone}" in notes and not any("lost" in n for n in notes), notes
+    stopped(long, tmp_path / "by hand", alone)
+    assert same(last(RayBackend(2).train(long, "run", tmp_path / "by hand", resume=True)), grown)
+    print(f"\n{room}: {alone} epochs of one worker, then {most - alone} of two, {seconds:.1f} s in all, load {os.getloadavg()[0]:.0f}; weights identical to one worker stopped there and two that go on: {notes}")

@@ -41,15 +41,21 @@ from ..running.run import Note
 from ..values.errors import MlrayError, TrainingError, Unavailable
 
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #733c2250
+def _joint(number: int, world: int) -> int:
+    "The number of rank 0, on every worker."
+    if world == 1: return number
+    said = torch.tensor([number], device=get_device())
+    torch.distributed.broadcast(said, 0)
+    return int(said)
+
+
 def _agreed(state: State | None, world: int) -> State | None:
     "The state of rank 0, on every worker."
     if world == 1: return state
-    device = get_device()
-    data = torch.frombuffer(bytearray(dump_state(state) if state else b""), dtype=torch.uint8) if state else torch.empty(0, dtype=torch.uint8)
-    size = torch.tensor([len(data)], device=device)
-    torch.distributed.broadcast(size, 0)
-    if not int(size): return None
-    data = data.to(device) if len(data) else torch.empty(int(size), dtype=torch.uint8, device=device)
+    data = torch.frombuffer(bytearray(dump_state(state)), dtype=torch.uint8) if state else torch.empty(0, dtype=torch.uint8)
+    size = _joint(len(data), world)
+    if not size: return None
+    data = data.to(get_device()) if len(data) else torch.empty(size, dtype=torch.uint8, device=get_device())
     torch.distributed.broadcast(data, 0)
     return load_state(bytes(data.cpu().numpy()))
 
@@ -83,13 +89,38 @@ def _work(config: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     start = _agreed(kept.newest(lambda text: news.put(text)) if rank == 0 else None, world)
     if rank == 0:
-        if world < config["workers"]: news.put(f"there is room for {world} of {config['workers']} workers")
+        for text in _of_the_team(world, config["workers"], start): news.put(text)
         for epoch in replayed(start): news.put(replace(epoch, state=None))
     parallel = (lambda n: n) if world == 1 else _sharded if job.train.parallel == "fsdp" else _averaged
+    looked = time.monotonic()
     for epoch in epochs(job.shard(rank, world), start, rank, world, parallel, get_device(), _together):
         if rank == 0 and epoch.state: kept.save(epoch.state)
         ray.train.report({"epoch": epoch.number, **epoch.metrics})
         if rank == 0: news.put(replace(epoch, state=None))
+        if world == config["workers"]: continue
+        more = 0
+        if rank == 0 and _looks(time.monotonic() - looked, config["grow_every_s"], bool(epoch.state and epoch.state.goes_on(job.train))):
+            more, looked = _room(config["workers"] - world, 1, config["each"], config["without"], patience_s=1), time.monotonic()
+            if more: news.put(_Larger(world + more))
+        if _joint(more, world): return # all of them after the same epoch
+
+# %% ../../nbs/10_engines/05_train_on_ray.ipynb #745f78c4
+@dataclass(frozen=True)
+class _Larger:
+    "What a team says that ends because there is room for more."
+    workers: int
+
+
+def _looks(since_s: float, every_s: float, goes_on: bool) -> bool: # since the team began or last looked; whether there are epochs to come
+    "Whether a team looks for room after this epoch."
+    return goes_on and since_s >= every_s
+
+
+def _of_the_team(world: int, wanted: int, start: State | None) -> list[str]:
+    "What is said of how many there are, when they begin."
+    before = start.workers[-1] if start and start.workers else world
+    said = [f"{'grew' if before < world else 'shrank'} from {before} to {world} worker{'s' * (world > 1)} after epoch {start.epoch}"] if start and before != world else []
+    return said + ([f"there is room for {world} of {wanted} workers"] if world < wanted else [])
 
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #2a85c7f7
 def _notice(names: Sequence[str], seconds: float | None, leads: bool) -> str:
@@ -121,6 +152,7 @@ class _Attempt:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.news = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         self.leader: ActorHandle | None = None
+        self.larger: int | None = None # it has ended because there is room for so many
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._fit, args=(trainer(self.news),), daemon=True)
         self.thread.start()
@@ -135,8 +167,9 @@ class _Attempt:
         with suppress(Empty):
             said = self.news.get(timeout=timeout)
             if said is None: self.thread.join() # these were its last words
-            if not isinstance(said, ActorHandle): return said
-            self.leader = said
+            if isinstance(said, ActorHandle): self.leader = said
+            elif isinstance(said, _Larger): self.larger = said.workers
+            else: return said
         return None
 
     def __iter__(self) -> Iterator[Epoch | str]:
@@ -169,14 +202,24 @@ def _elsewhere(without: Sequence[Node]) -> dict[str, str] | None: return {"ray.i
 
 
 def _room(most: int, least: int, each: dict[str, float], without: Sequence[Node] = (), patience_s: float = 5) -> int: # 0: not for so few
-    "For how many workers there is room now."
+    "For how many workers there is room now, by reserving a place for each."
     there = _elsewhere(without)
-    for number in range(most, least - 1, -1):
-        group = placement_group([each] * number, bundle_label_selector=[there] * number if there else None)
-        try:
-            if group.wait(patience_s): return number
-        finally: remove_placement_group(group)
-    return 0
+    places = [placement_group([each], bundle_label_selector=[there] if there else None) for _ in range(most)]
+    try: found = len(ray.wait([place.ready() for place in places], num_returns=most, timeout=patience_s)[0])
+    finally:
+        for place in places: remove_placement_group(place)
+    return found if found >= least else 0
+
+
+def _team(most: int, least: int, each: dict[str, float], without: Sequence[Node], note: Note) -> int: # how many workers may be asked for next; 0: not so few
+    "What there is room for, beside all else that runs there. Raises `Unavailable` where only nodes with a full disk are left."
+    if without: note(f"there is no room on the disk of {', '.join(n.name for n in without)}: no worker is put there")
+    found = _room(most, least, each, without)
+    if without and not found: raise Unavailable(f"There is no room on the disk of {', '.join(n.name for n in without)}, and elsewhere there is none for {least} worker{'s' * (least > 1)}. Make room there (`mlray doctor` says where), or ask for fewer with `workers`; then go on with `mlray train … --resume`.")
+    return found
+
+
+_NEVER = 1e9 # seconds
 
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #89252969
 @dataclass(frozen=True)
@@ -188,26 +231,20 @@ class RayBackend:
     collective_timeout_s: int = 120 # workers wait for each other for so long
     workers_min: int | None = None  # so many will do where there is no room for all; None: all or none
     checkpoints: str = ""           # where states are kept; empty: in `home`
+    grow_every_s: float = 60        # a team that is smaller than it might be looks for room no more often, and grows no more often
+
+    @property
+    def _range(self) -> int | tuple[int, int]: return (self.workers_min, self.workers) if self.workers_min and self.workers_min < self.workers else self.workers
 
     def _each(self) -> dict[str, float]: return {"CPU": 1.0} | ({"GPU": 1.0} if self.gpu else {})
 
-    def _trainer(self, job: list[Any], kept: Checkpoints, most: int, without: Sequence[Node], news: Queue) -> TorchTrainer:
-        config = {"job": job, "news": news, "folder": str(kept.folder), "url": self.checkpoints, "workers": self.workers}
-        fewer = bool(self.workers_min and self.workers_min < self.workers)
-        team: Any = (self.workers_min, most) if self.workers_min and self.workers_min < most else most
+    def _trainer(self, job: list[Any], kept: Checkpoints, team: int | tuple[int, int], without: Sequence[Node], news: Queue) -> TorchTrainer:
+        config = {"job": job, "news": news, "folder": str(kept.folder), "url": self.checkpoints, "workers": self.workers, "each": self._each(), "without": without, "grow_every_s": self.grow_every_s}
         return TorchTrainer(
             _work, train_loop_config=config, torch_config=TorchConfig(timeout_s=self.collective_timeout_s),
-            scaling_config=ScalingConfig(num_workers=team, use_gpu=self.gpu, resources_per_worker=self._each(), label_selector=_elsewhere(without)), # type: ignore[call-arg]
+            scaling_config=ScalingConfig(num_workers=team, elastic_resize_monitor_interval_s=_NEVER, use_gpu=self.gpu, resources_per_worker=self._each(), label_selector=_elsewhere(without)), # type: ignore[arg-type, call-arg]
             run_config=RunConfig(name=uuid4().hex[:8], **place_of(kept), callbacks=[_Announced(news)], # type: ignore[list-item]
-                                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if fewer else -1))) # type: ignore[call-arg]
-
-    def _team(self, without: Sequence[Node], note: Note) -> int: # how many workers may be asked for next
-        "What there is room for, beside all else that runs there. Raises `Unavailable` where only nodes with a full disk are left."
-        if without: note(f"there is no room on the disk of {', '.join(n.name for n in without)}: no worker is put there")
-        least = self.workers_min or self.workers
-        found = _room(self.workers, least, self._each(), without)
-        if without and not found: raise Unavailable(f"There is no room on the disk of {', '.join(n.name for n in without)}, and elsewhere there is none for {least} worker{'s' * (least > 1)}. Make room there (`mlray doctor` says where), or ask for fewer with `workers`; then go on with `mlray train … --resume`.")
-        return found or self.workers
+                                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if isinstance(self._range, tuple) else -1))) # type: ignore[call-arg]
 
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
         whole = job.model.estimator or job.mitigation # fitted as a whole, on one worker; no estimator has use for a GPU
@@ -216,9 +253,9 @@ class RayBackend:
             return
         kept = open_checkpoints((home / name).resolve(), self.checkpoints)
         if not resume: kept.forget()
-        shared, newest, full, most, lost = [ray.put(job)], None, list[Node](), self.workers, 0
+        shared, newest, full, team, lost = [ray.put(job)], None, list[Node](), self._range, 0
         while True:
-            attempt = _Attempt(partial(self._trainer, shared, kept, most, full))
+            attempt = _Attempt(partial(self._trainer, shared, kept, team, full))
             try:
                 for said in attempt:
                     if isinstance(said, str): note(said)
@@ -226,8 +263,11 @@ class RayBackend:
                         if newest: yield newest
                         newest = said
             finally: attempt.end()
-            if attempt.error is None: break
-            letter, most = _told(attempt.error), self.workers
+            if attempt.error is None and attempt.larger is None: break
+            if attempt.error is None:
+                team = attempt.larger or team
+                continue
+            letter, team = _told(attempt.error), self._range
             if not isinstance(letter, _Lost): raise letter
             crowded = isinstance(getattr(attempt.error, "controller_failure", None), WorkerGroupStartupTimeoutError)
             going = isinstance(attempt.error, PreemptionError)
@@ -235,7 +275,7 @@ class RayBackend:
             if lost > self.failures: raise TrainingError(f"Workers were lost {lost} times, the last time so: {letter}. The newest checkpoint is in {kept.folder}: go on with `mlray train … --resume`, or raise `failures` in settings.ini.")
             note(f"{'what was announced has gone' if going else 'Ray finds no room for so many workers' if crowded else f'a worker was lost ({letter})'}; going on from the newest checkpoint")
             if "No space left" in f"{letter} {attempt.error}": full = [n for n in nodes_of() if n.full or n.silent] # some can no longer say why
-            if full or crowded: most = self._team(full, note)
+            if full or crowded: team = _team(self.workers, self.workers_min or self.workers, self._each(), full, note) or self._range
         state = kept.newest(note)
         if state is None: raise TrainingError(f"Ray Train ended without a checkpoint in {kept.folder}. Do all nodes see this folder?")
         yield from (epoch for epoch in replayed(state) if epoch.number >= (newest.number if newest else 1))

@@ -71,6 +71,8 @@ class State:
     history: tuple[Mapping[str, float], ...] = () # the metrics of each epoch so far
     workers: tuple[int, ...] = () # how many there were in each
 
+    def goes_on(self, train: Train) -> bool: return self.epoch < (train.epochs or 1) and self.epoch - self.best_epoch < (train.patience or 1)
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -139,7 +141,7 @@ def epochs(
     if start: restore(optimizer, start.optimizer)
     average = Average(network, job.train.average or 0.0, start.average if start else {})
     state = start or State(0, 0, math.inf, {}, {}, {}, {})
-    while state.epoch < (job.train.epochs or 1) and state.epoch - state.best_epoch < (job.train.patience or 1):
+    while state.goes_on(job.train):
         number = state.epoch + 1
         torch.manual_seed(seed_of(job.train.seed, number, rank)) # dropout
         if job.budget: private_pass(network, optimizer, average, train, job.train, job.budget, loss_, number, rank, world)
