@@ -344,3 +344,26 @@ def test_a_node_lost_for_good_leaves_fewer_workers(nodes, diabetes, tmp_path):
     assert not again.identical and "number of workers changed on the way" in again.finding
     for node in victims: nodes.remove_node(node, allow_graceful=False)
     nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+
+
+@pytest.mark.chaos
+@pytest.mark.ray
+def test_a_head_without_workers_says_that_it_goes(nodes, job, tmp_path):
+    "The heads of the launchers have no cores for a training, and lead it all the same; what goes of the others is told, too."
+    import ray
+
+    from mlray.engines.train_on_ray import RayBackend
+    notes, leads, begun = list[str](), ray.get_runtime_context().get_node_id(), threading.Event()
+
+    def announced() -> None:
+        begun.wait()
+        assert ray._private.worker.global_worker.gcs_client.drain_node(leads, 2, "taken away", int((time.time() + 600) * 1000))[0] # type: ignore[attr-defined]
+        until = time.monotonic() + 60
+        while not notes and time.monotonic() < until: time.sleep(0.1)
+
+    (telling := threading.Thread(target=announced)).start()
+    for epoch in RayBackend(1).train(with_train(job, epochs=10**6, patience=10**6), "run", tmp_path, note=notes.append):
+        if epoch.number >= 3: begun.set()
+        if begun.is_set() and not telling.is_alive(): break
+    print("\n", notes)
+    assert len(notes) == 1 and "is taken away in" in notes[0] and "and with it this run, which it leads" in notes[0] and "--resume" in notes[0]

@@ -131,8 +131,8 @@ def arrived(lab: Lab, n: str) -> None:
 
 @contextmanager
 def tunnel(hosts: Hosts) -> Iterator[None]:
-    "The head's job server, on the laptop's own port."
-    running = hosts.popen("laptop", "ssh", "-N", "-o", "StrictHostKeyChecking=no", "-o", "ServerAliveInterval=5", "-L", "8265:localhost:8265", hosts.ip("n1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    "The head's job server, on the laptop's own port. To a host with another key than before, SSH opens no tunnel; another head has another."
+    running = hosts.popen("laptop", "ssh", "-N", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "ServerAliveInterval=5", "-L", "8265:localhost:8265", hosts.ip("n1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try: yield
     finally:
         running.kill()

@@ -26,14 +26,14 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2.api.exceptions import PreemptionError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
-from .nodes_on_ray import Node, nodes_of
+from .nodes_on_ray import Node, leaving, nodes_of
 from ..learning.model import Epoch, Job, State, dump_state, epochs, load_state, replayed
 from ..running.checkpoints import Checkpoints
 from ..running.remote_checkpoints import open_checkpoints, place_of
@@ -83,6 +83,7 @@ def _work(config: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     start = _agreed(kept.newest(lambda text: news.put(text)) if rank == 0 else None, world)
     if rank == 0:
+        if start: news.put(f"going on after epoch {start.epoch}")
         if world < config["workers"]: news.put(f"there is room for {world} of {config['workers']} workers")
         for epoch in replayed(start): news.put(replace(epoch, state=None))
     parallel = (lambda n: n) if world == 1 else _sharded if job.train.parallel == "fsdp" else _averaged
@@ -100,18 +101,26 @@ def _notice(names: Sequence[str], seconds: float | None, leads: bool) -> str:
     return f"{what}; until then training goes on as it is, and afterwards on other nodes from the newest checkpoint"
 
 
-class _Announced(ControllerCallback):
-    "Tells the driver who leads a run, so that it can be ended, and which of its nodes are about to go."
+class _Announced(ControllerCallback, WorkerGroupCallback):
+    "Tells the driver who leads a run, so that it can be ended, and which of its nodes are about to go: those of its workers, and the one that leads it, which need not have any."
 
-    def __init__(self, news: Queue): self.news = news
+    def __init__(self, news: Queue):
+        self.news, self.looked = news, 0.0
+        self.team, self.told = set[str](), set[str]()
+
     def after_controller_start(self, train_run_context: Any) -> None: self.news.put(ray.get_runtime_context().current_actor)
+    def after_worker_group_start(self, worker_group: Any) -> None: self.team = {w.metadata.node_id for w in worker_group.get_workers()}
 
-    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        notice, before = getattr(current_state, "preemption_info", None), getattr(previous_state, "preemption_info", None)
-        if not notice or (before and before.preempted_node_ids == notice.preempted_node_ids): return
-        going = set(notice.preempted_node_ids)
-        names = [n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] in going]
-        self.news.put(_notice(names, notice.deadline_ms / 1000 - time.time() if notice.deadline_ms else None, ray.get_runtime_context().get_node_id() in going))
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        if time.monotonic() - self.looked < _LOOK: return
+        self.looked, here = time.monotonic(), ray.get_runtime_context().get_node_id()
+        with suppress(RayError): # a head that is away is asked again
+            going = {node: seconds for node, seconds in leaving().items() if node in self.team | {here} and node not in self.told}
+            if going: self.news.put(_notice([n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] in going], min(going.values()) or None, here in going))
+            self.told |= going.keys()
+
+
+_LOOK = 2.0 # seconds from one look for notices to the next
 
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #0f312faf
 class _Attempt:
