@@ -88,6 +88,19 @@ JOURNALED = "from pathlib import Path; from mlray.monitoring.archive import jour
 FULL = "mount -o remount,size=$(( $(df --output=used -k /tmp | tail -1) + 4 ))k /tmp; dd if=/dev/zero of=/tmp/filler bs=1k 2>/dev/null; df --output=avail -k /tmp | tail -1"
 
 
+WATCH = """
+import time
+from pathlib import Path
+from mlray.engines.haproxy import servers_up
+node = next(Path('/tmp/haproxy-serve').glob('*/admin.sock')).parent.name
+def asks(): return sum('Gateway' in name for name in servers_up(node))
+print(asks(), flush=True)
+for fewer in (True, False):
+    while (asks() in (1, 2)) != fewer: time.sleep(0.05)
+    print(time.time(), flush=True)
+"""
+
+
 def told(lab: Lab, n: str) -> list[dict[str, str]]:
     "What the doctor has against a host."
     said = lab.laptop("mlray", "doctor", "--on", "lab", "--json", timeout=400)
@@ -98,8 +111,11 @@ def told(lab: Lab, n: str) -> list[dict[str, str]]:
 def test_a_full_disk_of_one_host_stops_nothing(lab, key):
     "No byte more goes to the disk on which Ray keeps its logs and packages, and the host its journal; what serves and trains elsewhere goes on, the operator is told, and what was answered is journaled."
     assert told(lab, "n3") == []
+    watch = lab.hosts.popen("n1", "/root/.mlray-env/bin/python", "-c", WATCH, stdout=subprocess.PIPE)
+    assert watch.stdout.readline().strip() == "3", "the head's HAProxy asks three"
     left = lab.hosts.run("n3", "bash", "-c", FULL).stdout.split()
     assert left == ["0"], left
+    full = time.time()
     try:
         load = loaded(lab, "n1", key, 50, f"{lab.share}/ids")
         trained = lab.mlray("train", "patients.yaml", "train.seed=5", "--workers", "1..3", "--on", "lab")
@@ -110,6 +126,8 @@ def test_a_full_disk_of_one_host_stops_nothing(lab, key):
         complaints = told(lab, "n3")
         print("the doctor:", [c["found"] for c in complaints])
     finally: lab.hosts.run("n3", "bash", "-c", "mount -o remount,size=2g /tmp; rm -f /tmp/filler")
+    room, (out, back) = time.time(), map(float, watch.communicate(timeout=120)[0].split())
+    print(f"the head's HAProxy asked it no more {out - full:.1f} s after its disk was full, and again {back - room:.1f} s after there was room")
     assert seen["failures"] == 0 and seen["scores"] == 1 and seen["answered"] > 200
     assert {"node", "node_disk"} & {c["what"] for c in complaints}
     acknowledged, kept = set((lab.share / "ids").read_text().split()), set[str]()
