@@ -1023,6 +1023,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'mlray/engines/train_on_ray.py'),
                                             'mlray.engines.train_on_ray._averaged': ( '10_engines/train_on_ray.html#_averaged',
                                                                                       'mlray/engines/train_on_ray.py'),
+                                            'mlray.engines.train_on_ray._counted': ( '10_engines/train_on_ray.html#_counted',
+                                                                                     'mlray/engines/train_on_ray.py'),
                                             'mlray.engines.train_on_ray._elsewhere': ( '10_engines/train_on_ray.html#_elsewhere',
                                                                                        'mlray/engines/train_on_ray.py'),
                                             'mlray.engines.train_on_ray._notice': ( '10_engines/train_on_ray.html#_notice',

@@ -120,6 +120,7 @@ def image(share: Path) -> tuple[list[Path], dict[str, str]]:
     prefix, bare = Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()
     shared = [p for p in (prefix, bare, ROOT, DATA, share) if p]
     return shared, {"PATH": f"{prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true",
+                    "RAY_worker_niceness": "0", # on a busy machine what works would stand behind all else
                     "RAY_memory_monitor_refresh_ms": "0"} # the memory it sees is all the machine's, and others use it, too
 
 

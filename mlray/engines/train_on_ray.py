@@ -187,6 +187,12 @@ def _room(most: int, least: int, each: dict[str, float], without: Sequence[Node]
         finally: remove_placement_group(group)
     return 0
 
+
+def _counted(each: dict[str, float]) -> int:
+    "For how many workers there would be room on the nodes that stay, if nothing else ran there: what Ray Train goes by."
+    gone = leaving()
+    return sum(int(min(node["Resources"].get(what, 0) // much for what, much in each.items())) for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone)
+
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #89252969
 @dataclass(frozen=True)
 class RayBackend:
@@ -210,13 +216,15 @@ class RayBackend:
             run_config=RunConfig(name=uuid4().hex[:8], **place_of(kept), callbacks=[_Announced(news)], # type: ignore[list-item]
                                  failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if fewer else -1))) # type: ignore[call-arg]
 
-    def _team(self, without: Sequence[Node], note: Note) -> int: # how many workers may be asked for next
+    def _team(self, without: Sequence[Node], note: Note) -> int: # how many workers may be asked for now
         "What there is room for, beside all else that runs there. Raises `Unavailable` where only nodes with a full disk are left."
         if without: note(f"there is no room on the disk of {', '.join(n.name for n in without)}: no worker is put there")
-        least = self.workers_min or self.workers
-        found = _room(self.workers, least, self._each(), without)
+        least, each = self.workers_min or self.workers, self._each()
+        if least == self.workers and not without: return self.workers
+        counted = _counted(each)
+        found = _room(min(self.workers, counted), least, each, without)
         if without and not found: raise Unavailable(f"There is no room on the disk of {', '.join(n.name for n in without)}, and elsewhere there is none for {least} worker{'s' * (least > 1)}. Make room there (`mlray doctor` says where), or ask for fewer with `workers`; then go on with `mlray train … --resume`.")
-        return found or self.workers
+        return found if 0 < found < counted else self.workers # where nothing else runs, Ray Train finds as many by itself, and more when they come
 
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
         whole = job.model.estimator or job.mitigation # fitted as a whole, on one worker; no estimator has use for a GPU
@@ -225,9 +233,9 @@ class RayBackend:
             return
         kept = open_checkpoints((home / name).resolve(), self.checkpoints)
         if not resume: kept.forget()
-        shared, newest, full, most, lost = [ray.put(job)], None, list[Node](), self.workers, 0
+        shared, newest, full, lost = [ray.put(job)], None, list[Node](), 0
         while True:
-            attempt = _Attempt(partial(self._trainer, shared, kept, most, full))
+            attempt = _Attempt(partial(self._trainer, shared, kept, self._team(full, note), full))
             try:
                 for said in attempt:
                     if isinstance(said, str): note(said)
@@ -236,7 +244,7 @@ class RayBackend:
                         newest = said
             finally: attempt.end()
             if attempt.error is None: break
-            letter, most = _told(attempt.error), self.workers
+            letter = _told(attempt.error)
             if not isinstance(letter, _Lost): raise letter
             crowded = isinstance(getattr(attempt.error, "controller_failure", None), WorkerGroupStartupTimeoutError)
             going = isinstance(attempt.error, PreemptionError)
@@ -244,7 +252,6 @@ class RayBackend:
             if lost > self.failures: raise TrainingError(f"Workers were lost {lost} times, the last time so: {letter}. The newest checkpoint is in {kept.folder}: go on with `mlray train … --resume`, or raise `failures` in settings.ini.")
             note(f"{'what was announced has gone' if going else 'Ray finds no room for so many workers' if crowded else f'a worker was lost ({letter})'}; going on from the newest checkpoint")
             if "No space left" in f"{letter} {attempt.error}": full = [n for n in nodes_of() if n.full or n.silent] # some can no longer say why
-            if full or crowded: most = self._team(full, note)
         state = kept.newest(note)
         if state is None: raise TrainingError(f"Ray Train ended without a checkpoint in {kept.folder}. Do all nodes see this folder?")
         yield from (epoch for epoch in replayed(state) if epoch.number >= (newest.number if newest else 1))
