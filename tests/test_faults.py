@@ -374,3 +374,24 @@ def test_a_smaller_team_grows_between_two_epochs(nodes, diabetes, tmp_path, room
     stopped(long, tmp_path / "by hand", alone)
     assert same(last(RayBackend(2).train(long, "run", tmp_path / "by hand", resume=True)), grown)
     print(f"\n{room}: {alone} epochs of one worker, then {most - alone} of two, {seconds:.1f} s in all, load {os.getloadavg()[0]:.0f}; weights identical to one worker stopped there and two that go on: {notes}")
+
+
+def test_a_head_without_workers_says_that_it_goes(nodes, job, tmp_path):
+    "The heads of the launchers have no cores for a training, and lead it all the same; what goes of the others is told, too."
+    import ray
+
+    from mlray.engines.train_on_ray import RayBackend
+    notes, leads, begun = list[str](), ray.get_runtime_context().get_node_id(), threading.Event()
+
+    def announced() -> None:
+        begun.wait()
+        assert ray._private.worker.global_worker.gcs_client.drain_node(leads, 2, "taken away", int((time.time() + 600) * 1000))[0] # type: ignore[attr-defined]
+        until = time.monotonic() + 60
+        while not notes and time.monotonic() < until: time.sleep(0.1)
+
+    (telling := threading.Thread(target=announced)).start()
+    for epoch in RayBackend(1).train(with_train(job, epochs=10**6, patience=10**6), "run", tmp_path, note=notes.append):
+        if epoch.number >= 3: begun.set()
+        if begun.is_set() and not telling.is_alive(): break
+    print("\n", notes)
+    assert len(notes) == 1 and "is taken away in" in notes[0] and "and with it this run, which it leads" in notes[0] and "--resume" in notes[0]

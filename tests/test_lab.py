@@ -120,6 +120,7 @@ def image(share: Path) -> tuple[list[Path], dict[str, str]]:
     prefix, bare = Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()
     shared = [p for p in (prefix, bare, ROOT, DATA, share) if p]
     return shared, {"PATH": f"{prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true",
+                    "RAY_worker_niceness": "0", # on a busy machine what works would stand behind all else
                     "RAY_memory_monitor_refresh_ms": "0"} # the memory it sees is all the machine's, and others use it, too
 
 
@@ -131,8 +132,8 @@ def arrived(lab: Lab, n: str) -> None:
 
 @contextmanager
 def tunnel(hosts: Hosts) -> Iterator[None]:
-    "The head's job server, on the laptop's own port."
-    running = hosts.popen("laptop", "ssh", "-N", "-o", "StrictHostKeyChecking=no", "-o", "ServerAliveInterval=5", "-L", "8265:localhost:8265", hosts.ip("n1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    "The head's job server, on the laptop's own port. To a host with another key than before, SSH opens no tunnel; another head has another."
+    running = hosts.popen("laptop", "ssh", "-N", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "ServerAliveInterval=5", "-L", "8265:localhost:8265", hosts.ip("n1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try: yield
     finally:
         running.kill()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.hosts import missing
 from tests.test_lab import LOAD, NODES, OPERATOR, Lab, arrived, begun, raised, tunnel, wait_for
 from tests.test_lab_head import asked, loaded, up
@@ -87,6 +88,19 @@ JOURNALED = "from pathlib import Path; from mlray.monitoring.archive import jour
 FULL = "mount -o remount,size=$(( $(df --output=used -k /tmp | tail -1) + 4 ))k /tmp; dd if=/dev/zero of=/tmp/filler bs=1k 2>/dev/null; df --output=avail -k /tmp | tail -1"
 
 
+WATCH = """
+import time
+from pathlib import Path
+from mlray.engines.haproxy import servers_up
+node = next(Path('/tmp/haproxy-serve').glob('*/admin.sock')).parent.name
+def asks(): return sum('Gateway' in name for name in servers_up(node))
+print(asks(), flush=True)
+for fewer in (True, False):
+    while (asks() in (1, 2)) != fewer: time.sleep(0.05)
+    print(time.time(), flush=True)
+"""
+
+
 def told(lab: Lab, n: str) -> list[dict[str, str]]:
     "What the doctor has against a host."
     said = lab.laptop("mlray", "doctor", "--on", "lab", "--json", timeout=400)
@@ -97,8 +111,11 @@ def told(lab: Lab, n: str) -> list[dict[str, str]]:
 def test_a_full_disk_of_one_host_stops_nothing(lab, key):
     "No byte more goes to the disk on which Ray keeps its logs and packages, and the host its journal; what serves and trains elsewhere goes on, the operator is told, and what was answered is journaled."
     assert told(lab, "n3") == []
+    watch = lab.hosts.popen("n1", "/root/.mlray-env/bin/python", "-c", WATCH, stdout=subprocess.PIPE)
+    assert watch.stdout.readline().strip() == "3", "the head's HAProxy asks three"
     left = lab.hosts.run("n3", "bash", "-c", FULL).stdout.split()
     assert left == ["0"], left
+    full = time.time()
     try:
         load = loaded(lab, "n1", key, 50, f"{lab.share}/ids")
         trained = lab.mlray("train", "patients.yaml", "train.seed=5", "--workers", "1..3", "--on", "lab")
@@ -109,6 +126,8 @@ def test_a_full_disk_of_one_host_stops_nothing(lab, key):
         complaints = told(lab, "n3")
         print("the doctor:", [c["found"] for c in complaints])
     finally: lab.hosts.run("n3", "bash", "-c", "mount -o remount,size=2g /tmp; rm -f /tmp/filler")
+    room, (out, back) = time.time(), map(float, watch.communicate(timeout=120)[0].split())
+    print(f"the head's HAProxy asked it no more {out - full:.1f} s after its disk was full, and again {back - room:.1f} s after there was room")
     assert seen["failures"] == 0 and seen["scores"] == 1 and seen["answered"] > 200
     assert {"node", "node_disk"} & {c["what"] for c in complaints}
     acknowledged, kept = set((lab.share / "ids").read_text().split()), set[str]()
@@ -127,9 +146,9 @@ def announced(lab: Lab, n: str, seconds: int) -> None:
 
 
 def test_a_host_that_is_taken_away_with_notice_costs_no_answer_and_no_training(lab, key):
-    "Half a minute after the notice the power goes; the one who trains is told of it, and the training ends on the hosts that stay."
+    "Half a minute after the notice the power goes; the one who trains is told of it, another replica begins for the one there, and the training ends on the hosts that stay."
     lab.hosts.run("laptop", "sed", "-i", "s|^workers = .*|workers = 1..3|", "/root/project/settings.ini") # fewer will do
-    running = begun(lab, log := lab.share / "notice.err", 1500)
+    running = begun(lab, log := lab.share / "notice.err", 1200)
     victim = next(n for n in ("n3", "n2") if any("RayTrainWorker" in c for c in lab.hosts.processes(n)))
     load = loaded(lab, "n1", key, 75)
     announced(lab, victim, 30)
@@ -137,19 +156,26 @@ def test_a_host_that_is_taken_away_with_notice_costs_no_answer_and_no_training(l
     wait_for(lambda: f"{lab.hosts.ip(victim)} is taken away in" in log.read_text(), 30)
     assert [c["what"] for c in told(lab, victim)][-1:] == ["leaving"]
     time.sleep(max(told_at + 30 - time.monotonic(), 0)) # the rest of the notice
+    replicas = lambda: {n: sum("ServeReplica" in c for c in lab.hosts.processes(n)) for n in NODES if n in lab.hosts.inits}
+    before = replicas()
     lab.hosts.kill(victim)
     seen = json.loads(load.communicate(timeout=300)[0].splitlines()[-1])
-    print("\na spot node with notice:", seen)
+    print(f"\na spot node with notice, {victim}: {seen}; replicas when the power went: {before}")
+    wait_for(lambda: sum(replicas().values()) == 3)
     assert seen["failures"] == 0 and seen["scores"] == 1 and seen["answered"] > 200
     wait_for(lambda: lab.alive() == 2)
-    version = running.communicate(timeout=600)[0].split()
-    print("\n".join(line for line in log.read_text().splitlines() if "epoch" not in line))
+    version = running.communicate(timeout=900)[0].split()
+    print("\n".join(line for line in log.read_text().splitlines() if "  epoch " not in line))
     assert running.returncode == 0 and version, log.read_text()[-3000:]
+    assert "what was announced has gone; going on from the newest checkpoint" in log.read_text(), "it outlived the node"
+
+
+EPOCHS = 600 # more than are done before the power goes
 
 
 def test_a_head_that_is_taken_away_with_notice_says_so_and_its_training_is_taken_up(lab, key):
     "The run ends with it, as it was told; another head in its place goes on from the states that all see, with nothing of the first one's disk."
-    running = begun(lab, log := lab.share / "head.err", 1500)
+    running = begun(lab, log := lab.share / "head.err", EPOCHS)
     announced(lab, "n1", 20)
     wait_for(lambda: f"{lab.hosts.ip('n1')} is taken away in" in log.read_text(), 30)
     time.sleep(10)
@@ -160,11 +186,15 @@ def test_a_head_that_is_taken_away_with_notice_says_so_and_its_training_is_taken
     assert running.returncode == 3 and "and with it this run, which it leads" in said and "--resume" in said
     for n in NODES:
         if n not in lab.hosts.inits: arrived(lab, n)
+    down = lab.hosts.run("laptop", "bash", "-c", f"cd {ROOT} && ray down -y {lab.share}/local.yaml", **OPERATOR) # else `ray up` takes the new host for the old one, which has all its files
+    assert down.returncode == 0, down.stdout + down.stderr
     up(lab)
     with tunnel(lab.hosts):
-        wait_for(lambda: lab.alive() == 3, 180)
+        wait_for(lambda: lab.alive() == 3, 300)
         last = max(int(e) for e in re.findall(r"  epoch (\d+) ", said))
-        with open(log := lab.share / "resumed.err", "w") as heard: resumed = lab.hosts.popen("laptop", "bash", "-c", "cd ~/project && exec mlray train patients.yaml train.epochs=1500 train.patience=1500 --resume --on lab", variables=OPERATOR, stdout=subprocess.PIPE, stderr=heard)
+        with open(log := lab.share / "resumed.err", "w") as heard: resumed = lab.hosts.popen("laptop", "bash", "-c", f"cd ~/project && exec mlray train patients.yaml train.epochs={EPOCHS} train.patience={EPOCHS} --resume --on lab", variables=OPERATOR, stdout=subprocess.PIPE, stderr=heard)
         version = resumed.communicate(timeout=600)[0].split()
-        print(f"the last epoch that was told: {last}; taken up, and ended as {version[-1:]}, {log.read_text().count('  epoch ')} epochs told")
         assert resumed.returncode == 0 and version, log.read_text()[-3000:]
+        after = int(re.search(r"going on after epoch (\d+)", log.read_text())[1])
+        print(f"the last epoch that was told: {last}; taken up after epoch {after}, and ended as {version[-1]}")
+        assert last <= after < EPOCHS, "of what was told, nothing was done again"

@@ -88,6 +88,7 @@ def ending_of(status: str, code: int | None, message: str) -> Ending:
     if status == "STOPPED": return Ending(status, 130)
     if code in (1, 2, 3): return Ending(status, code)
     if code == 127: return Ending(status, 3, "The command mlray is not there on the cluster's head. Install mlray in the environment that `ray start` runs in, of the same version as here.")
+    if code in (137, -9): return Ending(status, 3, "The command was killed on the cluster's head (SIGKILL); most often that is the kernel, for want of memory: `dmesg` there says so. What it had finished is kept: where there is memory, give the same command again, a training with --resume.")
     if re.search("job supervisor|node.* died", message): return Ending(status, 3, "The machine that ran this command went away under it. What it had finished is kept: give the same command again, a training with --resume.")
     return Ending(status, 3, f"The job ended without a word of its own: {' '.join(message.split())[:600] or code}")
 
