@@ -26,14 +26,14 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2.api.exceptions import PreemptionError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
-from .nodes_on_ray import Node, nodes_of
+from .nodes_on_ray import Node, leaving, nodes_of
 from ..learning.model import Epoch, Job, State, dump_state, epochs, load_state, replayed
 from ..running.checkpoints import Checkpoints
 from ..running.remote_checkpoints import open_checkpoints, place_of
@@ -119,7 +119,7 @@ def _looks(since_s: float, every_s: float, goes_on: bool) -> bool: # since the t
 def _of_the_team(world: int, wanted: int, start: State | None) -> list[str]:
     "What is said of how many there are, when they begin."
     before = start.workers[-1] if start and start.workers else world
-    said = [f"{'grew' if before < world else 'shrank'} from {before} to {world} worker{'s' * (world > 1)} after epoch {start.epoch}"] if start and before != world else []
+    said = [f"{'grew' if before < world else 'shrank'} from {before} to {world} worker{'s' * (world > 1)} after epoch {start.epoch}" if before != world else f"going on after epoch {start.epoch}"] if start else []
     return said + ([f"there is room for {world} of {wanted} workers"] if world < wanted else [])
 
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #2a85c7f7
@@ -131,18 +131,26 @@ def _notice(names: Sequence[str], seconds: float | None, leads: bool) -> str:
     return f"{what}; until then training goes on as it is, and afterwards on other nodes from the newest checkpoint"
 
 
-class _Announced(ControllerCallback):
-    "Tells the driver who leads a run, so that it can be ended, and which of its nodes are about to go."
+class _Announced(ControllerCallback, WorkerGroupCallback):
+    "Tells the driver who leads a run, so that it can be ended, and which of its nodes are about to go: those of its workers, and the one that leads it, which need not have any."
 
-    def __init__(self, news: Queue): self.news = news
+    def __init__(self, news: Queue):
+        self.news, self.looked = news, 0.0
+        self.team, self.told = set[str](), set[str]()
+
     def after_controller_start(self, train_run_context: Any) -> None: self.news.put(ray.get_runtime_context().current_actor)
+    def after_worker_group_start(self, worker_group: Any) -> None: self.team = {w.metadata.node_id for w in worker_group.get_workers()}
 
-    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        notice, before = getattr(current_state, "preemption_info", None), getattr(previous_state, "preemption_info", None)
-        if not notice or (before and before.preempted_node_ids == notice.preempted_node_ids): return
-        going = set(notice.preempted_node_ids)
-        names = [n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] in going]
-        self.news.put(_notice(names, notice.deadline_ms / 1000 - time.time() if notice.deadline_ms else None, ray.get_runtime_context().get_node_id() in going))
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        if time.monotonic() - self.looked < _LOOK: return
+        self.looked, here = time.monotonic(), ray.get_runtime_context().get_node_id()
+        with suppress(RayError): # a head that is away is asked again
+            going = {node: seconds for node, seconds in leaving().items() if node in self.team | {here} and node not in self.told}
+            if going: self.news.put(_notice([n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] in going], min(going.values()) or None, here in going))
+            self.told |= going.keys()
+
+
+_LOOK = 2.0 # seconds from one look for notices to the next
 
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #0f312faf
 class _Attempt:
@@ -211,13 +219,10 @@ def _room(most: int, least: int, each: dict[str, float], without: Sequence[Node]
     return found if found >= least else 0
 
 
-def _team(most: int, least: int, each: dict[str, float], without: Sequence[Node], note: Note) -> int: # how many workers may be asked for next; 0: not so few
-    "What there is room for, beside all else that runs there. Raises `Unavailable` where only nodes with a full disk are left."
-    if without: note(f"there is no room on the disk of {', '.join(n.name for n in without)}: no worker is put there")
-    found = _room(most, least, each, without)
-    if without and not found: raise Unavailable(f"There is no room on the disk of {', '.join(n.name for n in without)}, and elsewhere there is none for {least} worker{'s' * (least > 1)}. Make room there (`mlray doctor` says where), or ask for fewer with `workers`; then go on with `mlray train … --resume`.")
-    return found
-
+def _counted(each: dict[str, float]) -> int:
+    "For how many workers there would be room on the nodes that stay, if nothing else ran there: what Ray Train goes by."
+    gone = leaving()
+    return sum(int(min(node["Resources"].get(what, 0) // much for what, much in each.items())) for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone)
 
 _NEVER = 1e9 # seconds
 
@@ -234,7 +239,7 @@ class RayBackend:
     grow_every_s: float = 60        # a team that is smaller than it might be looks for room no more often, and grows no more often
 
     @property
-    def _range(self) -> int | tuple[int, int]: return (self.workers_min, self.workers) if self.workers_min and self.workers_min < self.workers else self.workers
+    def _fewer(self) -> int | None: return self.workers_min if self.workers_min and self.workers_min < self.workers else None # so many will do
 
     def _each(self) -> dict[str, float]: return {"CPU": 1.0} | ({"GPU": 1.0} if self.gpu else {})
 
@@ -244,7 +249,17 @@ class RayBackend:
             _work, train_loop_config=config, torch_config=TorchConfig(timeout_s=self.collective_timeout_s),
             scaling_config=ScalingConfig(num_workers=team, elastic_resize_monitor_interval_s=_NEVER, use_gpu=self.gpu, resources_per_worker=self._each(), label_selector=_elsewhere(without)), # type: ignore[arg-type, call-arg]
             run_config=RunConfig(name=uuid4().hex[:8], **place_of(kept), callbacks=[_Announced(news)], # type: ignore[list-item]
-                                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if isinstance(self._range, tuple) else -1))) # type: ignore[call-arg]
+                                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if self._fewer else -1))) # type: ignore[call-arg]
+
+    def _team(self, without: Sequence[Node], note: Note) -> int | tuple[int, int]: # how many workers may be asked for now
+        "What there is room for, beside all else that runs there. Raises `Unavailable` where only nodes with a full disk are left."
+        if without: note(f"there is no room on the disk of {', '.join(n.name for n in without)}: no worker is put there")
+        if not self._fewer and not without: return self.workers
+        least, counted = (self._fewer or self.workers), _counted(self._each())
+        found = _room(min(self.workers, counted), least, self._each(), without)
+        if without and not found: raise Unavailable(f"There is no room on the disk of {', '.join(n.name for n in without)}, and elsewhere there is none for {least} worker{'s' * (least > 1)}. Make room there (`mlray doctor` says where), or ask for fewer with `workers`; then go on with `mlray train … --resume`.")
+        most = found if 0 < found < counted else self.workers # where nothing else runs, Ray Train finds as many by itself
+        return (least, most) if least < most else most
 
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
         whole = job.model.estimator or job.mitigation # fitted as a whole, on one worker; no estimator has use for a GPU
@@ -253,9 +268,9 @@ class RayBackend:
             return
         kept = open_checkpoints((home / name).resolve(), self.checkpoints)
         if not resume: kept.forget()
-        shared, newest, full, team, lost = [ray.put(job)], None, list[Node](), self._range, 0
+        shared, newest, full, larger, lost = [ray.put(job)], None, list[Node](), None, 0
         while True:
-            attempt = _Attempt(partial(self._trainer, shared, kept, team, full))
+            attempt = _Attempt(partial(self._trainer, shared, kept, larger or self._team(full, note), full))
             try:
                 for said in attempt:
                     if isinstance(said, str): note(said)
@@ -263,11 +278,10 @@ class RayBackend:
                         if newest: yield newest
                         newest = said
             finally: attempt.end()
-            if attempt.error is None and attempt.larger is None: break
-            if attempt.error is None:
-                team = attempt.larger or team
-                continue
-            letter, team = _told(attempt.error), self._range
+            larger = attempt.larger
+            if attempt.error is None and larger is None: break
+            if attempt.error is None: continue
+            letter = _told(attempt.error)
             if not isinstance(letter, _Lost): raise letter
             crowded = isinstance(getattr(attempt.error, "controller_failure", None), WorkerGroupStartupTimeoutError)
             going = isinstance(attempt.error, PreemptionError)
@@ -275,7 +289,6 @@ class RayBackend:
             if lost > self.failures: raise TrainingError(f"Workers were lost {lost} times, the last time so: {letter}. The newest checkpoint is in {kept.folder}: go on with `mlray train … --resume`, or raise `failures` in settings.ini.")
             note(f"{'what was announced has gone' if going else 'Ray finds no room for so many workers' if crowded else f'a worker was lost ({letter})'}; going on from the newest checkpoint")
             if "No space left" in f"{letter} {attempt.error}": full = [n for n in nodes_of() if n.full or n.silent] # some can no longer say why
-            if full or crowded: team = _team(self.workers, self.workers_min or self.workers, self._each(), full, note) or self._range
         state = kept.newest(note)
         if state is None: raise TrainingError(f"Ray Train ended without a checkpoint in {kept.folder}. Do all nodes see this folder?")
         yield from (epoch for epoch in replayed(state) if epoch.number >= (newest.number if newest else 1))
