@@ -803,6 +803,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'mlray/engines/serve_on_ray.py'),
                                             'mlray.engines.serve_on_ray.listed': ( '10_engines/serve_on_ray.html#listed',
                                                                                    'mlray/engines/serve_on_ray.py'),
+                                            'mlray.engines.serve_on_ray.open_front': ( '10_engines/serve_on_ray.html#open_front',
+                                                                                       'mlray/engines/serve_on_ray.py'),
                                             'mlray.engines.serve_on_ray.undeploy': ( '10_engines/serve_on_ray.html#undeploy',
                                                                                      'mlray/engines/serve_on_ray.py')},
             'mlray.engines.stream_on_ray': { 'mlray.engines.stream_on_ray.Pieces': ( '10_engines/stream_on_ray.html#pieces',

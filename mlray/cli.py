@@ -10,6 +10,7 @@ __all__ = ['app', 'On', 'Spec', 'Overrides', 'Port', 'Workers', 'check', 'train'
            'journal', 'models', 'show', 'explain', 'new', 'demo', 'doctor', 'main']
 
 # %% ../nbs/cli.ipynb #2580d77e
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -296,6 +297,7 @@ _GOES_ON = {"train": "The same command with --resume goes on from the last epoch
 
 def main() -> None:
     "The command `mlray`."
+    gc.set_threshold(100_000, 20, 50) # torch makes a million objects, all of which stay: looking through them again and again is a tenth of a short run
     try:
         with as_sent(): app()
     except MlrayError as error:
@@ -305,3 +307,4 @@ def main() -> None:
         if isinstance(error, SystemExit) and not isinstance(error.__context__ and error.__context__.__cause__, KeyboardInterrupt): raise # typer makes 130 of Ctrl-C, without a word
         print(f"\nmlray: stopped. {_GOES_ON.get(next((w for w in sys.argv[1:] if not w.startswith('-')), ''), '')}".rstrip(), file=sys.stderr)
         sys.exit(130)
+    finally: gc.freeze() # they go with the process; counting them at its end takes seconds

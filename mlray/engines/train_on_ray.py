@@ -84,12 +84,12 @@ def _work(config: dict[str, Any]) -> None:
     start = _agreed(kept.newest(lambda text: news.put(text)) if rank == 0 else None, world)
     if rank == 0:
         if world < config["workers"]: news.put(f"there is room for {world} of {config['workers']} workers")
-        for epoch in replayed(start): news.put(replace(epoch, state=None))
+        for epoch in replayed(start): news.put((epoch.number, epoch.metrics))
     parallel = (lambda n: n) if world == 1 else _sharded if job.train.parallel == "fsdp" else _averaged
     for epoch in epochs(job.shard(rank, world), start, rank, world, parallel, get_device(), _together):
         if rank == 0 and epoch.state: kept.save(epoch.state)
         ray.train.report({"epoch": epoch.number, **epoch.metrics})
-        if rank == 0: news.put(replace(epoch, state=None))
+        if rank == 0: news.put((epoch.number, epoch.metrics)) # plain: who carries the news would load torch to know an `Epoch`
 
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #2a85c7f7
 def _notice(names: Sequence[str], seconds: float | None, leads: bool) -> str:
@@ -135,7 +135,7 @@ class _Attempt:
         with suppress(Empty):
             said = self.news.get(timeout=timeout)
             if said is None: self.thread.join() # these were its last words
-            if not isinstance(said, ActorHandle): return said
+            if not isinstance(said, ActorHandle): return Epoch(*said, None) if isinstance(said, tuple) else said
             self.leader = said
         return None
 
