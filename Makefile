@@ -28,10 +28,14 @@ lab: $(VENV)/ready $(VENV)-lab/ready
 	$(VENV)-lab/bin/jupyter lab nbs
 
 $(VENV)/ready: pyproject.toml cluster/constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch==2.13.0
-	$(INSTALL) -e '.[dev,delta,sql,estimators,privacy,postgres,oidc]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another, such as: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12"; exit 2; }
+	@echo "Making $(VENV): three to five minutes, mostly downloads, and once."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "1/2  PyTorch …"
+	@$(INSTALL) torch==2.13.0
+	@echo "2/2  mlray, and what it needs …"
+	@$(INSTALL) -e '.[dev,delta,sql,estimators,privacy,postgres,oidc]'
+	@touch $@
 
 $(VENV)-lab/ready: pyproject.toml cluster/constraints.txt
 	$(PYTHON) -m venv $(VENV)-lab

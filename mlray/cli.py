@@ -10,6 +10,7 @@ __all__ = ['app', 'On', 'Spec', 'Overrides', 'Port', 'Workers', 'check', 'train'
            'journal', 'models', 'show', 'explain', 'new', 'demo', 'doctor', 'main']
 
 # %% ../nbs/cli.ipynb #2580d77e
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -240,21 +241,21 @@ def explain(version: Reference, row: Annotated[str, typer.Argument(metavar="JSON
 # %% ../nbs/cli.ipynb #6957dd45
 def _asked(path: Path | None, target: str | None, columns: Sequence[str]) -> tuple[Path | None, str | None]:
     "What the flags leave open, asked at a terminal."
-    if path and not target:
-        from mlray.operations.first_look import file_format
-        names = file_format(path, columns).scan(path).collect_schema().names()
-        if not sys.stdin.isatty(): raise SpecError(f"Which column of {path} is to be predicted? Say --target, and one of {', '.join(names[:40])}.")
-        return path, typer.prompt(f"The column to predict ({', '.join(names[:40])})", err=True)
-    if path or target or not sys.stdin.isatty(): return path, target
-    said = typer.prompt("A file with your rows (CSV, Parquet, JSON lines; empty: rows that ship with mlray)", default="", show_default=False, err=True)
-    return (Path(said), typer.prompt("The column to predict", err=True)) if said else (None, None)
+    if not path and not target and sys.stdin.isatty():
+        said = typer.prompt("A file with your rows (CSV, Parquet, JSON lines; empty: rows that ship with mlray)", default="", show_default=False, err=True)
+        path = Path(said).expanduser() if said else None
+    if not path or target: return path, target
+    from mlray.operations.first_look import file_format
+    names = file_format(path, columns).scan(path).collect_schema().names()
+    if not sys.stdin.isatty(): raise SpecError(f"Which column of {path} is to be predicted? Say --target, and one of {', '.join(names[:40])}.")
+    return path, typer.prompt(f"The column to predict ({', '.join(names[:40])})", err=True)
 
 
 @app.command()
 def new(name: Annotated[str, typer.Argument(help="Of the package, the spec and the model; the folder too.")],
         source: Annotated[Path | None, typer.Option("--from", metavar="FILE", help="Rows: CSV, Parquet or JSON lines. Contract, rules and source are written from them.")] = None,
         target: Annotated[str | None, typer.Option("--target", help="The column to predict.")] = None,
-        positive: Annotated[str | None, typer.Option("--positive", help="The answer that is asked about (default: the rarer of two), or the number above which it lies.")] = None,
+        positive: Annotated[str | None, typer.Option("--positive", help="The answer that is asked about (default: of two the one that means yes, else the rarer), or the number above which it lies.")] = None,
         sensitive: Annotated[list[str] | None, typer.Option("--sensitive", help="A column that forms groups; may be given again.")] = None,
         columns: Annotated[str | None, typer.Option("--columns", metavar="A,B,…", help="Names, where the file has no header.")] = None,
         kind: Annotated[str | None, typer.Option("--kind", help="Without a file: tabular, text or image rows that ship with mlray.")] = None, as_json: Json = False) -> None:
@@ -267,7 +268,8 @@ def new(name: Annotated[str, typer.Argument(help="Of the package, the spec and t
     if not source and (target or positive or sensitive or columns): raise SpecError("--target, --positive, --sensitive and --columns speak of a file; name it with --from.")
     made = project_from(name, source, str(target), positive, sensitive or (), named) if source else sample_project(name, kind or "tabular")
     files = write_project(made, Path(name))
-    _show(as_json, {"project": name, "spec": f"configs/{name}.yaml", "files": files}, f"{name}/ has {len(files)} files. Now:\n  cd {name}\n  mlray demo configs/{name}.yaml    from rows to an answered request\n  mlray lab                         nbs/index.ipynb: the same as a notebook")
+    steps = ((f"cd {name}", ""), (f"mlray demo configs/{name}.yaml", "from rows to an answered request"), ("mlray lab", "nbs/index.ipynb: the same as a notebook"))
+    _show(as_json, {"project": name, "spec": f"configs/{name}.yaml", "notes": list(made.notes), "files": files}, "\n".join([*made.notes, f"{name}/ has {len(files)} files. Now:", *(f"  {command:{len(name) + 27}}{said}".rstrip() for command, said in steps)]))
 
 # %% ../nbs/cli.ipynb #a2399649
 @app.command()
@@ -295,6 +297,7 @@ _GOES_ON = {"train": "The same command with --resume goes on from the last epoch
 
 def main() -> None:
     "The command `mlray`."
+    gc.set_threshold(100_000, 20, 50) # torch makes a million objects, all of which stay: looking through them again and again is a tenth of a short run
     try:
         with as_sent(): app()
     except MlrayError as error:
@@ -304,3 +307,4 @@ def main() -> None:
         if isinstance(error, SystemExit) and not isinstance(error.__context__ and error.__context__.__cause__, KeyboardInterrupt): raise # typer makes 130 of Ctrl-C, without a word
         print(f"\nmlray: stopped. {_GOES_ON.get(next((w for w in sys.argv[1:] if not w.startswith('-')), ''), '')}".rstrip(), file=sys.stderr)
         sys.exit(130)
+    finally: gc.freeze() # they go with the process; counting them at its end takes seconds

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -290,24 +291,28 @@ def _curl(settings: "Settings", name: str, row: Mapping[str, Any], key: str) -> 
 def demonstrate(spec: "RunSpec", settings: "Settings", keep: bool, show: Callable[..., None]) -> bool:
     "Check, train on Ray, gate, promote, serve, ask; False where a gate says no. With `keep` it stays up until Ctrl-C."
     step = _Steps(6)
+    step(f"check: {spec.description}")
     from mlray.engines.cluster_on_ray import cluster
-    from mlray.engines.serve_on_ray import check_port
+    from mlray.engines.grpc_on_ray import CallGateway
+    from mlray.engines.serve_on_ray import check_port, open_front
     from mlray.governance.registry import open_registry, promote as move
     from mlray.sources.rows import check_sources
     check_port(settings)
-    step(f"check: {spec.description}")
     checked = check_sources(spec, settings)["train"]
     stderr().print(f"  {checked.table().title}")
+    step(f"train with {settings.workers} workers, on {'a Ray of its own, which starts now' if settings.ray == 'local' else f'the Ray at {settings.ray}'}")
     with cluster(settings):
-        step(f"train on Ray with {settings.workers} workers")
         run, registry = train_run(spec, settings, "ray"), open_registry(settings)
         step(f"gate {run.version}: {', '.join(settings.gates)}")
-        gated = gate_version(registry, run.version, settings.gates, settings)
+        with ThreadPoolExecutor(1) as beside: # Serve comes up meanwhile
+            opened = beside.submit(open_front, settings, CallGateway)
+            gated = gate_version(registry, run.version, settings.gates, settings)
         show(*(g.verdict.table() for g in gated.values()))
         if not all(g.verdict.passed for g in gated.values()): return False
         step(f"promote {run.version} to production")
         move(registry, run.version, "production", settings.gates)
         step(f"serve {spec.name}@production behind HAProxy")
+        opened.result()
         key = create_key("predictor", settings)
         deploy_versions([spec.name], settings)
         row = {n: checked.good[n][0] for n in run.rows.contract.features}

@@ -20,12 +20,12 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .gate_on_papermill import GateRun
 from ..governance.registry import Version
 from ..judgement.gate import Finding, Verdict
 from ..values.spec import RunSpec
 
-if TYPE_CHECKING: # a gate that is told of loads no torch
+if TYPE_CHECKING: # a gate that is told of loads no torch, and a training no papermill
+    from mlray.engines.gate_on_papermill import GateRun
     from mlray.running.run import Run
 
 # %% ../../nbs/10_engines/22_trace_on_openlineage.ipynb #1dba1760
@@ -154,8 +154,8 @@ def _output(lineage: Lineage, done: "Run") -> Any:
 def traced_gates(
     lineage: Lineage,
     found: Version,
-    runs: Iterator[GateRun],
-) -> Iterator[GateRun]: # the same, as they end
+    runs: "Iterator[GateRun]",
+) -> "Iterator[GateRun]": # the same, as they end
     "Tell of gates as they end, with the time at which each began."
     try:
         for run in runs:
@@ -167,7 +167,7 @@ def traced_gates(
     finally: lineage.close()
 
 
-def _told(lineage: Lineage, found: Version, kind: str, id: str, run: GateRun, at: str = "") -> Any:
+def _told(lineage: Lineage, found: Version, kind: str, id: str, run: "GateRun", at: str = "") -> Any:
     from openlineage.client.event_v2 import InputDataset
     ended = kind != "START"
     event = _event(lineage, kind, id, f"{found.name}.gate.{run.gate}", (_tests(run.verdict) | (_failed(run.broken) if run.broken else {})) if ended else {}, [InputDataset(**_model(lineage, found, run.verdict if ended else None))])

@@ -10,6 +10,7 @@ __all__ = ['MISSING', 'FEWEST', 'FileFormat', 'file_format', 'FirstSpec', 'first
 
 # %% ../../nbs/12_operations/01_first_look.ipynb #77849d9d
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import log, sqrt
@@ -39,6 +40,8 @@ class FileFormat:
     missing: tuple[str, ...] = ("",)
     decimal_comma: tuple[str, ...] = () # columns whose numbers are written 1.234,5
     dates: Mapping[str, str] = field(default_factory=dict) # columns whose dates are written otherwise than 2024-05-31, and how
+    signs: Mapping[str, str] = field(default_factory=dict) # columns of money or shares, such as $1,234.5 or 45 %, and the sign that is taken off
+    thousands: tuple[str, ...] = () # columns whose numbers are written 1,234.5 or 1'234.5
 
     def scan(
         self,
@@ -49,8 +52,36 @@ class FileFormat:
         if self.kind == "ndjson": return pl.scan_ndjson(path, infer_schema_length=None)
         frame = pl.scan_csv(path, separator=self.separator, has_header=not self.columns, new_columns=list(self.columns) or None, infer_schema=False)
         frame = frame.rename({n: n.strip() for n in frame.collect_schema().names()})
+        frame = frame.drop([n for n in frame.collect_schema().names() if _NAMELESS.fullmatch(n)])
         known = frame.select(pl.all().str.strip_chars()).select(pl.when(~pl.all().is_in(self.missing)).then(pl.all())).filter(~pl.all_horizontal(pl.all().is_null()))
-        return as_written(known, self.decimal_comma, self.dates)
+        return as_written(_unsigned(known, self.signs, self.thousands), self.decimal_comma, self.dates)
+
+
+_NAMELESS = re.compile(r"(_duplicated_\d+)?") # as polars calls a column without a name, and the next one
+_SIGN = "[$€£¥₹%]|EUR|USD|GBP|CHF|JPY|CNY|INR|SEK|NOK|DKK|PLN|CZK|CAD|AUD"
+_SIGNED = rf"^[+-]?({_SIGN})?\s*[+-]?\d[\d.,'’]*\s*({_SIGN})?$"
+_THOUSANDS = r"^[+-]?(\d+|\d{1,3}([,'’]\d{3})+)(\.\d+)?$"
+
+
+def _unsigned(frame: pl.LazyFrame, signs: Mapping[str, str], thousands: Sequence[str]) -> pl.LazyFrame:
+    "Numbers without what people put around and into them."
+    bare = frame.with_columns(pl.when(pl.col(n).str.contains(_SIGNED)).then(pl.col(n).str.replace(sign, "", literal=True).str.replace_all(r"\s", "")).otherwise(pl.col(n)).alias(n) for n, sign in signs.items())
+    return bare.with_columns(pl.when(pl.col(n).str.contains(_THOUSANDS)).then(pl.col(n).str.replace_all(r"[,'’]", "")).otherwise(pl.col(n)).alias(n) for n in thousands)
+
+
+def _sign(values: pl.Series) -> str | None:
+    "What stands beside every number of a column, where that is one and the same."
+    known = values.drop_nulls()
+    if not known.len() or not known.str.contains(_SIGNED).all(): return None
+    found = known.str.extract(f"({_SIGN})").unique()
+    return found[0] if found.len() == 1 else None
+
+
+def _has_thousands(values: pl.Series, surely: bool) -> bool: # 1,234 alone may be a decimal comma, but not where the comma separates, nor beside a dollar
+    "Whether these are numbers in groups of three."
+    known = values.drop_nulls()
+    sure = r"[,'’]\d{3}([,'’.]|$)" if surely else r"['’]\d{3}|,\d{3}[,.]"
+    return bool(known.len() and known.str.contains(_THOUSANDS).all() and known.str.contains(sure).any())
 
 # %% ../../nbs/12_operations/01_first_look.ipynb #bfb8b96a
 def _number(text: str) -> bool:
@@ -59,7 +90,7 @@ def _number(text: str) -> bool:
     return True
 
 
-def _is_header(fields: Sequence[str]) -> bool: return len(set(fields)) == len(fields) and all(fields) and not any(map(_number, fields))
+def _is_header(fields: Sequence[str]) -> bool: return len(set(named := [f for f in fields if f])) == len(named) > 0 and all(fields[1:-1]) and not any(map(_number, named))
 
 
 def file_format(
@@ -88,6 +119,9 @@ def file_format(
     if read.is_empty(): raise DataError(f"{path} has the names of its columns and no rows; rows were expected below its first line.")
     found = replace(found, missing=("", *(m for m in MISSING[1:] if any((read[n] == m).any() for n in read.columns))))
     known = read.select(pl.when(~pl.all().is_in(found.missing)).then(pl.all()))
+    found = replace(found, signs={n: sign for n in known.columns if (sign := _sign(known[n]))})
+    known = _unsigned(known.lazy(), found.signs, ()).collect()
+    found = replace(found, thousands=tuple(n for n in known.columns if not has_decimal_comma(known[n]) and _has_thousands(known[n], separator == "," or n in found.signs)))
     return replace(found, decimal_comma=tuple(n for n in known.columns if has_decimal_comma(known[n])), dates={n: form for n in known.columns if (form := date_form(known[n]))})
 
 # %% ../../nbs/12_operations/01_first_look.ipynb #b9808e16
@@ -97,22 +131,40 @@ def _two_digits(value: float) -> float:
     return int(rounded) if rounded == int(rounded) else rounded
 
 
+_YES = {"1", "1.0", "true", "t", "yes", "y", "ja", "j", "oui", "o", "si", "sí", "sì", "sim", "s", "da", "tak", "ano", "evet", "positive", "pos"}
+
+
+def _spelled(values: pl.Series) -> dict[str, str]: # as written → as most write it
+    "The answers of a column; those that differ in capitals alone are one."
+    often = values.drop_nulls().cast(pl.String).alias("").value_counts(name="count").sort("count", "", descending=[True, False])[""]
+    most = dict[str, str]()
+    return {written: most.setdefault(written.casefold(), written) for written in often}
+
+
+def _positive(classes: Sequence[str], values: pl.Series) -> str:
+    "Of two answers the one that says yes; where neither does, the rarer."
+    yes = [c for c in classes if c.casefold() in _YES]
+    return yes[0] if len(yes) == 1 else min(classes, key=lambda c: (values.cast(pl.String).str.to_lowercase() == c.lower()).sum())
+
+
 def _as_target(name: str, column: Mapping[str, Any], values: pl.Series, positive: str | None) -> dict[str, Any]:
     "The column that is predicted."
     kind, kept = column["type"], {k: v for k, v in column.items() if k not in ("role", "unique", "nullable", "personal")}
-    if values.null_count(): kept["nullable"] = True
-    if kind == "category" or kind == "boolean" or (kind == "integer" and values.drop_nulls().n_unique() == 2):
-        classes = [str(v).lower() if kind == "boolean" else str(v) for v in sorted(values.drop_nulls().unique())]
+    if kind in ("category", "boolean") or (kind in ("integer", "number") and values.n_unique() == 2):
+        spelled = _spelled(values)
+        classes = sorted(set(spelled.values()))
+        made = {"type": "category", "values": classes} | ({"aliases": other} if (other := {k: v for k, v in spelled.items() if k != v}) else {}) | {"role": "target"}
         if len(classes) < 2: raise DataError(f"Column {name!r} has one value only, {classes[0] if classes else 'none'}; there is nothing to learn.")
         if positive is not None and positive not in classes: raise DataError(f"Column {name!r} has no value {positive!r}. {suggest(positive, classes)}")
-        if len(classes) > 2 and positive is None: return {"type": "category", "values": classes, "role": "target"}
-        rarer = positive or min(classes, key=lambda c: (values.cast(pl.String).str.to_lowercase() == c.lower()).sum())
-        return {"type": "category", "values": classes, "role": "target", "positive": rarer}
+        return made if len(classes) > 2 and positive is None else made | {"positive": positive or _positive(classes, values)}
     if kind in ("integer", "number"):
         if positive is None: return kept | {"role": "target"}
         try: return kept | {"role": "target", "positive_above": float(positive)}
         except ValueError: raise DataError(f"Column {name!r} holds numbers; --positive is the number above which an answer is positive, found {positive!r}.") from None
-    raise DataError(f"Column {name!r} is {'text' if kind == 'text' else f'a {kind}'}, with {values.n_unique():,} different values in {values.len():,} rows; what is predicted is a category (of at most 50, each twice or more), a truth value or a number. Name another --target, or make classes of it.")
+    raise DataError(f"Column {name!r} is {'text' if kind == 'text' else f'a {kind}'}, with {values.n_unique():,} different values in {values.len():,} rows, such as {_short(values)}; what is predicted is a category (of at most 50, each twice or more), a truth value or a number. Name another --target, or make classes of it.")
+
+
+def _short(values: pl.Series) -> str: return repr(f"{str(values.drop_nulls()[0])[:39]}…" if len(str(values.drop_nulls()[0])) > 40 else str(values.drop_nulls()[0]))
 
 
 def _as_sensitive(column: Mapping[str, Any], values: pl.Series) -> dict[str, Any]:
@@ -126,8 +178,8 @@ def _as_sensitive(column: Mapping[str, Any], values: pl.Series) -> dict[str, Any
 def _quality(target: Mapping[str, Any], values: pl.Series) -> list[dict[str, Any]]:
     "What a model must know beyond how often each answer occurs."
     if target["type"] in ("integer", "number") and "positive_above" not in target: return [{"metric": "r2", "at_least": 0.0, "within": 0.05}]
-    answers = values.drop_nulls().cast(pl.Float64) > target["positive_above"] if "positive_above" in target else values.drop_nulls().cast(pl.String)
-    if "positive" in target: answers = answers.str.to_lowercase() == target["positive"].lower()
+    answers = values.drop_nulls().cast(pl.Float64) > target["positive_above"] if "positive_above" in target else values.drop_nulls().cast(pl.String).str.to_lowercase()
+    if "positive" in target: answers = answers == target["positive"].lower()
     shares = answers.value_counts(normalize=True)["proportion"]
     entropy = round(-sum(p * log(p) for p in shares), 4)
     ranked: list[dict[str, Any]] = [{"metric": "roc_auc", "at_least": 0.55, "within": 0.02}] if shares.len() == 2 else []
@@ -179,6 +231,17 @@ class FirstSpec:
     gates: Mapping[str, Sequence[Mapping[str, Any]]] # rules by gate
     rows: int # that were looked at
     min_group: int = 30 # rows of a group that a rate is judged over, at least
+    unanswered: int = 0 # rows without a target, which were not
+
+    def notes(self) -> tuple[str, ...]: # sentences
+        "What was decided that a person may want otherwise."
+        name, target = next((n, c) for n, c in self.contract.items() if c.get("role") == "target")
+        aside = [f"{n} ({c['description']})" for n, c in self.contract.items() if c.get("role") == "ignored"]
+        ids = [n for n, c in self.contract.items() if c.get("role") == "id"]
+        asked = f"{name} is {target['positive']!r} or {' or '.join(repr(v) for v in target['values'] if v != target['positive'])}; asked is for {target['positive']!r}. Otherwise say --positive." if "positive" in target \
+            else f"{name} is one of {len(target['values'])}: {', '.join(target['values'][:12])}{' …' * (len(target['values']) > 12)}." if target["type"] == "category" else f"{name} is a number."
+        return asked, *([f"{self.unanswered:,} of {self.rows + self.unanswered:,} rows have no {name}, and are left out."] if self.unanswered else []), \
+            *([f"Names rows: {', '.join(ids)}."] if ids else []), *([f"Not learned from: {'; '.join(aside)}."] if aside else [])
 
     def yaml(
         self,
@@ -209,10 +272,24 @@ def first_spec(
     for name in (target, *sensitive):
         if name not in frame.columns: raise SpecError(f"There is no column {name!r}. {suggest(name, frame.columns)}")
     if target in sensitive: raise SpecError(f"Column {target!r} cannot be target and sensitive at once.")
-    contract = infer_contract(frame)
+    every, frame = frame.height, frame.filter(pl.col(target).is_not_null())
+    if frame.height < FEWEST: raise DataError(f"{frame.height} of {every} rows have a {target!r}, and {FEWEST} at least are needed. Bring more, or name another --target.")
+    contract = {n: _with_role(n, c, frame[n]) for n, c in infer_contract(frame).items()}
     if lost := [n for n in (target, *sensitive) if n not in contract]: raise DataError(f"Nothing can be said of column {lost[0]!r}: its values have no common type.")
     contract[target] = _as_target(target, contract[target], frame[target], positive)
     for name in sensitive: contract[name] = _as_sensitive(contract[name], frame[name].cast(pl.Float64) if contract[name]["type"] in ("integer", "number") else frame[name])
     groups = {n: frame[n] for n in sensitive}
     fair, fewest = _fairness(contract[target], frame[target], groups, {n: contract[n]["bands"] for n in groups if "bands" in contract[n]})
-    return FirstSpec(contract, {"quality": _quality(contract[target], frame[target])} | ({"fairness": fair} if groups else {}), frame.height, fewest)
+    return FirstSpec(contract, {"quality": _quality(contract[target], frame[target])} | ({"fairness": fair} if groups else {}), frame.height, fewest, every - frame.height)
+
+
+_NAMES_ROWS = re.compile(r"(^|[_\W])(id|uuid|guid)$|[a-z]I[dD]$", re.I)
+
+
+def _with_role(name: str, column: dict[str, Any], values: pl.Series) -> dict[str, Any]:
+    "A column that can teach nothing stands aside, and says why."
+    aside = {k: v for k, v in column.items() if k not in ("min", "max", "role")} | {"role": "ignored"}
+    if values.n_unique() == 1: return aside | {"description": "the same in every row" if values.null_count() == 0 else "empty in every row"}
+    if _NAMES_ROWS.search(name) and column.get("role") is None and column["type"] in ("integer", "text") and values.n_unique() > 50:
+        return aside | {"description": f"names one of {values.n_unique():,}; a model would learn them by heart"}
+    return column

@@ -32,6 +32,8 @@ class Project:
     target: str
     gates: tuple[str, ...]  # that a promotion asks for
     data: Path | None = None # a file that is copied into data/
+    notes: tuple[str, ...] = () # what was decided that a person may want otherwise
+    kind: str = "tabular"   # or text, image: what a network of one's own looks at
 
 
 def sample_project(
@@ -43,8 +45,7 @@ def sample_project(
     text = (shipped("configs") / f"{SAMPLES[kind]}.yaml").read_text(encoding="utf-8")
     call = f"{name}.source:rows"
     spec = re.sub(r"(?m)^name: .*$", f"name: {name}", re.sub(r"mlray\.samples:\w+", call, text))
-    network = "" if kind == "tabular" else f"\nmodel: {{network: {name}.network:network}}\n"
-    if network: spec = re.sub(r"(?m)^model: .*$", network.strip(), spec)
+    spec = re.sub(r"(?m)^model: .*$", f"model: {{network: {name}.network:Network}}", spec)
     source = f'''
         import polars as pl
 
@@ -56,7 +57,7 @@ def sample_project(
             return {SAMPLES[kind]}()
         '''
     target = {"tabular": "progression", "text": "package", "image": "digit"}[kind]
-    return Project(name, spec, dedent(source), target, ("quality", "fairness", "worth") if kind == "tabular" else ("quality", "worth"))
+    return Project(name, spec, dedent(source), target, ("quality", "fairness", "worth") if kind == "tabular" else ("quality", "worth"), kind=kind)
 
 # %% ../../nbs/12_operations/02_project.ipynb #5afa08b5
 def project_from(
@@ -70,11 +71,13 @@ def project_from(
     "A project around a file: contract, rules and source written from its rows. Raises `DataError` and `SpecError`."
     written = file_format(path, columns)
     made = first_spec(written.scan(path).head(1_000_000).collect(), target, positive, sensitive)
-    return Project(name, made.yaml(name, f"{target}, from {path.name}", f"{name}.source:rows"), _file_source(path, written, name), target, (*made.gates, "worth"), path)
+    return Project(name, made.yaml(name, f"{target}, from {path.name}", f"{name}.source:rows"), _file_source(path, written, name, target if made.unanswered else ""), target, (*made.gates, "worth"), path, made.notes())
 
 
-def _file_source(path: Path, written: FileFormat, name: str) -> str:
-    fields = ", ".join(f"{k}={v!r}" for k, v in (("separator", written.separator), ("columns", written.columns), ("missing", written.missing), ("decimal_comma", written.decimal_comma), ("dates", dict(written.dates))) if v and v != getattr(FileFormat("csv"), k))
+def _file_source(path: Path, written: FileFormat, name: str, asked: str) -> str:
+    plain = FileFormat("csv")
+    fields = ", ".join(f"{k}={v!r}" for k in ("separator", "columns", "missing", "decimal_comma", "dates", "signs", "thousands") if (v := getattr(written, k)) and v != getattr(plain, k))
+    answered = f".filter(pl.col({asked!r}).is_not_null()) # a row without an answer teaches nothing" if asked else ""
     return dedent(f'''
         import polars as pl
 
@@ -86,5 +89,5 @@ def _file_source(path: Path, written: FileFormat, name: str) -> str:
 
         def rows() -> pl.LazyFrame:
             "The rows as they come. What they must look like is the contract's business, in configs/{name}.yaml."
-            return FORMAT.scan(read_settings().root / "data" / {path.name!r})
+            return FORMAT.scan(read_settings().root / "data" / {path.name!r}){answered}
         ''')

@@ -15,6 +15,8 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -159,28 +161,42 @@ jobs:
 
 _MAKEFILE = """
 PYTHON ?= python3
+# where mlray comes from: a name for pip, such as mlray, or mlray @ git+https://…, or mlray @ file:///… of a folder or a wheel
+MLRAY ?= {origin}
 .PHONY: test
 test: .venv/ready
 \t.venv/bin/python -m pytest -q
 
 # torch first, by its version: any other way of asking may bring gigabytes of CUDA along
 .venv/ready: pyproject.toml
+\t@echo "making .venv, once; this takes some minutes"
 \t$(PYTHON) -m venv .venv
 \t.venv/bin/pip install --quiet torch==2.13.0
-\t.venv/bin/pip install --quiet -e '.[dev]'
+\t.venv/bin/pip install --quiet '$(MLRAY)' -e '.[dev]'
 \ttouch $@
 """
 
 # %% ../../nbs/12_operations/04_project_folder.ipynb #08cca284
+_EDITORS = "# yaml-language-server: $schema=schema.json\n"
+
+
+def _origin() -> str:
+    "Where this mlray was installed from, as pip is told it (PEP 610)."
+    said = json.loads(distribution("mlray").read_text("direct_url.json") or "{}")
+    if not (url := said.get("url")): return "mlray"
+    way = said.get("vcs_info", {})
+    return f"mlray @ {way['vcs']}+{url}@{way['commit_id']}" if way else f"mlray @ {url}"
+
+
 def project_files(
     project: Project,
 ) -> dict[str, str]: # path in the project → text
     "Every file but the rows and the modules, which nbdev makes of the notebooks."
     about = (re.search(r"(?m)^description: (.+)$", project.spec) or ["", project.name])[1].strip("'\"")
-    filled = {"name": project.name, "gates": " ".join(project.gates), "description": about}
+    filled = {"name": project.name, "origin": _origin(), "gates": " ".join(project.gates), "description": about}
     plain = {"pyproject.toml": _PYPROJECT, "settings.ini": _SETTINGS, "README.md": _README, "tests/test_project.py": _TESTS, ".github/workflows/test.yml": _WORKFLOW, "Makefile": _MAKEFILE}
     return {path: text.format(**filled).lstrip("\n") for path, text in plain.items()} | project_pages(project) | {
-        f"configs/{project.name}.yaml": f"# yaml-language-server: $schema=schema.json\n{project.spec}", "configs/schema.json": json.dumps(spec_schema(), indent=1, ensure_ascii=False) + "\n", f"{project.name}/__init__.py": '__version__ = "0.1.0"\n', ".gitignore": ".venv/\n.mlray/\ndata/\n__pycache__/\n.ipynb_checkpoints/\n"}
+        f"configs/{project.name}.yaml": f"{_EDITORS}{project.spec.removeprefix(_EDITORS)}", "configs/schema.json": json.dumps(spec_schema(), indent=1, ensure_ascii=False) + "\n", f"{project.name}/__init__.py": '__version__ = "0.1.0"\n', ".gitignore": ".venv/\n.mlray/\ndata/\n__pycache__/\n.ipynb_checkpoints/\n"}
 
 
 def export_modules(
@@ -194,6 +210,13 @@ def export_modules(
 _PACKAGE = re.compile(r"[a-z][a-z0-9_]{0,40}")
 
 
+def _taken(name: str) -> bool:
+    "Whether Python, an installed package or a folder of every project is called so."
+    if name in sys.stdlib_module_names or name in ("mlray", "test", "tests", "nbs", "configs", "data", "cluster"): return True
+    found = find_spec(name)
+    return bool(found and any("site-packages" in str(p) for p in (found.origin, *(found.submodule_search_locations or ()))))
+
+
 def write_project(
     project: Project,
     folder: Path, # must not exist, or be empty
@@ -202,6 +225,7 @@ def write_project(
     if not _PACKAGE.fullmatch(project.name):
         likely = re.sub(r"[^a-z0-9]+", "_", project.name.lower()).strip("_0123456789") or "credit"
         raise SpecError(f"{project.name!r} cannot be the name of a package: small letters, digits and _, beginning with a letter, such as {likely}.")
+    if _taken(project.name): raise SpecError(f"{project.name!r} is the name of a package that is here already, and Python would take one for the other. Choose another name, such as my_{project.name}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise SpecError(f"{folder} is there already, and not empty. Choose another name, or move it away.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(mkdtemp(prefix=f"{project.name}-part-", dir=folder.parent)) # nbdev does not look into hidden folders

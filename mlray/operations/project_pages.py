@@ -88,9 +88,65 @@ def _source_page(project: Project) -> str:
         '''
     return _notebook(f"{dedent(head)}{project.source.strip()}\n--- code\nrows().lazy().head().collect()\n")
 
+# %% ../../nbs/12_operations/03_project_pages.ipynb #ec060640
+_OF_ROWS = '''
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+class Network(nn.Module):
+    "Two layers over the rows as mlray encodes them."
+    def __init__(self, widths: Mapping[str, int], outputs: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(widths["encoded"], 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, outputs))
+
+    def forward(self, encoded: Tensor) -> Tensor: return self.layers(encoded)
+'''
+
+_OF_PICTURES = '''
+from torch import Tensor, nn
+
+
+class Network(nn.Module):
+    "A small convolutional network, for pictures of 8 × 8 pixels."
+    def __init__(self, outputs: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Dropout(0.3), nn.Linear(256, outputs))
+
+    def forward(self, arrays: Tensor) -> Tensor: return self.layers(arrays)
+'''
+
+# %% ../../nbs/12_operations/03_project_pages.ipynb #17b92fb4
+_OF_TEXTS = '''
+from mlray.learning.features import Features
+from torch import Tensor, nn
+
+
+class Network(nn.Module):
+    "The mean of what stands for the words of a text and their parts, and a line."
+    def __init__(self, features: Features, outputs: int):
+        super().__init__()
+        self.table, self.line = nn.Embedding(features.texts[0].size, 64, padding_idx=0), nn.Linear(64, outputs)
+
+    def forward(self, texts: Tensor) -> Tensor:
+        known = (texts > 0).float().unsqueeze(1)
+        return self.line((known @ self.table(texts)).squeeze(1) / known.sum(2).clamp(min=1))
+'''
+
+_NETWORKS = {"tabular": (_OF_ROWS, 'Network({"encoded": 32}, 1)'), "image": (_OF_PICTURES, "Network(10)"), "text": (_OF_TEXTS, "Network(Features((), (), texts=(Text(\"text\", words=2, characters=4, buckets=10_000, length=200),)), 9)")} # kind → a network, and one to look at
+
 # %% ../../nbs/12_operations/03_project_pages.ipynb #35494b0c
 def _network_page(project: Project) -> str:
-    return _notebook(f'''
+    network, one = _NETWORKS[project.kind]
+    said = f"Try it with `mlray train configs/{project.name}.yaml model.network={project.name}.network:Network`. The default is often hard to beat on a table." if project.kind == "tabular" \
+        else f"`configs/{project.name}.yaml` names it as its `model.network`. Without that line mlray's own is taken."
+    before = "from mlray.learning.text import Text\n\n" if project.kind == "text" else ""
+    return _notebook(dedent('''
         --- prose
         # network
 
@@ -104,23 +160,7 @@ def _network_page(project: Project) -> str:
         The split, fitting, early stopping, the graph and serving stay as they are.
         --- code
         #| export
-        from collections.abc import Mapping
-
-        from torch import Tensor, nn
-
-
-        class Network(nn.Module):
-            "Two layers over the rows as mlray encodes them."
-            def __init__(self, widths: Mapping[str, int], outputs: int):
-                super().__init__()
-                self.layers = nn.Sequential(nn.Linear(widths["encoded"], 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, outputs))
-
-            def forward(self, encoded: Tensor) -> Tensor: return self.layers(encoded)
-        --- prose
-        Try it with `mlray train configs/{project.name}.yaml model.network={project.name}.network:Network`. The default is often hard to beat on a table.
-        --- code
-        sum(p.numel() for p in Network({{"encoded": 32}}, 1).parameters())
-        ''')
+        ''') + f"{network.lstrip()}--- prose\n{said}\n--- code\n{before}sum(p.numel() for p in {one}.parameters())\n")
 
 # %% ../../nbs/12_operations/03_project_pages.ipynb #9c53a82e
 def _gate_page(project: Project) -> str:
