@@ -91,6 +91,7 @@ class Train(Part):
     rows: Literal["memory", "stream"] = "memory"    # where training rows are: all in memory; or, for more than fit there, encoded once and read from disk in windows
     epochs: Annotated[int, Field(ge=1)] | None = None   # at most
     patience: Annotated[int, Field(ge=1)] | None = None # epochs without a better validation loss before stopping
+    folds: Annotated[int, Field(ge=2, le=20)] | None = None # networks, each of which keeps another part of the rows back to stop by; the mean of their answers is shipped. None: one network, which keeps `data.split.valid` back
     batch_size: Annotated[int, Field(ge=1)] | None = None # rows a step, over all workers together
     accumulate: Annotated[int, Field(ge=1)] = 1     # pieces in which a batch is computed: more need less memory
     loss: str | None = None                         # module:function of (logits, labels); None: that of the target's kind
