@@ -26,7 +26,7 @@ from .data import Data, Federation
 from .decision import Mitigation, Threshold
 from .errors import SpecError, refused, suggest
 from .feature import Feature, check_features
-from .recipe import Model, Train
+from .recipe import Model, Train, check_folds
 from .rollout_policy import Retrain, Rollout
 from .search_space import Search, check_searchable
 from .serve_policy import Serve
@@ -47,8 +47,7 @@ class Rule(Part):
 
     @model_validator(mode="after")
     def _promises(self) -> Self:
-        if self.at_least is None and self.at_most is None and self.within is None:
-            raise ValueError("a rule needs at_least, at_most or within")
+        if self.at_least is None and self.at_most is None and self.within is None: raise ValueError("a rule needs at_least, at_most or within")
         return self
 
     @property
@@ -92,6 +91,7 @@ def _check_learning(spec: "RunSpec") -> None:
     if weights > 1: raise ValueError(f"one column may have the role 'weight'; found {weights}")
     if not any(c.role == "feature" for c in spec.contract.values()): raise ValueError("the contract has no column with role 'feature'")
     check_features(spec.features, spec.contract)
+    check_folds(spec.train, spec.model, spec.data, spec.mitigation)
     for path, dimension in (spec.search.space if spec.search else {}).items(): check_searchable({"model": spec.model, "train": spec.train}, path, dimension)
 
 
@@ -171,21 +171,6 @@ def _check_streamed(spec: "RunSpec") -> None:
                                  ("exponentiated_gradient", spec.mitigation is not None and spec.mitigation.method == "exponentiated_gradient", "it labels and weighs all rows anew, again and again"), ("a weight of rows", weighted, "weights are relative to their mean over all rows"), ("search", spec.search, "trials share rows in memory; search with a part of the rows, then write the values found into the spec")):
         if asked: raise ValueError(f"with train.rows: stream there is no {name} yet: {instead}")
 
-# %% ../../nbs/00_values/14_spec.ipynb #5e1f3b08
-def _check_folds(spec: "RunSpec") -> None:
-    "What would let a network see the rows that it keeps back, or has no network to take the mean of."
-    if spec.search and "train.folds" in spec.search.space: raise ValueError("search.space: train.folds is not searched, as losses over other rows do not compare. Search the rest with folds as they are")
-    if spec.train.folds is None: return
-    why, data = "with train.folds", spec.data
-    if data.split.by: raise ValueError(f"{why} a network would learn from rows that are later than those it is held against, and data.split.by asks for the opposite. Leave out train.folds, or divide by data.split.key")
-    if data.valid: raise ValueError(f"{why} every training row is held back once, and data.valid gives rows of their own for that. Leave out one of them")
-    for name, asked, instead in (("data.train.holders", data.train.holders, "rows that stay with their holders are dealt out by nobody"), ("train.rows: stream", spec.train.rows == "stream", "folds are for tables that are small, and are kept in memory"),
-                                 ("train.privacy", spec.train.privacy, "each row would be learned from by all networks but one, and each of them spends the budget"),
-                                 ("train.from", spec.train.parent, "the parent has learned from rows that a network now keeps back. Learn anew"), ("model.estimator", spec.model.estimator, "folds are of networks; take train.folds out"),
-                                 ("exponentiated_gradient", spec.mitigation is not None and spec.mitigation.method == "exponentiated_gradient", "it is a mean of networks by itself; take reweighing or thresholds"),
-                                 ("train.parallel: fsdp", spec.train.parallel == "fsdp", "each network is one worker's; leave parallel out")):
-        if asked: raise ValueError(f"{why} there is no {name}: {instead}")
-
 # %% ../../nbs/00_values/14_spec.ipynb #cae55f53
 class RunSpec(Part):
     "Everything that was asked for."
@@ -212,7 +197,7 @@ class RunSpec(Part):
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
-        for check in (_check_learning, _check_promises, _check_division, _check_decision, _check_unseen_rows, _check_streamed, _check_folds): check(self)
+        for check in (_check_learning, _check_promises, _check_division, _check_decision, _check_unseen_rows, _check_streamed): check(self)
         return self
 
     @property
@@ -228,8 +213,7 @@ class RunSpec(Part):
         values["data"]["csv"] = {k: v for k, v in values["data"]["csv"].items() if v or k not in ("decimal_comma", "dates")}
         values["train"] = {k: v for k, v in values["train"].items() if v is not None or k != "folds"}
         values["contract"] = [(n, {k: v for k, v in c.items() if k != "journal"}) for n, c in values["contract"].items()] # the order of columns means something
-        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
 
 # %% ../../nbs/00_values/14_spec.ipynb #df9d22b2
 class _Strict(yaml.SafeLoader): "YAML that refuses a key given twice."
