@@ -108,6 +108,7 @@ Modules:
 - `mlray.learning.features`: Rows to numbers: learned once, on the training rows, and applied by one function everywhere
 - `mlray.learning.fitting`: One pass over the rows: optimiser, learning rate, precision, and what stops it
 - `mlray.learning.fitting_privately`: One pass over the rows under differential privacy: what one row can do is bounded, and hidden by noise
+- `mlray.learning.folds`: Several networks that each keep other rows back, and answer as one
 - `mlray.learning.infer`: A first contract, from rows, for a person to correct
 - `mlray.learning.loss`: How wrong answers are: a loss for each kind of target, or one of your own, weighted by class and by row
 - `mlray.learning.made_columns`: Columns made from others, of one row or of many: expressions, and parts of dates

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -82,6 +83,9 @@ def test_targets_of_each_kind(tmp_path):
     assert "positive" not in first_spec(frame, "three").contract["three"] and first_spec(frame, "flag").contract["flag"]["positive"] == "true"
     assert first_spec(frame, "number").gates["quality"][0]["metric"] == "r2" and first_spec(frame, "number", "6").contract["number"]["positive_above"] == 6
     for target in ("three", "flag", "number"): parse_spec(first_spec(frame, target).yaml("mine", "a try: with a colon", "mine.source:rows"))
+    text = first_spec(frame, "flag").yaml("mine", "a try", "mine.source:rows") # folds are proposed where rows are few, with the reason, and nowhere else
+    assert parse_spec(text).train.folds == 5 and f"because {frame.height} rows are few" in text
+    assert "folds" not in replace(first_spec(frame, "flag"), rows=3_000).yaml("mine", "a try", "mine.source:rows")
     with pytest.raises(DataError, match="one value"): first_spec(frame.with_columns(pl.lit("only").alias("same")), "same")
 
 

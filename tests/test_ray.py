@@ -58,6 +58,28 @@ def test_a_mixture_of_networks_is_fitted_by_one_worker_to_the_same_bits(ray_clus
     assert [e.metrics for e in there] == [e.metrics for e in here] and there[-1].state.workers == (1,) * 6 and "mixture_shares" in here[-1].state.best and same(there[-1].state.best, here[-1].state.best)
 
 
+@pytest.mark.chaos # another half a minute; that a worker's number changes no bit is said without Ray in test_folds
+def test_folds_are_fitted_side_by_side_to_the_same_bits_and_through_a_death(ray_cluster, tmp_path):
+    from mlray.engines.train_on_ray import RayBackend
+    from mlray.values.settings import Settings
+    spec = read_spec("configs/diabetes.yaml", ["model={network: mlp, hidden: [16], embedding: 4, bins: 4}", "train={epochs: 40, patience: 40, folds: 3}"])
+    job, killed = make_job(spec, read_rows(spec, Settings(root=tmp_path, home=tmp_path))), []
+    here = list(LocalBackend().train(job, "here", tmp_path))
+
+    def kill() -> None:
+        if process := worker_process():
+            os.kill(process.pid, signal.SIGKILL)
+            killed.append(process.pid)
+    for workers in (1, 2, 5):
+        there = []
+        for epoch in RayBackend(workers).train(job, f"on {workers}", tmp_path):
+            there.append(epoch)
+            if workers == 2 and epoch.number == 5 and not killed: kill()
+        assert [e.metrics for e in there] == [e.metrics for e in here] and same(there[-1].state.best, here[-1].state.best)
+        assert set(there[-1].state.workers) == {min(workers, 3)} or workers == 2
+    assert killed
+
+
 def worker_process() -> psutil.Process | None:
     "The training worker among our own descendants."
     for process in psutil.Process().children(recursive=True):

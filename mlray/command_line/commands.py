@@ -90,13 +90,15 @@ def propose_contract(path: str, overrides: Sequence[str], settings: "Settings") 
 
     from mlray.learning.infer import contract_yaml, infer_contract
     from mlray.sources.source import read_source
+    from mlray.values.recipe import proposed_folds
     from mlray.values.spec import parse_data
     file = Path(path)
     if not file.is_file(): raise SpecError(f"There is no spec {path!r}. Write one with `name:` and `data:`; the contract comes from the rows.")
     before = file.read_text(encoding="utf-8")
     data, has = parse_data(before, overrides, path)
-    contract = infer_contract(read_source(data.train, data.csv, (), settings)[0], data.csv.missing)
-    text = contract_yaml(contract)
+    rows = read_source(data.train, data.csv, (), settings)[0]
+    contract = infer_contract(rows, data.csv.missing)
+    text = contract_yaml(contract) + ("" if "train" in yaml.safe_load(before) or data.valid or data.split.by or not (proposed := proposed_folds(rows.height)) else f"# {proposed}")
     if has: return contract, text, False
     after = f"{before.rstrip()}\n\n{text}"
     if yaml.safe_load(after) != yaml.safe_load(before) | {"contract": contract}: raise SpecError(f"{path} is written so that nothing can be added at its end. Add this yourself:\n{text}")

@@ -34,6 +34,7 @@ def describe_version(registry: "Registry", found: "Version") -> tuple[dict[str, 
     from mlray.governance.lineage import lineage_table
     from mlray.governance.registry import bundle_of, evidence, versions
     from mlray.governance.release import approvals, approvals_table
+    from mlray.running.card import in_folds
     bundle, proved, stood = bundle_of(registry, found), evidence(registry, found), approvals(registry, found)
     parent = next((str(v) for v in versions(registry) if v.digest == found.parent), found.parent)
     over = {n: getattr(found, n) for n in ("deprecated", "sunset", "retired", "successor") if getattr(found, n)}
@@ -42,7 +43,7 @@ def describe_version(registry: "Registry", found: "Version") -> tuple[dict[str, 
     read = [(f"{part} source", f"{s['rows']} rows, {s['version'] or s['digest']}") for part, s in bundle.provenance.get("sources", {}).items()]
     spent = bundle.provenance.get("privacy")
     private = [("privacy", f"ε {spent['epsilon']:.2f} at δ {spent['delta']:g} of each training row, in {spent['steps']} steps with noise of {spent['noise_multiplier']:.2f} clips")] if spent else []
-    made = [(k.replace("_", " "), v) for k, v in bundle.provenance.items() if k not in ("sources", "privacy")]
+    made = [(k.replace("_", " "), v) for k, v in bundle.provenance.items() if k not in ("sources", "privacy", "folds")] + ([("folds", dealt)] if (dealt := in_folds(bundle)) else [])
     lines = table(["", str(found)], [("aliases", found.aliases), ("digest", found.digest), ("created", f"{found.created[:19]} by {found.actor}"), ("spec", found.spec_id), ("bytes", f"{bundle.size:,}"), *over.items(), *made, *private, *read])
     return about | {"evidence": {g: {**e.verdict.as_dict(), "page": e.page, "statement": e.statement, "created": e.created} for g, e in proved.items()}}, [lines, lineage_table(found.spec_id, found.lineage or {}, bundle.provenance, parent), *([approvals_table(stood)] if stood else []), *(face for g, e in proved.items() for face in (g, e.verdict.table()))]
 

@@ -29,8 +29,9 @@ from ray.tune.search import Searcher
 
 from ..governance.registry import Registry
 from ..learning.features import learn
-from ..learning.model import Epoch, Job, State, dump_state, epochs, load_state
-from ..learning.network import build, sensible, to_onnx
+from ..learning.folds import epochs_of
+from ..learning.model import Epoch, Job, State, dump_state, load_state
+from ..learning.network import Mixed, build, sensible, to_onnx
 from ..running.population import Population, lived
 from ..running.remote_checkpoints import Files
 from ..running.run import Backend, make_job, train
@@ -74,9 +75,10 @@ _LATENCIES: dict[str, float] = {} # of networks that this process has measured
 def _measured(job: Job, search: Search) -> dict[str, Any]:
     "What is known of a network before it is trained."
     if job.model.estimator: return {"parameters": 0, "latency": None, "failed": ""}
-    network, name = build(job.features, job.model, 0, job.task.outputs), job.model.model_dump_json()
+    one, count, name = build(job.features, job.model, 0, job.task.outputs), job.train.folds or 1, job.model.model_dump_json()
+    network = Mixed([one] * count, [1 / count] * count) if job.folds is not None else one # as it would be shipped
     if "latency" in search.priced and name not in _LATENCIES: _LATENCIES[name] = latency(to_onnx(network.eval(), job.features, job.task), job.valid_rows[:1])
-    return {"parameters": sum(p.numel() for p in network.parameters()), "latency": _LATENCIES.get(name), "failed": ""}
+    return {"parameters": count * sum(p.numel() for p in one.parameters()), "latency": _LATENCIES.get(name), "failed": ""}
 
 
 def _state_name(key: str) -> str: return f"{key}.safetensors"
@@ -88,7 +90,7 @@ def _epochs(given: _Given, job: Job, step: Step, start: State | None, device: st
         yield from given.backend.train(job, step.key, given.folder / "workers")
         return
     state = start
-    for epoch in epochs(job, start, device=device):
+    for epoch in epochs_of(job, start, device=device):
         yield epoch
         if (state := epoch.state) and state.epoch == step.until: break
     if step.until and state:

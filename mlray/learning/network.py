@@ -29,10 +29,11 @@ from ..values.task import BINARY, Task
 def sensible(
     model: Model,
     train: Train,
-    rows: int, # to learn from
+    rows: int, # to learn from; with folds those kept back among them
 ) -> tuple[Model, Train]: # with nothing left out
     "The spec's two parts, completed by the size of the data."
     if model.estimator: return model, train # what it takes stands in `model.parameters`
+    if train.folds: rows -= rows // train.folds # each network learns from the others
     small, large = rows < 3_000, rows >= 200_000
     width = 128 if small else 256 if large else 192
     batch = train.batch_size or (32 if rows < 2_000 else 128 if rows < 100_000 else 512 if rows < 500_000 else 1024)
@@ -117,7 +118,7 @@ class Score(nn.Module):
         self.network, self.task = network, task
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        if isinstance(self.network, Mixed): return self.network.probability(*inputs)
+        if isinstance(self.network, Mixed): return self.network.answer(self.task, *inputs)
         logits, kind = logits_of(self.network(*inputs), self.task.outputs, inputs[0].shape[0]), self.task.kind
         if kind == "binary": return torch.sigmoid(logits.squeeze(2)).mean(1)
         if kind in ("multiclass", "multilabel"): return _mean(torch.softmax(logits, 2) if kind == "multiclass" else torch.sigmoid(logits))
@@ -137,7 +138,7 @@ def scores(
 
 # %% ../../nbs/01_learning/12_network.ipynb #04113e47
 class Mixed(nn.Module):
-    "Networks for two classes as one: its probability is the weighted mean of theirs."
+    "Networks as one: its answer is the weighted mean of theirs."
     mixture_shares: Tensor
     mixture_always: Tensor
 
@@ -147,9 +148,10 @@ class Mixed(nn.Module):
         self.register_buffer("mixture_shares", torch.tensor(shares, dtype=torch.float32))
         self.register_buffer("mixture_always", torch.tensor(always, dtype=torch.float32))
 
-    def probability(self, *inputs: Tensor) -> Tensor: # [rows]
-        parts = [Score(network)(*inputs) * share for network, share in zip(self.networks, self.mixture_shares.unbind(), strict=True)]
-        return (functools.reduce(torch.add, parts) + self.mixture_always).clamp(max=1.0)
+    def answer(self, task: Task, *inputs: Tensor) -> Tensor: # as `Score` gives it
+        parts = [Score(network, task)(*inputs) * share for network, share in zip(self.networks, self.mixture_shares.unbind(), strict=True)]
+        mean = functools.reduce(torch.add, parts) + self.mixture_always
+        return mean.clamp(max=1.0) if task.classes else mean
 
 # %% ../../nbs/01_learning/12_network.ipynb #9539b32a
 def fitted(

@@ -77,7 +77,7 @@ def demand(
 ) -> tuple[Demand, ...]:
     "What specs ask for that are trained side by side while the service runs; nothing where there is no spec."
     worker = {"CPU": 1.0} | ({"GPU": 1.0} if settings.gpu else {})
-    training = [Demand(f"train {spec.name}", worker) for spec in specs for _ in range(1 if spec.model.estimator or (spec.mitigation and spec.mitigation.method == "exponentiated_gradient") else settings.workers)]
+    training = [Demand(f"train {spec.name}", worker) for spec in specs for _ in range(1 if spec.model.estimator or (spec.mitigation and spec.mitigation.method == "exponentiated_gradient") else min(settings.workers, spec.train.folds or settings.workers))]
     return (*training, *(Demand("serve", {"CPU": 0.5}) for _ in range(settings.replicas if specs else 0)))
 
 # %% ../../nbs/12_operations/07_cluster_plan.ipynb #a2ddad56

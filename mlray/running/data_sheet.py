@@ -60,7 +60,8 @@ def _cleaning(found: Dossier) -> Section:
     checked, how = found.results.get("checked", {}), found.bundle.spec.data.split
     lines = [(part, p["column"], p["expected"], p["rows"]) for part, c in checked.items() for p in c["problems"]]
     text = [f"{c['good']} of {c['good'] + c['bad']} {part} rows kept the contract; the others lie in quarantine." for part, c in checked.items()]
-    divided = f"Divided in time by {how.by}: the latest rows are the test." if how.by else f"Divided by a hash of {', '.join(how.key) or 'the whole row'}, with seed {how.seed}; {how.test:.0%} test rows and, of the rest, {how.valid:.0%} for validation where the source does not say."
+    kept = f"each row for validation once, in {folds} folds" if (folds := found.bundle.spec.train.folds) else f"{how.valid:.0%} for validation"
+    divided = f"Divided in time by {how.by}: the latest rows are the test." if how.by else f"Divided by a hash of {', '.join(how.key) or 'the whole row'}, with seed {how.seed}; {how.test:.0%} test rows and, of the rest, {kept} where the source does not say."
     aliases = [f"{a!r} is read as {v!r} in {n}." for n, c in found.bundle.contract.columns.items() for a, v in c.aliases.items()]
     return Section("Cleaning and division", (*text, *aliases, divided), (table(["part", "column", "expected", "rows"], lines, "What was broken"),) if lines else (), missing=() if checked else ("how many rows broke the contract: this version was registered before it was kept",))
 

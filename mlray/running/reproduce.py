@@ -28,7 +28,7 @@ from ..values.settings import Settings
 # %% ../../nbs/07_running/11_reproduce.ipynb #01d02644
 _TEAM = "workers by epoch"
 _NAMES = {"workers_by_epoch": _TEAM, "train_rows": "training rows", "valid_rows": "validation rows", "test_rows": "test rows"}
-_NO_CAUSE = frozenset({"epochs", "best_epoch", "search", "calibration", "sources", "parts"})
+_NO_CAUSE = frozenset({"epochs", "best_epoch", "search", "calibration", "folds", "sources", "parts"})
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,10 @@ from ..learning.declared import declared, declared_scale
 from ..learning.estimator_graph import answer
 from ..learning.features import Matrix, apply, learn
 from ..learning.fitting_privately import budget_of
+from ..learning.folds import deal, epochs_of, of_folds, out_of_fold
 from ..learning.loss import row_weights, scaled
 from ..learning.mitigation import reweighing
-from ..learning.model import Epoch, Job, State, epochs, replayed
+from ..learning.model import Epoch, Job, State, replayed
 from ..learning.network import fitted, rehearse, scores, sensible, to_onnx
 from ..learning.profile import Profile, profile
 from ..measures.comparison import Comparison
@@ -81,7 +82,7 @@ class LocalBackend:
         if not resume: kept.forget()
         start = kept.newest(note)
         yield from replayed(start)
-        for epoch in epochs(job, start):
+        for epoch in epochs_of(job, start):
             if epoch.state: kept.save(epoch.state)
             yield epoch
 
@@ -129,14 +130,15 @@ def make_job(
     private, bins = spec.train.privacy, model.bins or 32
     features = parent.features if parent else declared(rows.contract, bins, "train.privacy is set") if private else learn(rows.contract, rows.parts.train, bins, spec.features)
     if ":" in model.network: rehearse(features, model, parent.task if parent else spec.task)
-    encoded = {part: apply(features, frame, frame.height) for part, frame in vars(rows.parts).items()}
+    encoded = {part: apply(features, frame, frame.height) for part, frame in vars(rows.parts).items() if not (part == "valid" and pace.folds)}
+    if pace.folds: encoded["valid"] = encoded["train"] # one matrix, so that it travels once
     truth = {part: labels(rows.contract, frame).to_numpy().astype(np.float32) for part, frame in vars(rows.parts).items()}
     task = parent.task if parent else declared_scale(rows.contract, spec.task) if private else scaled(spec.task, labels(rows.contract, rows.parts.train).to_numpy())
     name = rows.contract.weight
     weights = {part: row_weights(task, pace, truth[part], frame[name].to_numpy() if name else None, truth["train"]) for part, frame in vars(rows.parts).items() if part != "test"}
     initial = load_tensors((parent.path / "weights.safetensors").read_bytes()) if parent else None
     job = Job(features, model, pace, encoded["train"], truth["train"], encoded["valid"], truth["valid"], initial, task, weights["train"], weights["valid"],
-              budget=budget_of(private, pace, rows.parts.train.height) if private else None)
+              budget=budget_of(private, pace, rows.parts.train.height) if private else None, folds=deal(rows.contract, rows.parts.train, spec.data.split, pace.folds) if pace.folds else None)
     return _mitigated(job, spec.mitigation, rows) if spec.mitigation else job
 
 # %% ../../nbs/07_running/10_run.ipynb #cc7f32fd
@@ -160,6 +162,7 @@ def _provenance(spec: RunSpec, job: Job, rows: Rows, backend: Backend, last: Epo
     fits = ["scikit-learn", "skl2onnx", "onnxmltools", "fairlearn", *packages_distributions().get(module, [])] if module else ["scikit-learn"] if spec.model.calibration == "isotonic" else []
     packages = {p: installed(p) for p in ("mlray", "torch", "polars", "numpy", "onnx", "onnxscript", *fits)}
     state: dict[str, Any] = {"epochs": last.number, "best_epoch": int(last.metrics["best_epoch"])} | ({"privacy": job.budget.as_dict(last.number)} if job.budget else {})
+    if job.folds is not None and last.state: state["folds"] = of_folds(job, last.state)
     if "networks" in last.metrics: state["mixture"] = {"networks": int(last.metrics["networks"]), "fitted": int(last.metrics["networks_fitted"])}
     name, _, trial = (spec.search.found or "" if spec.search else "").rpartition("/")
     found = {"search": {"name": name, "trial": int(trial), "seed": spec.search.seed}} if spec.search and name else {}
@@ -180,17 +183,18 @@ def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: 
     with closing(backend.train(job, kept.folder.name, kept.folder.parent, resume, tracker.note)) as training:
         for last in training: tracker.log(last.metrics, last.number)
     if last is None or last.state is None: raise TrainingError("training ended without an epoch. Raise train.epochs.")
+    for number, one in enumerate(last.state.folds, 1): tracker.note(f"fold {number} of {len(last.state.folds)}: epoch {one.best_epoch} of {one.epoch} is best, with a loss of {one.best_loss:.4g} on {np.count_nonzero(job.folds == number - 1)} rows kept back")
     tracker.note("exporting to ONNX")
     graph, expected = _graph(job, last.state)
     arrays = {k: v.numpy() for k, v in last.state.best.items() if not (job.model.estimator and k == "answers")}
-    decision = _decision(spec, job, rows, graph, expected, tracker)
+    decision = _decision(spec, job, rows, graph, expected, None if job.folds is None else out_of_fold(job, last.state), tracker)
     return pack(folder, spec, job.features, decision.graph, arrays, _provenance(spec, job, rows, backend, last, parent) | dict(decision.about), job.valid_rows, decision.expected,
                 Profile(0, {}) if job.budget else profile(rows.contract, rows.parts.train), job.task, decision.threshold, decision.thresholds)
 
 # %% ../../nbs/07_running/10_run.ipynb #9f229b10
 @dataclass(frozen=True)
 class _Decision:
-    "A graph with its calibration, and where its line is drawn; all of it learned on validation rows."
+    "A graph with its calibration, and where its line is drawn; all of it learned on validation rows, with folds on the answers of networks that have kept them back."
     graph: bytes
     expected: np.ndarray        # what it should answer for the validation rows
     threshold: float | None = None
@@ -198,23 +202,25 @@ class _Decision:
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _decision(spec: RunSpec, job: Job, rows: Rows, graph: bytes, expected: np.ndarray, tracker: Tracker) -> _Decision:
-    "From scores to decisions. Raises `BundleError` when the graph does not answer as what was fitted."
-    model, asked, about = spec.model, spec.mitigation, dict[str, Any]()
+def _decision(spec: RunSpec, job: Job, rows: Rows, graph: bytes, expected: np.ndarray, unseen: np.ndarray | None, tracker: Tracker) -> _Decision:
+    "From scores to decisions; `unseen` are out-of-fold scores, where there are folds. Raises `BundleError` when the graph does not answer as what was fitted."
+    model, asked, about, seen = spec.model, spec.mitigation, dict[str, Any](), "validation rows" if unseen is None else "rows that were kept back"
     if model.calibration != "none":
-        raw = answer(graph, job.valid_rows)
-        if not (off := float(np.abs(raw - expected).max(initial=0))) <= PARITY: raise BundleError(f"The exported graph differs from what was fitted by {off:.2g}; {PARITY:g} is allowed. Nothing was written.")
+        own = answer(graph, job.valid_rows)
+        if not (off := float(np.abs(own - expected).max(initial=0))) <= PARITY: raise BundleError(f"The exported graph differs from what was fitted by {off:.2g}; {PARITY:g} is allowed. Nothing was written.")
+        raw = own if unseen is None else unseen
         curve = calibrate(model.calibration, raw, job.valid_labels)
-        graph, expected = calibrated(graph, curve), curve(raw)
-        before, after = (expected_calibration_error(job.valid_labels, s) for s in (raw, expected))
+        graph, expected, unseen = calibrated(graph, curve), curve(own), None if unseen is None else curve(unseen)
+        before, after = (expected_calibration_error(job.valid_labels, s) for s in (raw, curve(raw)))
         about = {"calibration": {**curve.as_dict(), "expected_calibration_error": {"before": before, "after": after}}}
-        tracker.note(f"calibrated by {model.calibration}: on validation rows scores are off by {before:.4f} before and {after:.4f} after, on average")
+        tracker.note(f"calibrated by {model.calibration}: on {seen} scores are off by {before:.4f} before and {after:.4f} after, on average")
     line, lines = None, None
+    said = lambda: answer(graph, job.valid_rows) if unseen is None else unseen
     if isinstance(model.threshold, Threshold):
-        line = choose(model.threshold, answer(graph, job.valid_rows), job.valid_labels)
-        tracker.note(f"the threshold is {line:.4f}, chosen on {len(job.valid_labels)} validation rows")
+        line = choose(model.threshold, said(), job.valid_labels)
+        tracker.note(f"the threshold is {line:.4f}, chosen on {len(job.valid_labels)} {seen}")
     if asked and asked.method == "thresholds":
-        lines = choose_by_group(asked, answer(graph, job.valid_rows), job.valid_labels, group_names(rows.contract, rows.parts.valid, asked.by))
+        lines = choose_by_group(asked, said(), job.valid_labels, group_names(rows.contract, rows.parts.valid, asked.by))
         tracker.note("thresholds by group: " + ", ".join(f"{g} {t:.4f}" for g, t in lines.items()))
     return _Decision(graph, expected, line, lines, about)
 
@@ -283,7 +289,8 @@ def train(
         tracker.note("reading and checking rows")
         rows = supply.rows(spec, settings, tracker.note)
         drift = moved_since(registry, rows, spec.name, tracker)
-        tracker.note(f"training on {rows.size('train')} rows with {backend.workers} worker{'s' * (backend.workers > 1)}")
+        dealt = f" in {spec.train.folds} folds" if spec.train.folds else ""
+        tracker.note(f"training on {rows.size('train')} rows{dealt} with {backend.workers} worker{'s' * (backend.workers > 1)}")
         parent = bundle_of(registry, version(registry, spec.train.parent)) if spec.train.parent else None
         with claimed(settings.home / "runs" / run_name(spec, rows, backend.workers)) as kept, TemporaryDirectory(prefix="bundle-", dir=kept.folder) as scratch:
             job = supply.job(spec, rows, parent, kept.folder, tracker.note)

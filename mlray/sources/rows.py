@@ -40,7 +40,7 @@ class Rows:
     contract: Contract
     checked: Mapping[str, Checked]          # by source: `train`, and `valid` and `test` where they are given
     sources: Mapping[str, Fingerprint]      # of the good rows of each source
-    parts: Splits                           # or samples of them, where all rows are more than memory holds
+    parts: Splits                           # or samples of them, where all rows are more than memory holds; with folds every training row is a validation row, of another network
     fingerprints: Mapping[str, str]         # of each whole part
     sizes: Mapping[str, int] = field(default_factory=dict) # rows of each whole part, where `parts` are samples
 
@@ -136,7 +136,9 @@ def read_rows(
     contract, checked = Contract(spec.contract, spec.rules), {part: c for part, (c, _) in read.items()}
     if spec.data.on_invalid == "quarantine" and not any(p.rule == "fresh" for c in checked.values() for p in c.problems): quarantine(spec, settings, checked)
     for part, c in checked.items(): _not_kept(part, c.kept, c.put_aside, c.problems, spec.data.on_invalid, advice(contract, c.bad, spec.data.csv.missing))
-    parts = split(checked["train"].good, spec.data.split, *(checked[part].good if part in checked else None for part in ("test", "valid")))
+    how = spec.data.split.model_copy(update={"valid": 0.0}) if spec.train.folds else spec.data.split
+    parts = split(checked["train"].good, how, *(checked[part].good if part in checked else None for part in ("test", "valid")))
+    if spec.train.folds: parts = replace(parts, valid=parts.train)
     for part, frame in vars(parts).items(): learnable(contract, labels(contract, frame), part)
     named = {part: fingerprint(c.good, version) for part, (c, version) in read.items()}
     return Rows(contract, checked, named, parts, {part: fingerprint(frame).digest for part, frame in vars(parts).items()})

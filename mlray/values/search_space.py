@@ -102,6 +102,7 @@ def check_searchable(parts: dict[str, Part], path: str, dimension: Dimension) ->
     if path.startswith("model.parameters.") and getattr(parts["model"], "estimator", None) and path.count(".") == 2: return # what an estimator takes, it knows itself
     known = [f"{name}.{field}" for name, part in parts.items() for field in type(part).model_fields]
     if path not in known: raise ValueError(f"search.space: there is no {path!r} to search. {suggest(path, known)}")
+    if path == "train.folds": raise ValueError("search.space: train.folds is not searched, as losses over other rows do not compare. Search the rest with folds as they are")
     name, field = path.split(".")
     for value in dimension.probes:
         try: type(parts[name]).model_validate({**parts[name].model_dump(), field: value})

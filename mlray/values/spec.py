@@ -26,7 +26,7 @@ from .data import Data, Federation
 from .decision import Mitigation, Threshold
 from .errors import SpecError, refused, suggest
 from .feature import Feature, check_features
-from .recipe import Model, Train
+from .recipe import Model, Train, check_folds
 from .rollout_policy import Retrain, Rollout
 from .search_space import Search, check_searchable
 from .serve_policy import Serve
@@ -47,8 +47,7 @@ class Rule(Part):
 
     @model_validator(mode="after")
     def _promises(self) -> Self:
-        if self.at_least is None and self.at_most is None and self.within is None:
-            raise ValueError("a rule needs at_least, at_most or within")
+        if self.at_least is None and self.at_most is None and self.within is None: raise ValueError("a rule needs at_least, at_most or within")
         return self
 
     @property
@@ -92,6 +91,7 @@ def _check_learning(spec: "RunSpec") -> None:
     if weights > 1: raise ValueError(f"one column may have the role 'weight'; found {weights}")
     if not any(c.role == "feature" for c in spec.contract.values()): raise ValueError("the contract has no column with role 'feature'")
     check_features(spec.features, spec.contract)
+    check_folds(spec.train, spec.model, spec.data, spec.mitigation)
     for path, dimension in (spec.search.space if spec.search else {}).items(): check_searchable({"model": spec.model, "train": spec.train}, path, dimension)
 
 
@@ -211,9 +211,9 @@ class RunSpec(Part):
         values = self.model_dump(mode="json", exclude={"about", "monitor", "retrain"} | ({"search"} if not self.search else set())) # how it is watched changes nothing of what it is
         values["rollout"] = {k: v for k, v in values["rollout"].items() if k != "every" and (k != "shadow" or v) and (k, v) != ("start", "step")}
         values["data"]["csv"] = {k: v for k, v in values["data"]["csv"].items() if v or k not in ("decimal_comma", "dates")}
+        values["train"] = {k: v for k, v in values["train"].items() if v is not None or k != "folds"}
         values["contract"] = [(n, {k: v for k, v in c.items() if k != "journal"}) for n, c in values["contract"].items()] # the order of columns means something
-        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
 
 # %% ../../nbs/00_values/14_spec.ipynb #df9d22b2
 class _Strict(yaml.SafeLoader): "YAML that refuses a key given twice."
