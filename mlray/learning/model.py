@@ -73,7 +73,9 @@ class State:
     workers: tuple[int, ...] = () # how many there were in each
     folds: tuple["State", ...] = () # of each network, where there are several; then `best` is their mixture
 
-    def goes_on(self, train: Train) -> bool: return self.epoch < (train.epochs or 1) and self.epoch - self.best_epoch < (train.patience or 1)
+    def goes_on(self, train: Train) -> bool:
+        if self.folds: return any(one.goes_on(train) for one in self.folds)
+        return self.epoch < (train.epochs or 1) and self.epoch - self.best_epoch < (train.patience or 1)
 
 
 @dataclass(frozen=True)
