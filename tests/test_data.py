@@ -93,6 +93,7 @@ def test_a_query_goes_where_the_environment_says(tmp_path):
 
 @pytest.mark.parametrize(("source", "said"), [
     ({"file": "a.csv", "call": "m:f"}, "either"), ({}, "either"), ({"file": "a-*.csv", "sha256": "0" * 64}, "one file"), ({"file": "s3://b/a.csv", "url": "https://b/a.csv", "sha256": "0" * 64}, "one file"),
+    ({"file": "a.csv", "url": "https://me:secret@b/a.csv", "sha256": "0" * 64}, "password"), ({"holders": {"a": {"file": "a*.csv"}, "b": {"file": "b*.csv"}}, "growing": True}, "what grows"),
     ({"file": "a.csv", "version": 1}, "delta table"), ({"sql": {"uri_env": "postgresql://u:p@h/d", "query": "select 1"}}, "pattern")])
 def test_a_source_is_one_thing(source, said):
     with pytest.raises(ValueError, match=said): Source(**source)
@@ -174,7 +175,7 @@ def test_a_split_in_time_needs_a_time(override):
 
 
 @pytest.mark.parametrize("column", [{"type": "text", "pattern": "("}, {"type": "array"}, {"type": "date", "min": "1.5.2024"}, {"type": "number", "min": "2024-05-01"}, {"type": "datetime", "time_zone": "Mars/Base"},
-                                    {"type": "number", "fresh": "7d"}, {"type": "date", "fresh": "7 days"}, {"type": "text", "role": "target"}, {"type": "category", "pattern": "a"}])
+                                    {"type": "number", "fresh": "7d"}, {"type": "date", "fresh": "7 days"}, {"type": "text", "role": "target"}, {"type": "category", "pattern": "a"}, {"type": "boolean", "role": "target", "positive": "false"}])
 def test_a_column_does_not_contradict_itself(column):
     with pytest.raises(ValueError): Column(**column)
 

@@ -24,7 +24,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from .audit import Anchor, Entry, seal, sealed_by
-from ..values.errors import RegistryError, Unavailable
+from ..values.errors import RegistryError, Unavailable, first_line
 
 # %% ../../nbs/05_governance/08_database.ipynb #06f1b3be
 HEAD = "0007" # the schema this code reads and writes
@@ -260,4 +260,4 @@ def snapshot(
             quiet = sa.create_engine(engine.url, poolclass=sa.NullPool, isolation_level="REPEATABLE READ", connect_args={"connect_timeout": 10})
             with opened_file(path) as copy, quiet.connect() as source, copy.change() as target: copy_rows(source, target)
         with open(path, "rb") as written: os.fsync(written.fileno())
-    except (sa.exc.DBAPIError, sqlite3.Error) as error: raise Unavailable(f"{database.shown} could not be copied: {str(error).splitlines()[0][:300]}. Nothing was changed there. Try again.") from error
+    except (sa.exc.DBAPIError, sqlite3.Error) as error: raise Unavailable(f"{database.shown} could not be copied: {first_line(error)}. Nothing was changed there. Try again.") from error

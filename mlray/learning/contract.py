@@ -7,7 +7,7 @@ clock. The same rules for a single row of a request are `mlray.learning.request`
 
 # %% auto #0
 __all__ = ['LONGEST', 'UNREAD', 'Contract', 'rules', 'schema', 'read_columns', 'crossing', 'Problem', 'Checked', 'check', 'stale',
-           'labels', 'groups']
+           'labels', 'band_names', 'groups']
 
 # %% ../../nbs/01_learning/01_contract.ipynb #ab102c80
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ import polars as pl
 from ..values.column import Column, age_of, bounds
 from ..values.data import one_column
 from ..values.display import Displayed, Table, table
-from ..values.errors import ContractError, DataError, suggest
+from ..values.errors import ContractError, DataError, first_line, suggest
 from ..values.task import task_of
 
 # %% ../../nbs/01_learning/01_contract.ipynb #609592e6
@@ -168,7 +168,7 @@ def crossing(
         try:
             kept = pl.sql_expr(text)
             dtype = empty.select(kept.alias("kept")).schema["kept"]
-        except pl.exceptions.PolarsError as error: raise ContractError(f"Rule {name!r}, `{text}`, is no expression on the contract's columns: {str(error).splitlines()[0]}.") from error
+        except pl.exceptions.PolarsError as error: raise ContractError(f"Rule {name!r}, `{text}`, is no expression on the contract's columns: {first_line(error)}.") from error
         if dtype != pl.Boolean: raise ContractError(f"Rule {name!r}, `{text}`, gives {dtype}, not true or false. Write it as a condition, such as `net <= gross`.")
         found[name] = tuple(dict.fromkeys(kept.meta.root_names())), kept.fill_null(True)
     return found
@@ -303,9 +303,15 @@ def labels(
     return value.cast(pl.UInt8).alias("label")
 
 
+def band_names(
+    bands: tuple[float, ...], # where one group ends and the next begins, rising; at least one
+) -> list[str]:
+    "What groups of numbers are called, from the lowest."
+    return [f"under {bands[0]:g}", *(f"{a:g} to {b:g}" for a, b in zip(bands, bands[1:], strict=False)), f"{bands[-1]:g} and over"]
+
+
 def _band(name: str, bands: tuple[float, ...]) -> pl.Expr:
-    names = [f"under {bands[0]:g}", *(f"{a:g} to {b:g}" for a, b in zip(bands, bands[1:], strict=False)), f"{bands[-1]:g} and over"]
-    value = pl.col(name)
+    names, value = band_names(bands), pl.col(name)
     band: Any = pl.when(value.is_null()).then(pl.lit(None, pl.String))
     for end, called in zip(bands, names, strict=False): band = band.when(value < end).then(pl.lit(called))
     return band.otherwise(pl.lit(names[-1]))

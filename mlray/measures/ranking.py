@@ -76,10 +76,9 @@ def calibration(
 def expected_calibration_error(
     counts: np.ndarray, # [..., label, bin]
     scores: np.ndarray, # sums of scores, [..., label, bin]
-    bands: int = BANDS, # 1 to the number of bins
 ) -> np.ndarray: # [...], in [0, 1]
     "How far what the model says is from what is, on average."
-    said, was, weight = calibration(counts, scores, bands)
+    said, was, weight = calibration(counts, scores)
     return _over(np.where(weight > 0, weight * np.abs(said - was), 0).sum(-1), weight.sum(-1))
 
 # %% ../../nbs/02_measures/04_ranking.ipynb #74f3f3ed

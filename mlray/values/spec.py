@@ -219,8 +219,8 @@ class RunSpec(Part):
 class _Strict(yaml.SafeLoader): "YAML that refuses a key given twice."
 
 
-def _mapping(loader: _Strict, node: yaml.MappingNode, deep: bool = False) -> dict:
-    keys = [loader.construct_object(k, deep=True) for k, _ in node.value]
+def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict:
+    keys = [loader.construct_object(k, deep=True) for k, _ in node.value if k.tag != "tag:yaml.org,2002:merge"] # what `<<: *other` brings may be given again
     for key in keys:
         if keys.count(key) > 1: raise SpecError(f"line {node.start_mark.line + 1}: the key {key!r} is given twice. Remove one.")
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
@@ -235,9 +235,11 @@ def _override(tree: dict, text: str) -> None:
     if not eq or not path: raise SpecError(f"An override is written key=value, such as train.epochs=5; found {text!r}.")
     *above, last = path.split(".")
     for key in above:
-        tree = tree.setdefault(key, {})
+        if tree.get(key) is None: tree[key] = {}
+        tree = tree[key]
         if not isinstance(tree, dict): raise SpecError(f"{text!r}: {key!r} is a value, not a section.")
-    tree[last] = yaml.load(value, _Strict)
+    try: tree[last] = yaml.load(value, _Strict)
+    except yaml.YAMLError as error: raise SpecError(f"The value of the override {text!r} is not YAML: {' '.join(str(error).split())}. Quote what is text.") from error
 
 # %% ../../nbs/00_values/14_spec.ipynb #7e446f20
 def _part(annotation: Any) -> type[Part] | None:
@@ -303,7 +305,9 @@ def read_spec(
         near = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
         raise SpecError(f"There is no spec {str(path)!r}. {suggest(str(path), near)}")
     if path.suffix.lower() in (".csv", ".tsv", ".parquet", ".pq", ".jsonl", ".ndjson", ".arrow", ".feather", ".xlsx"): raise SpecError(f"{path} holds rows, and a spec was expected: a YAML file that says where rows are and what is to be learned. Have one written from them: `mlray new NAME --from {path} --target COLUMN`.")
-    return parse_spec(path.read_text(encoding="utf-8"), overrides, str(path))
+    try: text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error: raise SpecError(f"{path} is not text in UTF-8: {error}. Save it as UTF-8; editors call that its encoding.") from error
+    return parse_spec(text, overrides, str(path))
 
 # %% ../../nbs/00_values/14_spec.ipynb #19155500
 def changed(
