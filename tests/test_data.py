@@ -284,6 +284,15 @@ def test_a_batch_that_breaks_the_contract_does_not_count_where_the_spec_says_sto
     assert read_mark(spec.name, settings) == Mark()
 
 
+def test_times_that_are_missing_move_no_mark(settings):
+    from mlray.sources.watermark import accept, next_batch, read_mark
+    spec = parse_spec(GROWING, ["data.train={file: v-*.parquet}", "contract.row.nullable=true"])
+    for number, (rows, newest) in enumerate([((None, None), None), ((3, None), "3"), ((None,), "3")]):
+        visits(*[r or 0 for r in rows]).with_columns(row=pl.Series(rows, dtype=pl.Int64)).write_parquet(settings.root / f"v-{number}.parquet")
+        accept(spec, settings, next_batch(spec, settings))
+        assert read_mark(spec.name, settings).time == newest
+
+
 @hypothesis_settings(max_examples=25, deadline=None)
 @given(arrivals=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=5), min_size=1, max_size=6), looks=st.lists(st.booleans(), min_size=6, max_size=6))
 def test_each_row_comes_once_and_late_ones_are_counted(arrivals, looks, tmp_path_factory):
