@@ -5933,6 +5933,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mlray.values.spec._mapping': ('00_values/spec.html#_mapping', 'mlray/values/spec.py'),
                                    'mlray.values.spec._override': ('00_values/spec.html#_override', 'mlray/values/spec.py'),
                                    'mlray.values.spec._part': ('00_values/spec.html#_part', 'mlray/values/spec.py'),
+                                   'mlray.values.spec._set': ('00_values/spec.html#_set', 'mlray/values/spec.py'),
                                    'mlray.values.spec._tree': ('00_values/spec.html#_tree', 'mlray/values/spec.py'),
                                    'mlray.values.spec.changed': ('00_values/spec.html#changed', 'mlray/values/spec.py'),
                                    'mlray.values.spec.parse_data': ('00_values/spec.html#parse_data', 'mlray/values/spec.py'),
