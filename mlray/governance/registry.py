@@ -20,7 +20,7 @@ from typing import Any
 
 from .attestation import enter, unsigned
 from .audit import Entry, digest_of
-from .database import ALIASES, APPROVALS, ENVIRONMENTS, EVIDENCE, MOVES, VERSIONS
+from .database import ALIASES, APPROVALS, ENVIRONMENTS, EVIDENCE, MOVES, VERSIONS, newest_evidence
 from .deed import Ask, Deed
 from .opened import Registry, add_key, keys, open_registry, revoke_key
 from .policy import Policy, frozen, gates_for, reasons
@@ -173,9 +173,8 @@ def evidence(
     found: Version,
 ) -> dict[str, Evidence]: # gate → the newest
     "What is proved about a version."
-    with registry.database.change() as c:
-        rows = c.execute(EVIDENCE.select().where(EVIDENCE.c.digest == found.digest).order_by(EVIDENCE.c.id)).all()
-    return {r.gate: Evidence(r.digest, r.gate, Verdict.from_dict(r.verdict), r.page, r.created, r.statement) for r in rows}
+    with registry.database.change() as c: rows = newest_evidence(c, found.digest)
+    return {gate: Evidence(r.digest, gate, Verdict.from_dict(r.verdict), r.page, r.created, r.statement) for gate, r in rows.items()}
 
 # %% ../../nbs/05_governance/14_registry.ipynb #c3ef0788
 def generation(
