@@ -20,6 +20,7 @@ from mlray.measures.moments import count_errors, count_numbers, means, quantile,
 from mlray.measures.ranking import average_precision, expected_calibration_error, lift, roc_auc
 from mlray.measures.rates import RATES, class_rates
 from mlray.measures.score import scorecard, wilson_intervals
+from mlray.measures.score_of_classes import class_measures, classes_scorecard, label_measures
 from mlray.measures.score_of_counts import scorecard_of_counts
 from mlray.measures.slices import conditions, worst_slices
 from mlray.values.errors import DataError
@@ -256,6 +257,19 @@ def test_a_column_of_ten_thousand_groups():
     hidden = suppress(counts, 100)
     assert hidden.suppressed == (9950, 9950) and hidden.rows + 9950 == counts.rows and "9950 slices with 9950 rows suppressed" in hidden._repr_markdown_()
     assert not worst_slices(groups, (y != (p > 0.5)).astype(float)).tested > 100, "values of one row are no conditions"
+
+
+def test_groups_of_classes_are_bounded_as_those_of_decisions_are():
+    truth, groups = np.arange(300) % 3, pl.DataFrame({"count": [str(i) for i in range(150)] * 2}) # a column may be called so, too
+    card = classes_scorecard(truth, np.eye(3)[truth], truth, ["a", "b", "c"], groups)
+    assert len(card.by_group) == 100 and card.left_out == {"count": 50} and scorecard(truth > 0, truth / 2, truth > 0, groups).left_out == {"count": 50}
+
+
+def test_a_class_that_was_ruled_out_costs_what_scikit_learn_says():
+    truth, scores = np.array([0, 1, 2, 2]), np.array([[0.0, 0.5, 0.5], [0.2, 0.7, 0.1], [0.1, 0.9, 0.0], [0.0, 0.0, 1.0]])
+    assert class_measures(truth, scores, scores.argmax(1), ["a", "b", "c"])["log_loss"].value == pytest.approx(sk.log_loss(truth, scores), rel=1e-9)
+    labels, said = np.array([[1, 0], [0, 1]]), np.array([[0.0, 0.5], [1.0, 0.5]])
+    assert label_measures(labels, said, said > 0.5, ["x", "y"])["log_loss"].value == pytest.approx(np.mean([sk.log_loss(labels[:, i], said[:, i], labels=[0, 1]) for i in (0, 1)]), rel=1e-9)
 
 
 def test_without_groups_there_is_nothing_to_compare():

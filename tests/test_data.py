@@ -93,6 +93,7 @@ def test_a_query_goes_where_the_environment_says(tmp_path):
 
 @pytest.mark.parametrize(("source", "said"), [
     ({"file": "a.csv", "call": "m:f"}, "either"), ({}, "either"), ({"file": "a-*.csv", "sha256": "0" * 64}, "one file"), ({"file": "s3://b/a.csv", "url": "https://b/a.csv", "sha256": "0" * 64}, "one file"),
+    ({"file": "a.csv", "url": "https://me:secret@b/a.csv", "sha256": "0" * 64}, "password"), ({"holders": {"a": {"file": "a*.csv"}, "b": {"file": "b*.csv"}}, "growing": True}, "what grows"),
     ({"file": "a.csv", "version": 1}, "delta table"), ({"sql": {"uri_env": "postgresql://u:p@h/d", "query": "select 1"}}, "pattern")])
 def test_a_source_is_one_thing(source, said):
     with pytest.raises(ValueError, match=said): Source(**source)
@@ -174,7 +175,7 @@ def test_a_split_in_time_needs_a_time(override):
 
 
 @pytest.mark.parametrize("column", [{"type": "text", "pattern": "("}, {"type": "array"}, {"type": "date", "min": "1.5.2024"}, {"type": "number", "min": "2024-05-01"}, {"type": "datetime", "time_zone": "Mars/Base"},
-                                    {"type": "number", "fresh": "7d"}, {"type": "date", "fresh": "7 days"}, {"type": "text", "role": "target"}, {"type": "category", "pattern": "a"}])
+                                    {"type": "number", "fresh": "7d"}, {"type": "date", "fresh": "7 days"}, {"type": "text", "role": "target"}, {"type": "category", "pattern": "a"}, {"type": "boolean", "role": "target", "positive": "false"}])
 def test_a_column_does_not_contradict_itself(column):
     with pytest.raises(ValueError): Column(**column)
 
@@ -282,6 +283,15 @@ def test_a_batch_that_breaks_the_contract_does_not_count_where_the_spec_says_sto
     visits(1, -2).write_parquet(settings.root / "v-1.parquet")
     with pytest.raises(ContractError, match="The mark was not moved"): next_batch(spec, settings)
     assert read_mark(spec.name, settings) == Mark()
+
+
+def test_times_that_are_missing_move_no_mark(settings):
+    from mlray.sources.watermark import accept, next_batch, read_mark
+    spec = parse_spec(GROWING, ["data.train={file: v-*.parquet}", "contract.row.nullable=true"])
+    for number, (rows, newest) in enumerate([((None, None), None), ((3, None), "3"), ((None,), "3")]):
+        visits(*[r or 0 for r in rows]).with_columns(row=pl.Series(rows, dtype=pl.Int64)).write_parquet(settings.root / f"v-{number}.parquet")
+        accept(spec, settings, next_batch(spec, settings))
+        assert read_mark(spec.name, settings).time == newest
 
 
 @hypothesis_settings(max_examples=25, deadline=None)

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mlray.values.errors import SpecError
 from mlray.values.settings import shipped
+from mlray.values.spec import parse_spec
 
 SPEC = yaml.safe_load((shipped("configs") / "diabetes.yaml").read_text())
 
@@ -152,6 +154,25 @@ def test_a_spec_that_is_written_otherwise(mlray, project, text, words):
     (project / "s.yaml").write_text(text)
     letter(*mlray("check", "s.yaml")[::2], *words)
     assert empty(project)
+
+
+def test_a_spec_in_another_encoding(mlray, project):
+    (project / "s.yaml").write_bytes(yaml.safe_dump(LOAN, allow_unicode=True).replace("name: ", "description: café\nname: ", 1).encode("latin-1"))
+    letter(*mlray("check", "s.yaml")[::2], "not text in UTF-8")
+
+
+@pytest.mark.parametrize(("override", "words"), [("train.epochs=[1", ("'train.epochs=[1'", "not YAML")), ("train.seed=-1", ("train.seed", "greater than or equal to 0")), ("data.split.seed=-1", ("data.split.seed", "greater than or equal to 0"))])
+def test_an_override_that_cannot_be(mlray, project, override, words):
+    (project / "s.yaml").write_text(yaml.safe_dump(LOAN))
+    letter(*mlray("train", "s.yaml", override)[::2], *words)
+
+
+def test_what_yaml_can_do_a_spec_can(mlray, project):
+    text = yaml.safe_dump(LOAN)
+    assert parse_spec(text + "train:\n", ["train.epochs=3"]).train.epochs == 3, "a section that is begun and empty"
+    merged = parse_spec(text + "monitor: {alerts: [&one {metric: roc_auc, at_least: 0.6}, {<<: *one, at_least: 0.7, looks: 2}]}\n").monitor.alerts
+    assert [(a.at_least, a.looks) for a in merged] == [(0.6, 1), (0.7, 2)], "what a merge key brings may be given again"
+    with pytest.raises(SpecError, match="given twice"): parse_spec(text + "name: again\n")
 
 
 def test_rows_where_a_spec_was_expected(mlray, project):

@@ -192,6 +192,10 @@ class Failing(Line):
     def forward(self, numbers, missing): return self.line(numbers)
 
 
+class Asserting(Line):
+    def forward(self, numbers): assert numbers.shape[1] == 99
+
+
 class Branching(Line):
     def forward(self, numbers, missing): return super().forward(numbers, missing) * (1 if numbers.sum() > 0 else 2)
 
@@ -232,12 +236,19 @@ def own(network: str, **more): return parse_spec(SPEC, [f"model.network={network
 
 @pytest.mark.parametrize(("network", "letter", "said"), [
     ("my_nets:Narrow", TrainingError, r"answered with shape \(2,\) where \(2, members\)"), ("my_nets:Failing", TrainingError, r"failed on two rows of numbers \(2, \d+\).*RuntimeError"),
-    ("my_nets:Branching", TrainingError, "cannot become an ONNX graph"), ("my_nets:nothing", SpecError, "returned NoneType; a torch.nn.Module"), ("my_nets:number", SpecError, "is int; a function or a class"),
+    ("my_nets:Asserting", TrainingError, r"failed on two rows of numbers .*AssertionError"), ("my_nets:Branching", TrainingError, "cannot become an ONNX graph"), ("my_nets:nothing", SpecError, "returned NoneType; a torch.nn.Module"), ("my_nets:number", SpecError, "is int; a function or a class"),
     ("my_nets:greedy", SpecError, "asks for 'more'. It may ask for outputs, features, widths, model"), ("my_nets:raising", SpecError, "RuntimeError: no weights today"), ("my_nets:Lin", SpecError, "Did you mean 'Line'"),
     ("my_netz:Line", SpecError, "ModuleNotFoundError"), ("my_nets:nameless", SpecError, r"takes \(input\), and the rows have numbers, codes, arrays, texts"), ("my_nets:Mixing", BundleError, "has another answer in a request of 1")])
 def test_a_network_that_will_not_do_is_refused_with_a_letter(project, network, letter, said):
     with pytest.raises(letter, match=said): train(own(network), project)
     assert not list((project.home / "store").glob("*")) if (project.home / "store").exists() else True
+
+
+@pytest.mark.parametrize("error", [MemoryError(), MemoryError("Unable to allocate 9 GiB"), RuntimeError("CUDA out of memory.")])
+def test_out_of_memory_is_a_letter_whatever_it_says(error):
+    from mlray.learning.fitting import memory_letter
+    from mlray.values.recipe import Train
+    with pytest.raises(TrainingError, match="not enough memory for batches of 32 rows"), memory_letter(Train(batch_size=32)): raise error
 
 
 @pytest.mark.parametrize("network", ["my_nets:Line", "my_nets:Everything"])

@@ -81,6 +81,12 @@ def test_every_change_is_in_the_chain(registry, three):
     assert register(registry, tiny(registry.store.root.parent / "again", 1), {}).number == 1 and len(audit(registry).entries) == 9, "the same bytes are the same version, and no change"
 
 
+@pytest.mark.parametrize("reference", ["", "/1", "@production"])
+def test_no_name_is_no_model(registry, three, reference):
+    promote(registry, three[0])
+    with pytest.raises(RegistryError, match="There is no model ''"): version(registry, reference)
+
+
 def test_a_change_that_fails_leaves_no_entry(registry, three):
     before = audit(registry)
     with pytest.raises(Conflict): promote(registry, three[0], expect=7)

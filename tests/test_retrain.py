@@ -458,3 +458,10 @@ def test_cron_takes_its_line(tmp_path):
 def test_the_decision_needs_no_registry():
     known = Evidence("adult", "3", MAY, MAY + timedelta(days=40), rows=900)
     assert isinstance(due(known, Retrain(new_rows=500), ()), Due) and due(known, Retrain(new_rows=901), ()).said == "not yet"
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_missing_is_in_the_middle_and_nobody_is_warned():
+    from mlray.judgement.work_list import places
+    found = places(np.array([[np.nan, 1.0, 5.0], [np.nan, 3.0, np.nan], [np.nan, np.inf, 5.0]]), np.zeros((3, 1), int))
+    assert found.numbers.tolist() == [[0, -1, 0], [0, 1, 0], [0, 0, 0]] and places(np.zeros((0, 2)), np.zeros((0, 0), int)).numbers.shape == (0, 2)

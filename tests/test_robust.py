@@ -93,6 +93,11 @@ def test_behaviour_is_counted(check, share):
     assert behave(by_weight, CONTRACT, ROWS, [check]).values["behaviour[x]"] == pytest.approx(share)
 
 
+@pytest.mark.parametrize("more", [{"where": {"age": 50}}, {"change": {"age": 50}}, {"add": {"age": 5}}, {"times": {"age": 2}}, {"expect": "up"}])
+def test_a_minimum_speaks_of_its_row_alone(more):
+    with pytest.raises(ValueError, match="not for a minimum"): Behaviour(name="x", kind="minimum", row={"age": 50}, score_at_least=0.5, **more)
+
+
 def test_a_check_without_rows_is_not_kept():
     nobody = Behaviour(name="nobody", kind="invariance", where={"age": 17}, change={"sex": "m"})
     report = behave(by_weight, CONTRACT, ROWS, [nobody, Behaviour(name="unlawful", kind="invariance", change={"age": 500})])

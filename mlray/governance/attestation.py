@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .database import EVIDENCE, SIGNATURES, Connection
+from .database import SIGNATURES, Connection, newest_evidence
 from .signature import Signed, Signer, SigningKey, envelope, opened, signers, signing_keys
 from .statement import bundle_claim_differs, gate_claim_differs
 from .store import Store
@@ -121,6 +121,6 @@ def unsigned(
     "Why signatures are not enough."
     why = bundle_doubt(c, attestor, name, digest)
     refused = [f"its bundle has no signature that counts: {why.rstrip('.')}"] if why else []
-    newest = {r.gate: r for r in c.execute(EVIDENCE.select().where(EVIDENCE.c.digest == digest).order_by(EVIDENCE.c.id))}
+    newest = newest_evidence(c, digest)
     doubts = {g: evidence_doubt(c, attestor, newest[g]) for g in gates if g in newest}
     return refused + [f"the evidence of the gate {g} has no signature that counts: {why.rstrip('.')}" for g, why in doubts.items() if why]

@@ -30,7 +30,7 @@ from .registry import Registry, open_registry
 from .store import UNFINISHED, Store, sync_folder
 from ..shipping.bundle import digests_of
 from ..values.display import Displayed, Table, table
-from ..values.errors import MlrayError, RegistryError, Unavailable, suggest
+from ..values.errors import MlrayError, RegistryError, Unavailable, first_line, suggest
 from ..values.settings import Settings
 
 # %% ../../nbs/05_governance/25_backup.ipynb #6e601c65
@@ -53,7 +53,7 @@ def damage(
         found = [hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()]
         return "" if found == [digest] else "its bytes were changed"
     except FileNotFoundError: return "it is not there"
-    except (MlrayError, OSError) as error: return str(error).splitlines()[0]
+    except (MlrayError, OSError) as error: return first_line(error)
 
 
 def _bytes(store: Store, named: Mapping[str, str], target: Store, where: str, trusting: bool = False) -> int: # bytes that were copied

@@ -7,8 +7,8 @@ is: one transaction, together with its entry in the audit. It knows nothing of b
 
 # %% auto #0
 __all__ = ['HEAD', 'Connection', 'VERSIONS', 'ALIASES', 'MOVES', 'EVIDENCE', 'SIGNATURES', 'KEYS', 'APPROVALS', 'REQUESTS',
-           'OUTBOX', 'LEASES', 'TRIGGERS', 'READINGS', 'ENVIRONMENTS', 'EVENTS', 'TABLES', 'audit_key', 'digests_named',
-           'Database', 'neighbours', 'head', 'copy_rows', 'opened_file', 'snapshot']
+           'OUTBOX', 'LEASES', 'TRIGGERS', 'READINGS', 'ENVIRONMENTS', 'EVENTS', 'TABLES', 'audit_key',
+           'newest_evidence', 'digests_named', 'Database', 'neighbours', 'head', 'copy_rows', 'opened_file', 'snapshot']
 
 # %% ../../nbs/05_governance/08_database.ipynb #e4c887a1
 import json
@@ -24,7 +24,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from .audit import Anchor, Entry, seal, sealed_by
-from ..values.errors import RegistryError, Unavailable
+from ..values.errors import RegistryError, Unavailable, first_line
 
 # %% ../../nbs/05_governance/08_database.ipynb #06f1b3be
 HEAD = "0007" # the schema this code reads and writes
@@ -139,6 +139,14 @@ def _anchors(path: Path) -> tuple[Anchor, ...]:
     return tuple(found)
 
 # %% ../../nbs/05_governance/08_database.ipynb #da73d08e
+def newest_evidence(
+    connection: Connection,
+    digest: str, # of a bundle
+) -> dict[str, Any]: # gate → its row
+    "What each gate has found out last about a bundle."
+    return {r.gate: r for r in connection.execute(EVIDENCE.select().where(EVIDENCE.c.digest == digest).order_by(EVIDENCE.c.id))}
+
+
 def digests_named(connection: Connection) -> set[str]:
     "Every digest that stands in a text column of any table, of those too that this code does not know."
     found, tables = set[str](), sa.MetaData()
@@ -260,4 +268,4 @@ def snapshot(
             quiet = sa.create_engine(engine.url, poolclass=sa.NullPool, isolation_level="REPEATABLE READ", connect_args={"connect_timeout": 10})
             with opened_file(path) as copy, quiet.connect() as source, copy.change() as target: copy_rows(source, target)
         with open(path, "rb") as written: os.fsync(written.fileno())
-    except (sa.exc.DBAPIError, sqlite3.Error) as error: raise Unavailable(f"{database.shown} could not be copied: {str(error).splitlines()[0][:300]}. Nothing was changed there. Try again.") from error
+    except (sa.exc.DBAPIError, sqlite3.Error) as error: raise Unavailable(f"{database.shown} could not be copied: {first_line(error)}. Nothing was changed there. Try again.") from error

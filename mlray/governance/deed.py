@@ -9,15 +9,13 @@ What is refused changes nothing and is a row of the audit all the same. What is 
 __all__ = ['MIRRORED', 'Ask', 'Lease', 'Deed', 'act']
 
 # %% ../../nbs/05_governance/10_deed.ipynb #bcb6f204
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from .access import Caller
-from .audit import Entry
+from .audit import Entry, digest_of
 from .database import LEASES, OUTBOX, REQUESTS, Connection, Database
 from ..values.errors import Refused, RegistryError
 
@@ -36,7 +34,7 @@ class Ask:
 
     def digest(self, caller: Caller) -> str:
         "Names what was asked, and who asked."
-        return hashlib.sha256(json.dumps([caller.name, self.action, self.about, dict(self.with_)], sort_keys=True).encode()).hexdigest()
+        return digest_of([caller.name, self.action, self.about, dict(self.with_)])
 
 # %% ../../nbs/05_governance/10_deed.ipynb #81fbc754
 @dataclass(frozen=True)

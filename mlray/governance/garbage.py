@@ -21,7 +21,7 @@ from ..values.display import Table, table
 from ..values.errors import RegistryError, Unavailable
 
 # %% ../../nbs/05_governance/21_garbage.ipynb #c627eb5a
-GRACE = 24.0 # hours that bytes are left alone in any case
+GRACE, _TOGETHER = 24.0, 100 # hours that bytes are left alone in any case; blobs in one transaction
 
 
 def _said(blob: Blob) -> str: return datetime.fromtimestamp(blob.time, UTC).isoformat(timespec="seconds")
@@ -61,7 +61,6 @@ def collect_garbage(
     registry: Registry,
     hours: float = GRACE,   # that bytes are left alone in any case, at least 0
     dry_run: bool = False,  # only look
-    at_once: int = 100,     # blobs in one transaction
 ) -> Garbage:
     "Take away bytes that no row names. Raises `RegistryError` where other registries keep theirs in the same place."
     if not hours >= 0: raise RegistryError(f"{hours:g} hours of grace are not understood; give 0 or more. {GRACE:g} is usual.")
@@ -69,5 +68,5 @@ def collect_garbage(
     with registry.database.change() as c: named = digests_named(c)
     found = old_blobs(registry.store, named, hours * 3600)
     if dry_run: return Garbage(found, False)
-    try: return Garbage(tuple(b for at in range(0, len(found), at_once) for b in _take(registry, found[at:at + at_once], hours * 3600)), True)
+    try: return Garbage(tuple(b for at in range(0, len(found), _TOGETHER) for b in _take(registry, found[at:at + _TOGETHER], hours * 3600)), True)
     except OSError as error: raise Unavailable(f"The store in {registry.store.root} could not be tidied up: {error}. What is named is untouched. Try again.") from error

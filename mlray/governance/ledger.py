@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .audit import Anchor, Entry, Fault, verify
+from .audit import Anchor, Entry, Fault, digest_of, verify
 from .database import ALIASES, APPROVALS, EVIDENCE, KEYS, MOVES, READINGS, REQUESTS, SIGNATURES, VERSIONS, Connection, audit_key
-from .reading import digest_of as said_of
-from .registry import Registry, digest_of
+from .reading import SHORT
+from .registry import Registry
 from ..values.display import Table, table
 
 # %% ../../nbs/05_governance/15_ledger.ipynb #271f96b5
@@ -99,7 +99,7 @@ def _held_of_governance(c: Connection) -> set[tuple[Any, ...]]:
     keys, approvals = c.execute(KEYS.select()).all(), c.execute(APPROVALS.select()).all()
     return ({("bearer", r.id, r.owner, r.models, r.expires) for r in keys if r.models is not None} | {("revoked", r.id) for r in keys if r.revoked} | {("request", r.key) for r in c.execute(REQUESTS.select())}
             | {("approval", r.seq, f"{r.name}/{r.number}", r.alias, r.actor, r.role, r.note) for r in approvals} | {("withdrawn", r.seq, r.withdrawn) for r in approvals if r.withdrawn} | {("spent", r.seq, r.spent) for r in approvals if r.spent}
-            | {("reading", r.seq, r.source[:160], *(r._mapping[n] for n in _READ), said_of(r.about)) for r in c.execute(READINGS.select())})
+            | {("reading", r.seq, r.source[:SHORT], *(r._mapping[n] for n in _READ), digest_of(r.about)) for r in c.execute(READINGS.select())})
 
 # %% ../../nbs/05_governance/15_ledger.ipynb #79a8d37e
 def audit(

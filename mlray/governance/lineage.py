@@ -10,7 +10,6 @@ __all__ = ['code_of', 'committed_at', 'environment', 'lineage_of', 'lineage_tabl
 
 # %% ../../nbs/05_governance/19_lineage.ipynb #cf63d901
 import hashlib
-import json
 import subprocess
 from collections.abc import Mapping
 from datetime import datetime
@@ -19,6 +18,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from .audit import digest_of
 from ..shipping.bundle import Bundle
 from ..values.display import Table, table
 
@@ -61,8 +61,7 @@ def lineage_of(
 ) -> dict[str, Any]: # JSON values; `packages` is kept by the registry once for each environment
     "What a version came from, beyond what its bundle says."
     digest, packages = environment()
-    features = hashlib.sha256(json.dumps(bundle.features.as_dict(), sort_keys=True).encode()).hexdigest()
-    return {"code": code_of(project), "environment": digest, "packages": packages, "features": features, "run": run, **({"tracked": dict(tracked)} if tracked else {})}
+    return {"code": code_of(project), "environment": digest, "packages": packages, "features": digest_of(bundle.features.as_dict()), "run": run, **({"tracked": dict(tracked)} if tracked else {})}
 
 
 def lineage_table(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .attestation import bundle_doubt, enter, evidence_doubt, signed_by
-from .database import EVIDENCE, SIGNATURES, Connection
+from .database import SIGNATURES, Connection, newest_evidence
 from .deed import Ask
 from .ledger import audit
 from .registry import Registry, Version
@@ -90,10 +90,6 @@ def _evidence(c: Connection, registry: Registry, row: Any, trusted: Sequence[Sig
     return [kept, _signature(c, registry, f"signature of {row.gate}", row.statement, evidence_doubt(c, registry.attestor, row, trusted), trusted)]
 
 # %% ../../nbs/05_governance/20_proof.ipynb #11850779
-def _newest(c: Connection, digest: str) -> dict[str, Any]:
-    return {r.gate: r for r in c.execute(EVIDENCE.select().where(EVIDENCE.c.digest == digest).order_by(EVIDENCE.c.id))}
-
-
 def verify(
     registry: Registry,
     found: Version,
@@ -103,7 +99,7 @@ def verify(
     checks = [_bundle(registry, found), _audited(registry, found)]
     with registry.database.change() as c:
         checks.append(_signature(c, registry, "signature", found.digest, bundle_doubt(c, registry.attestor, found.name, found.digest, trusted), trusted))
-        for row in _newest(c, found.digest).values(): checks += _evidence(c, registry, row, trusted)
+        for row in newest_evidence(c, found.digest).values(): checks += _evidence(c, registry, row, trusted)
     return Proof(str(found), found.digest, tuple(checks))
 
 
@@ -116,7 +112,7 @@ def sign(
     if not registry.attestor.keys: raise SignatureError("Nobody can sign here: there is no private key. `mlray signer create NAME` makes one, or set MLRAY_SIGNING_KEY.")
     seals = list(registry.attestor.sign(found.digest, bundle_statement(found.name, digests_of(registry.store.path(found.digest), found.digest))))
     signed = ["bundle"]
-    with registry.database.change() as c: rows = _newest(c, found.digest).values()
+    with registry.database.change() as c: rows = newest_evidence(c, found.digest).values()
     for row in rows:
         if not row.statement: continue
         said = registry.attestor.read(row.statement, "statement.json")
@@ -195,7 +191,7 @@ def write_proof(
     names = sorted(digests_of(bundle, found.digest))
     with registry.database.change() as c:
         files, commands = _signed_files(c, registry, found.digest, "bundle")
-        for row in _newest(c, found.digest).values():
+        for row in newest_evidence(c, found.digest).values():
             files[f"{row.gate}.ipynb"] = registry.attestor.read(row.page, f"{row.gate}.ipynb")
             if not row.statement: continue
             files[f"{row.gate}.statement.json"] = registry.attestor.read(row.statement, "statement.json")

@@ -106,10 +106,9 @@ PAYLOAD = "application/vnd.in-toto+json"
 
 def pae(
     payload: bytes,
-    kind: str = PAYLOAD,
 ) -> bytes:
     "The bytes that are signed (DSSE v1, protocol)."
-    return b"DSSEv1 %d %b %d %b" % (len(kind.encode()), kind.encode(), len(payload), payload)
+    return b"DSSEv1 %d %b %d %b" % (len(PAYLOAD), PAYLOAD.encode(), len(payload), payload)
 
 
 def envelope(

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from .audit import Entry
-from .database import ALIASES, APPROVALS, EVENTS, EVIDENCE, MOVES, VERSIONS, Connection
+from .database import ALIASES, APPROVALS, EVENTS, MOVES, VERSIONS, Connection, newest_evidence
 from .policy import Approval, Candidate, Proof
 from ..values.errors import Conflict
 
@@ -79,7 +79,7 @@ def approvals_of(
 def candidate_for(c: Connection, name: str, number: int, alias: str) -> Candidate:
     "What is known of a version that is to go to an alias."
     row = _row(c, name, number)
-    proofs = {r.gate: Proof(r.passed, r.created) for r in c.execute(EVIDENCE.select().where(EVIDENCE.c.digest == row.digest).order_by(EVIDENCE.c.id))} # the newest is last, and stays
+    proofs = {gate: Proof(r.passed, r.created) for gate, r in newest_evidence(c, row.digest).items()}
     return Candidate(f"{name}/{number}", row.actor, proofs, approvals_of(c, name, number, alias), row.retired, row.sunset)
 
 # %% ../../nbs/05_governance/11_standing.ipynb #810ab9a9

@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from ..values.errors import RegistryError, Unavailable
+from ..values.errors import RegistryError, Unavailable, first_line
 
 # %% ../../nbs/05_governance/07_store.ipynb #2d7dedda
 def write_durably(path: Path, data: Any) -> None:
@@ -190,7 +190,7 @@ def reaching(
 ) -> Iterator[None]:
     "What cannot be done behind a URL, as a letter. Raises `Unavailable`."
     try: yield
-    except OSError as error: raise Unavailable(f"{url} could not be used: {(str(error) or type(error).__name__).splitlines()[0][:300]}. {left}. Check the address, the network and the credentials, then try again.") from error
+    except OSError as error: raise Unavailable(f"{url} could not be used: {first_line(error)}. {left}. Check the address, the network and the credentials, then try again.") from error
 
 # %% ../../nbs/05_governance/07_store.ipynb #76eafd14
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ class _Change:
 
 
 _Changes = tuple[_Change, ...]
+_VALUES = 16 # candidates for a number
 
 
 def _spread(values: np.ndarray) -> float:
@@ -74,13 +75,13 @@ def _spread(values: np.ndarray) -> float:
     return float(high - low) or float(values.max() - values.min()) or 1.0
 
 
-def _candidates(known: Background, row: Mapping[str, Any], name: str, values: int) -> list[_Change]:
+def _candidates(known: Background, row: Mapping[str, Any], name: str) -> list[_Change]:
     "What one feature could be instead."
     column, mine = known.frame[name].drop_nulls(), row[name]
     if not column.len() or (name not in known.cuts and name not in known.values): return []
     if name not in known.cuts: found = [_Change(name, v, 1.0) for v in column.unique().sort()[:1000] if v != mine]
     else:
-        numbers, places = counted(known.contract.columns[name], column)[0].cast(pl.Float64).to_numpy(), np.linspace(0, column.len() - 1, values).round().astype(int)
+        numbers, places = counted(known.contract.columns[name], column)[0].cast(pl.Float64).to_numpy(), np.linspace(0, column.len() - 1, _VALUES).round().astype(int)
         scale, here = _spread(numbers), known.number(name, mine) if mine is not None else 0.0
         found = [_Change(name, v, abs(known.number(name, v) - here) / scale if mine is not None else 1.0) for v in column.sort()[places].unique().sort() if v != mine]
     if known.contract.columns[name].nullable and mine is not None and known.frame[name].null_count(): found.append(_Change(name, None, 1.0))
@@ -95,7 +96,7 @@ def _frame(known: Background, row: Mapping[str, Any], sets: Sequence[_Changes]) 
     return pl.DataFrame(columns, schema=known.frame.schema)
 
 # %% ../../nbs/03_judgement/04_counterfactual.ipynb #57ba84e1
-_STEPS = 32
+_STEPS, _BEAM = 32, 64 # places between the row and a flipping value; sets of changes that are taken further
 
 
 def _cost(changes: _Changes) -> float: return math.fsum(c.cost for c in changes)
@@ -136,8 +137,6 @@ def counterfactual(
     output: int | None = None,      # which of several outputs
     fixed: Sequence[str] = (),      # features that must stay
     most: int = 3,                  # features changed together
-    beam: int = 64,                 # sets of changes that are taken further
-    values: int = 16,               # candidates for a number
 ) -> Counterfactual:
     "The smallest change that flips an answer. Raises `ContractError`, `ExplanationError`."
     row = checked_row(known.contract, row)
@@ -146,14 +145,14 @@ def counterfactual(
     ask = _Search(score, known, row, output)
     mine = float(ask([()])[1][0])
     flips = lambda scores: (scores >= threshold) != (mine >= threshold)
-    singles = [c for n in row if n not in fixed for c in _candidates(known, row, n, values)]
+    singles = [c for n in row if n not in fixed for c in _candidates(known, row, n)]
     sets: list[_Changes] = [(c,) for c in singles]
     for size in range(1, most + 1):
         sets, scores = ask(sets)
         if flips(scores).any():
             best, flipped = _nearest(ask, [sets[i] for i in np.flatnonzero(flips(scores))], flips)
             return Counterfactual(mine, flipped, {c.name: (row[c.name], c.value) for c in best}, _cost(best), ask.asked)
-        further = [sets[i] for i in np.argsort(scores if mine >= threshold else -scores, kind="stable")[:beam]] if size < most else []
+        further = [sets[i] for i in np.argsort(scores if mine >= threshold else -scores, kind="stable")[:_BEAM]] if size < most else []
         sets = list(dict.fromkeys(tuple(sorted((*s, c), key=lambda c: c.name)) for s in further for c in singles if c.name not in {x.name for x in s}))
         if not sets: break
     return Counterfactual(mine, None, {}, None, ask.asked)

@@ -217,13 +217,13 @@ def _what(reference: Histogram, live: Histogram) -> str:
     return f"{name} {e[most]:.1%} → {a[most]:.1%}"
 
 
-def _shift(name: str, reference: Histogram, live: Histogram, corrected: Mapping[tuple[str, str], float], limits: Mapping[str, float], draws: int, seed: int) -> Shift:
+def _shift(name: str, reference: Histogram, live: Histogram, corrected: Mapping[tuple[str, str], float], draws: int, seed: int) -> Shift:
     share = lambda part, whole: part / whole if whole else float("nan")
     found = distances(reference, live, draws, (seed, zlib.crc32(name.encode()))) | {
         "outside_difference": Measure(0.0 if not reference.known and not live.known else share(live.outside, live.known) - share(reference.outside if reference.numeric else float(_expected(reference)[-1]), reference.known)),
         "missing_difference": Measure(share(live.missing, live.rows) - share(reference.missing, reference.rows))}
     ps = {test: p for (column, test), p in corrected.items() if column == name}
-    far = [n for n, limit in limits.items() if n in found and abs(found[n].value) >= limit]
+    far = [n for n, limit in LIMITS.items() if n in found and abs(found[n].value) >= limit]
     moved = [n for n in far if ps.get(n.removesuffix("_difference") if n.endswith("_difference") else "values", 1.0) < ALPHA]
     missing = f"missing {share(reference.missing, reference.rows):.1%} → {share(live.missing, live.rows):.1%}" if "missing_difference" in moved else ""
     what = "; ".join(filter(None, [_what(reference, live) if moved != ["missing_difference"] or not live.known else "", missing]))
@@ -271,7 +271,6 @@ class DriftReport(Displayed):
 def drift_report(
     reference: Profile,
     live: Profile,                              # counted with the reference's bins
-    limits: Mapping[str, float] | None = None,  # how far is moved, by distance; default: `LIMITS`
     draws: int = 200,                           # of the bootstrap of intervals; 0: none
     seed: int = 0,
 ) -> DriftReport:
@@ -280,6 +279,6 @@ def drift_report(
     raw = {(n, test): p for n, (a, b) in both.items() for test, p in p_values(a, b).items()}
     from scipy.stats import false_discovery_control
     corrected = dict(zip(raw, map(float, false_discovery_control(list(raw.values()))), strict=True)) if raw else {}
-    shifts = [_shift(n, a, b, corrected, LIMITS if limits is None else limits, draws, seed) for n, (a, b) in both.items()]
+    shifts = [_shift(n, a, b, corrected, draws, seed) for n, (a, b) in both.items()]
     shifts.sort(key=lambda s: (not s.moved, -np.nan_to_num(s.distances["population_stability_index"].value, nan=-1.0)))
     return DriftReport((reference.rows, live.rows), tuple(shifts), tuple(sorted({*reference.columns, *live.columns} - set(both))))

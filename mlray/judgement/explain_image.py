@@ -11,7 +11,7 @@ __all__ = ['squares', 'blanked', 'lime_image', 'heat']
 # %% ../../nbs/03_judgement/06_explain_image.ipynb #f95940cf
 import numpy as np
 
-from .explain import Explanation, Score, explanation, scored
+from .explain import Explanation, Score, enough, explanation, scored
 from .explain_text import cosine_weights
 from .local_line import line, words_of
 from ..values.errors import ExplanationError
@@ -53,7 +53,7 @@ def lime_image(
     if patches.shape != image.shape[:2]: raise ExplanationError(f"The patches have shape {patches.shape}, and the image {image.shape[:2]}. Give each pixel the number of its patch.")
     numbers, inside = np.unique(patches, return_inverse=True)
     inside, size = inside.reshape(patches.shape), len(numbers)
-    if not 50 <= perturbations <= 16_000: raise ExplanationError(f"Between 50 and 16000 perturbations make a line; {perturbations} were asked for.")
+    enough(perturbations)
     blank, words = blanked(image, inside, fill), words_of(image.tolist(), patches.tolist(), digest, "lime image")
     kept = np.unpackbits(words.random_raw(-(-perturbations * size // 64)).astype("<u8").view(np.uint8))[:perturbations * size].reshape(perturbations, size).astype(bool)
     kept[0] = True

@@ -15,8 +15,8 @@ from itertools import compress
 
 import numpy as np
 
-from .explain import Explanation, Score, explanation, scored
-from .local_line import draws, kernel, line, words_of
+from .explain import Explanation, Score, enough, explanation, scored
+from .local_line import draws, kernel, line, orders, words_of
 from ..values.errors import ExplanationError
 
 # %% ../../nbs/03_judgement/05_explain_text.ipynb #d451f3ee
@@ -49,7 +49,7 @@ def absent(
     size: int, # words
 ) -> np.ndarray: # bool [rows, size]: what is kept; all of it in the first row
     "Leave out one to all, each number as likely as any other; the only one in half of the rows."
-    order = np.argsort(words.random_raw(rows * size).reshape(rows, size), axis=1, kind="stable").argsort(axis=1, kind="stable")
+    order = orders(words, rows, size)
     left = draws(words, (rows,), max(size, 2)) + (size > 1)
     left[0] = 0
     return order >= left[:, None]
@@ -76,7 +76,7 @@ def lime_text(
     "Explain the score of a text. Raises `ExplanationError`."
     pieces, number, distinct = split_words(text)
     if not distinct: raise ExplanationError("There is no word in this text, so there is none to explain its score by.")
-    if not 50 <= perturbations <= 16_000: raise ExplanationError(f"Between 50 and 16000 perturbations make a line; {perturbations} were asked for.")
+    enough(perturbations)
     kept = absent(words_of(text, digest, "lime text"), perturbations, len(distinct))
     scores = scored(score, without(pieces, number, kept), perturbations, output)
     fitted = line(kept, scores, cosine_weights(kept, 25, 100), count)

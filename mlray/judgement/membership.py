@@ -11,13 +11,14 @@ __all__ = ['row_losses', 'advantage', 'Membership', 'membership', 'largest_advan
 
 # %% ../../nbs/03_judgement/12_membership.ipynb #5b1a0d1b
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
 
 from ..measures.score import CLIP, Measure, roc_auc, wilson
+from ..measures.score_of_numbers import pinball
 from ..values.chart import Chart, interval_chart, line_chart
 from ..values.display import Displayed, Table, table
 from ..values.errors import DataError
@@ -32,9 +33,7 @@ def row_losses(
     "The loss of each row: cross entropy of classes and labels, squares of a number, the pinball loss of quantiles."
     said = answers.astype(np.float64)
     if task.kind == "regression": return (said - truth) ** 2
-    if task.kind == "quantile":
-        off, shares = truth[:, None] - said, np.array(task.quantiles)
-        return np.maximum(shares * off, (shares - 1) * off).mean(1)
+    if task.kind == "quantile": return pinball(truth, said, task.quantiles).mean(1)
     p = np.clip(said, CLIP, 1 - CLIP)
     if task.kind == "multiclass": return -np.log(p[np.arange(len(truth)), truth])
     each = -np.where(truth == 1, np.log(p), np.log1p(-p))
@@ -96,13 +95,13 @@ class Membership(Displayed):
         return interval_chart([(g, m.value, m.low, m.high) for g, m in self.groups.items()], "Advantage of the attack by group", 0.0)
 
 # %% ../../nbs/03_judgement/12_membership.ipynb #2f053468
-def _crossed(members: np.ndarray, others: np.ndarray, learn: object, seed: int) -> tuple[Measure, Measure]:
+def _crossed(members: np.ndarray, others: np.ndarray, learn: Callable[[np.ndarray, np.ndarray], float], seed: int) -> tuple[Measure, Measure]:
     "Shares called members, by a threshold learned on the other half."
     rng, hits = np.random.default_rng(seed), [0, 0]
     halves = [rng.permutation(len(x)) % 2 == 0 for x in (members, others)]
     for side in (True, False):
         (m, o), (m_, o_) = ((members[halves[0] == s], others[halves[1] == s]) for s in (side, not side))
-        line = learn(m, o)  # type: ignore[operator]
+        line = learn(m, o)
         hits = [hits[0] + int((m_ <= line).sum()), hits[1] + int((o_ <= line).sum())]
     return wilson(hits[0], len(members)), wilson(hits[1], len(others))
 

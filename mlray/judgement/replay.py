@@ -69,8 +69,7 @@ def replay(
     names: Sequence[str],                   # of the classes
     groups: pl.DataFrame | None = None,     # one text column a sensitive column
     scores: tuple[np.ndarray, np.ndarray] | None = None, # of both, in [0, 1]
-    ids: Sequence[str] | None = None,       # of the requests
-    most: int = 5,                          # examples
+    ids: Sequence[str] | None = None,       # of the requests; those of the five flips by the largest distance are told
 ) -> Replay:
     "Compare decisions on the same rows."
     if len(incumbent) != len(candidate): raise DataError(f"The same rows are replayed through both versions; there are {len(incumbent)} and {len(candidate)} decisions.")
@@ -88,4 +87,4 @@ def replay(
     distance = np.abs(scores[0].astype(np.float64) - scores[1].astype(np.float64)) if scores is not None and len(was) else np.zeros(0)
     shown = np.flatnonzero(other)
     if scores is not None and len(shown): shown = shown[np.argsort(-distance[shown], kind="stable")]
-    return Replay(len(was), flips, by, toward, Measure(float(distance.mean())) if len(distance) else Measure(math.nan), examples=tuple(str(ids[i]) for i in shown[:most]) if ids is not None else ())
+    return Replay(len(was), flips, by, toward, Measure(float(distance.mean())) if len(distance) else Measure(math.nan), examples=tuple(str(ids[i]) for i in shown[:5]) if ids is not None else ())

@@ -16,15 +16,10 @@ from typing import Any, Literal
 import numpy as np
 
 from .explain import Background, Explanation, Score, checked_row, explanation, scored
-from .local_line import draws, on_grid, words_of
+from .local_line import draws, on_grid, orders, words_of
 from ..values.errors import ExplanationError
 
 # %% ../../nbs/03_judgement/03_shapley.ipynb #bf5884d0
-def _orders(words: np.random.Philox, count: int, size: int) -> np.ndarray: # int [count, size], the place of each feature
-    "Random permutations, from raw words."
-    return np.argsort(words.random_raw(count * size).reshape(count, size), axis=1, kind="stable").argsort(axis=1, kind="stable")
-
-
 def _chains(places: np.ndarray) -> np.ndarray: # bool [pairs, 2 · size, size]
     "Coalitions of each permutation: none, growing to all, then growing from the other end."
     size = places.shape[1]
@@ -57,7 +52,7 @@ def _asked(score: Score, known: Background, row: Mapping[str, Any], kept: np.nda
 
 def _permutation(score: Score, known: Background, row: Mapping[str, Any], words: np.random.Philox, pairs: int, output: int | None) -> tuple[Any, ...]:
     size = len(row)
-    height, places = known.frame.height, _orders(words, pairs, size)
+    height, places = known.frame.height, orders(words, pairs, size)
     other = (np.arange(pairs) * height // pairs + draws(words, (1,), height)) % height # each row as often as any other
     kept = _chains(places).reshape(-1, size)
     score_, unit = _asked(score, known, row, kept, np.repeat(other, 2 * size), output)
@@ -69,7 +64,7 @@ def _permutation(score: Score, known: Background, row: Mapping[str, Any], words:
 # %% ../../nbs/03_judgement/03_shapley.ipynb #2b2f0034
 def _sampling(score: Score, known: Background, row: Mapping[str, Any], words: np.random.Philox, pairs: int, output: int | None) -> tuple[Any, ...]:
     size, height = len(row), known.frame.height
-    places = _orders(words, size * pairs, size)
+    places = orders(words, size * pairs, size)
     feature, other = np.repeat(np.arange(size), pairs), draws(words, (size * pairs,), height)
     own = places[np.arange(len(places)), feature][:, None]
     kept = np.concatenate([places <= own, places < own, np.ones((1, size), bool), np.zeros((height, size), bool)])

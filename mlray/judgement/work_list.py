@@ -51,12 +51,9 @@ def places(
     codes: np.ndarray,      # [rows, categories]
 ) -> Places:
     "Rows on a common scale; what is missing is in the middle, what is constant is nowhere."
-    known = np.where(np.isfinite(numbers), numbers, np.nan).astype(float)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        middle = np.nanmean(known, axis=0) if len(known) and known.shape[1] and np.isfinite(known).any() else np.zeros(known.shape[1])
-        spread = np.nanstd(known, axis=0) if len(known) and known.shape[1] and np.isfinite(known).any() else np.ones(known.shape[1])
-        scaled = (known - middle) / np.where(spread > 0, spread, 1)
-    return Places(np.nan_to_num(np.clip(scaled, -5, 5)), codes)
+    known = np.ma.masked_invalid(np.asarray(numbers, float))
+    spread = known.std(0).filled(0)
+    return Places(np.clip((known - known.mean(0)) / np.where(spread > 0, spread, 1), -5, 5).filled(0), codes)
 
 # %% ../../nbs/03_judgement/23_work_list.ipynb #3a447436
 def chosen(

@@ -24,12 +24,11 @@ from ..values.errors import TrainingError
 def expected_calibration_error(
     labels: np.ndarray, # 0 or 1
     scores: np.ndarray, # probabilities in [0, 1]
-    bins: int = BANDS,  # of equal width
 ) -> float: # in [0, 1]; NaN without rows
     "How far scores are from the share of positive labels among rows of like score, on average (Guo et al. 2017, section 2)."
     if not len(labels): return math.nan
-    at = np.minimum((scores.astype(np.float64) * bins).astype(int), bins - 1)
-    gaps = np.bincount(at, scores, bins) - np.bincount(at, labels, bins)
+    at = np.minimum((scores.astype(np.float64) * BANDS).astype(int), BANDS - 1)
+    gaps = np.bincount(at, scores, BANDS) - np.bincount(at, labels, BANDS)
     return float(np.abs(gaps).sum() / len(labels))
 
 # %% ../../nbs/01_learning/23_calibration.ipynb #be44991f

@@ -7,7 +7,7 @@ clock. The same rules for a single row of a request are `mlray.learning.request`
 
 # %% auto #0
 __all__ = ['LONGEST', 'UNREAD', 'Contract', 'rules', 'schema', 'read_columns', 'crossing', 'Problem', 'Checked', 'check', 'stale',
-           'labels', 'groups']
+           'labels', 'band_names', 'groups']
 
 # %% ../../nbs/01_learning/01_contract.ipynb #ab102c80
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ import polars as pl
 from ..values.column import Column, age_of, bounds
 from ..values.data import one_column
 from ..values.display import Displayed, Table, table
-from ..values.errors import ContractError, DataError, suggest
+from ..values.errors import ContractError, DataError, first_line, suggest
 from ..values.task import task_of
 
 # %% ../../nbs/01_learning/01_contract.ipynb #609592e6
@@ -89,9 +89,7 @@ def schema(contract: Contract) -> pl.Schema: # of checked rows
 def _read(name: str, column: Column, dtype: pl.DataType, missing: tuple[str, ...]) -> pl.Expr:
     "The value of a column as its type; what cannot be read is null."
     value = pl.col(name)
-    if dtype == pl.String:
-        value = value.str.strip_chars()
-        value = pl.when(value.is_in(list(missing))).then(None).otherwise(value)
+    if dtype == pl.String: value = pl.when((text := value.str.strip_chars()).is_in(list(missing))).then(None).otherwise(text)
     if column.type == "array": return _array(value, dtype, column.length or 1)
     if dtype.is_nested(): return pl.lit(None, schema(Contract({name: column}))[name])
     if column.type in LONGEST:
@@ -168,7 +166,7 @@ def crossing(
         try:
             kept = pl.sql_expr(text)
             dtype = empty.select(kept.alias("kept")).schema["kept"]
-        except pl.exceptions.PolarsError as error: raise ContractError(f"Rule {name!r}, `{text}`, is no expression on the contract's columns: {str(error).splitlines()[0]}.") from error
+        except pl.exceptions.PolarsError as error: raise ContractError(f"Rule {name!r}, `{text}`, is no expression on the contract's columns: {first_line(error)}.") from error
         if dtype != pl.Boolean: raise ContractError(f"Rule {name!r}, `{text}`, gives {dtype}, not true or false. Write it as a condition, such as `net <= gross`.")
         found[name] = tuple(dict.fromkeys(kept.meta.root_names())), kept.fill_null(True)
     return found
@@ -253,9 +251,8 @@ def check(
 # %% ../../nbs/01_learning/01_contract.ipynb #11292df8
 def _given(raw: pl.DataFrame, name: str, missing: tuple[str, ...]) -> pl.Series:
     "Whether a value stands there at all."
-    column = raw[name]
-    if column.dtype != pl.String: return column.is_not_null()
-    return column.is_not_null() & ~column.str.strip_chars().is_in(list(missing)).fill_null(False)
+    there = raw[name].is_not_null()
+    return there & ~raw[name].str.strip_chars().is_in(list(missing)).fill_null(False) if raw[name].dtype == pl.String else there
 
 
 def _problem(raw: pl.DataFrame, names: tuple[str, ...], rule: str, expected: str, rows: pl.Series, before: int, personal: frozenset[str]) -> Problem:
@@ -293,19 +290,22 @@ def labels(
 ) -> pl.Series: # UInt8, 1 for the positive class; for other tasks the class counted from 0, the number, or an array of 0 and 1
     "The label of each row."
     task = task_of(contract.columns)
-    name, column = contract.target, contract.columns[contract.target]
+    value, column = frame[contract.target], contract.columns[contract.target]
     if task.kind == "multilabel": return frame.select(pl.concat_list(pl.col(n).cast(pl.UInt8) for n in task.targets).list.to_array(task.outputs).alias("label"))["label"]
-    if task.kind == "multiclass": return frame[name].replace_strict(list(task.names), list(range(task.outputs)), return_dtype=pl.Int64).alias("label")
-    if task.kind != "binary": return frame[name].cast(pl.Float64).alias("label")
-    value = frame[name]
+    if task.kind == "multiclass": return value.replace_strict(list(task.names), list(range(task.outputs)), return_dtype=pl.Int64).alias("label")
+    if task.kind != "binary": return value.cast(pl.Float64).alias("label")
     if column.positive is not None: value = value == column.positive
     elif column.positive_above is not None: value = value > column.positive_above
     return value.cast(pl.UInt8).alias("label")
 
 
+def band_names(bands: tuple[float, ...]) -> list[str]: # where one group ends and the next begins, rising; at least one
+    "What groups of numbers are called, from the lowest."
+    return [f"under {bands[0]:g}", *(f"{a:g} to {b:g}" for a, b in zip(bands, bands[1:], strict=False)), f"{bands[-1]:g} and over"]
+
+
 def _band(name: str, bands: tuple[float, ...]) -> pl.Expr:
-    names = [f"under {bands[0]:g}", *(f"{a:g} to {b:g}" for a, b in zip(bands, bands[1:], strict=False)), f"{bands[-1]:g} and over"]
-    value = pl.col(name)
+    names, value = band_names(bands), pl.col(name)
     band: Any = pl.when(value.is_null()).then(pl.lit(None, pl.String))
     for end, called in zip(bands, names, strict=False): band = band.when(value < end).then(pl.lit(called))
     return band.otherwise(pl.lit(names[-1]))
@@ -316,5 +316,4 @@ def groups(
     frame: pl.DataFrame,    # checked rows
 ) -> pl.DataFrame: # one text column a sensitive column
     "The group of each row, by each sensitive column."
-    named = [(n, contract.columns[n]) for n in contract.sensitive]
-    return frame.select((_band(n, c.bands) if c.bands else pl.col(n).cast(pl.String)).fill_null("missing").alias(n) for n, c in named)
+    return frame.select((_band(n, bands) if (bands := contract.columns[n].bands) else pl.col(n).cast(pl.String)).fill_null("missing").alias(n) for n in contract.sensitive)

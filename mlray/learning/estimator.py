@@ -25,7 +25,7 @@ from .estimator_graph import answer, model_of, session_of, to_graph
 from .features import Features, Matrix
 from .mitigation import exponentiated_gradient
 from ..values.decision import Mitigation
-from ..values.errors import SpecError, TrainingError, suggest
+from ..values.errors import SpecError, TrainingError, first_line, suggest
 
 # %% ../../nbs/01_learning/16_estimator.ipynb #0f88bac5
 _EXTRA = frozenset({"lightgbm", "xgboost", "skl2onnx", "onnxmltools"})
@@ -184,7 +184,7 @@ def fit(
             warnings.simplefilter("ignore")
             if mitigation is not None and groups is not None: estimator = exponentiated_gradient(mitigation, estimator, wide, whole(labels), groups, **more)
             else: estimator.fit(wide, whole(labels), **more)
-    except (ValueError, TypeError) as error: raise TrainingError(f"{kind} cannot be fitted: {str(error).splitlines()[0][:300]}") from error
+    except (ValueError, TypeError) as error: raise TrainingError(f"{kind} cannot be fitted: {first_line(error)}") from error
     graph = to_graph(estimator, before, max([len(c.values) for c in features.categories] + [0]) + 2)
     answers = score_of(estimator, valid)
     check(graph, estimator, before, _joined(valid_rows, odd(rows)), kind)

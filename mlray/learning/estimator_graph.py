@@ -20,7 +20,7 @@ import onnxruntime
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from .features import Matrix
-from ..values.errors import SpecError, TrainingError
+from ..values.errors import SpecError, TrainingError, first_line
 
 # %% ../../nbs/01_learning/14_estimator_graph.ipynb #944c39bf
 _OPSET = [helper.make_opsetid("", 18), helper.make_opsetid("ai.onnx.ml", 3)]
@@ -174,7 +174,7 @@ def _converted(estimator: Any, width: int) -> onnx.ModelProto:
             warnings.simplefilter("ignore")
             made = to_onnx(estimator, initial_types=[("wide", FloatTensorType([None, width]))], options={id(estimator): {"zipmap": False}} if classes else None, target_opset={"": 18, "ai.onnx.ml": 3}, name="estimator")
     except Exception as error:
-        raise TrainingError(f"{kind} cannot be turned into a graph: {str(error).splitlines()[0][:200]} Choose one that can, such as sklearn.ensemble:HistGradientBoostingClassifier or lightgbm:LGBMClassifier.") from error
+        raise TrainingError(f"{kind} cannot be turned into a graph: {first_line(error, 200)} Choose one that can, such as sklearn.ensemble:HistGradientBoostingClassifier or lightgbm:LGBMClassifier.") from error
     few = classes and len(estimator.classes_) == 2
     end = helper.make_node("Gather", [made.graph.output[-1].name, "second"], ["score"], axis=1) if few else helper.make_node("Squeeze" if not classes else "Identity", [made.graph.output[-1].name, *(["axis"] if not classes else [])], ["score"])
     made.graph.node.append(end)

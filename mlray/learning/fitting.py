@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from .loss import Loss, loss_of
-from ..values.errors import SpecError, TrainingError, suggest
+from ..values.errors import SpecError, TrainingError, first_line, suggest
 from ..values.imported import imported
 from ..values.recipe import Train
 
@@ -173,7 +173,7 @@ def memory_letter(train: Train) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error): raise
         raise TrainingError(f"There is not enough memory for batches of {train.batch_size} rows in {train.accumulate} piece{'s' * (train.accumulate > 1)}. "
-                            f"Raise train.accumulate (the same steps, smaller pieces), or lower train.batch_size. ({str(error).splitlines()[0][:200]})") from error
+                            f"Raise train.accumulate (the same steps, smaller pieces), or lower train.batch_size. ({first_line(error, 200)})") from error
 
 # %% ../../nbs/01_learning/18_fitting.ipynb #91c5d0e8
 Window = tuple[Sequence[Tensor], Tensor | None] # inputs of the network, and last the labels, float32 [rows] or [rows, labels]; weights of the rows

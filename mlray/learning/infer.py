@@ -89,7 +89,7 @@ def infer_contract(
         if typed is None: continue
         kind, values = typed
         known, column = values.drop_nulls(), dict(kind)
-        different = known.n_unique() if kind["type"] not in ("array",) else 0
+        different = known.n_unique() if kind["type"] != "array" else 0
         unique = kind["type"] in ("integer", "text") and known.len() == frame.height > 1 and different == known.len()
         if kind["type"] == "text" and (few := different <= 50 and different * 2 <= known.len()): column |= {"type": "category", "values": sorted(known.unique())} if few else {}
         if unique and (_ID.search(name) or (kind["type"] == "text" and not known.str.contains(r"\s").any())): column |= {"role": "id", "unique": True}

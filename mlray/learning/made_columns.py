@@ -21,7 +21,7 @@ import polars as pl
 
 from .contract import Contract, schema
 from ..values.column import Column
-from ..values.errors import ContractError
+from ..values.errors import ContractError, first_line
 from ..values.feature import Setting
 
 # %% ../../nbs/01_learning/06_made_columns.ipynb #a36c8fa7
@@ -78,7 +78,7 @@ def derive(
             if hidden := [n for n in needs if n in contract.columns and n not in contract.features]:
                 raise ContractError(f"{letter}uses {hidden[0]!r}, whose role is {contract.columns[hidden[0]].role}: a request does not bring it. Use features alone.")
             dtype = probe.select(value.alias(name)).schema[name]
-        except pl.exceptions.PolarsError as error: raise ContractError(f"{letter}is no expression on the features: {str(error).splitlines()[0]}.") from error
+        except pl.exceptions.PolarsError as error: raise ContractError(f"{letter}is no expression on the features: {first_line(error)}.") from error
         if not needs or not same_alone(probe, value): raise ContractError(f"{letter}is not computed from one row by itself. Leave out sums, ranks and other rows; a request has none.")
         if _CLOCK.search(setting.sql): raise ContractError(f"{letter}asks for the time of day it is run, so that training could not be repeated. Send a time with the row.")
         kind = _kind(dtype, setting)

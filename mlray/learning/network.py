@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .features import Features
 from .network_inputs import Encoding, chunks, uniform
 from .own_network import OwnNetwork
-from ..values.errors import MlrayError, TrainingError
+from ..values.errors import MlrayError, TrainingError, first_line
 from ..values.recipe import Model, Train
 from ..values.task import BINARY, Task
 
@@ -130,11 +130,10 @@ def scores(
     network: nn.Module,
     *inputs: Tensor,    # float32 [rows, n], int64 [rows, c]
     task: Task = BINARY,
-    chunk: int = 4096,  # rows at a time
 ) -> Tensor: # float32: [rows] of probabilities or numbers; [rows, classes], [rows, labels] or [rows, quantiles]
     "The answers of a network, as torch computes them."
     network.eval()
-    with torch.inference_mode(): return torch.cat([Score(network, task)(*part) for part in zip(*(i.split(chunk) for i in inputs), strict=True)])
+    with torch.inference_mode(): return torch.cat([Score(network, task)(*part) for part in zip(*(i.split(4096) for i in inputs), strict=True)]) # rows at a time, so that memory is bounded
 
 # %% ../../nbs/01_learning/12_network.ipynb #04113e47
 class Mixed(nn.Module):
@@ -193,8 +192,7 @@ def to_onnx(
         try: made = torch.onnx.export(_Given(Score(network, task), features.widths).eval(), example, dynamo=True, verbose=False, external_data=False,
                                       input_names=names, output_names=["score"], dynamic_shapes=(({0: rows},) * len(names),))
         except Exception as error: # the exporter has many ways to fail, and its messages are pages
-            cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-            raise TrainingError(f"The network cannot become an ONNX graph, and only a graph is shipped: {cause[0][:300]} Write its forward so that it treats any number of rows alike, with operations that torch.onnx knows.") from error
+            raise TrainingError(f"The network cannot become an ONNX graph, and only a graph is shipped: {first_line(error.__cause__ or error)} Write its forward so that it treats any number of rows alike, with operations that torch.onnx knows.") from error
     assert made is not None # the exporter returns a program unless it is given a file
     graph = made.model_proto
     graph.producer_version = ""
@@ -216,5 +214,5 @@ def rehearse(
     except MlrayError: raise
     except Exception as error:
         shapes = ", ".join(f"{n} (2, {w})" for n, w in widths.items() if w)
-        raise TrainingError(f"model.network: {model.network!r} failed on two rows of {shapes}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"model.network: {model.network!r} failed on two rows of {shapes}: {type(error).__name__}: {first_line(error)}") from error
     to_onnx(network.eval(), features, task)

@@ -92,7 +92,7 @@ def learn_from(
     for name in contract.features:
         column, told = contract.columns[name], summary.counts[name]
         kind = pl.String if column.type == "category" else pl.Float64
-        values = [v for v in sorted(told) for _ in range(max(round(told[v] * share), 1))] 
+        values = [v for v in sorted(told) for _ in range(max(round(told[v] * share), 1))]
         columns[name] = pl.Series(name, values, kind)
     height = max((len(c) for c in columns.values()), default=0)
     return learn(contract, pl.DataFrame([c.extend_constant(None, height - len(c)) for c in columns.values()]), bins)

@@ -86,9 +86,12 @@ class Counts(Displayed):
 def _keys(columns: Sequence[str]) -> list[str]: return [f"slice:{c}" for c in columns] # so that a slice column may be called `weight`
 
 
-def _added_to(cells: pl.DataFrame, few: pl.DataFrame, keys: Sequence[str], most: int = 4096) -> pl.DataFrame | None: # None: by a query, because cells are many or new
+_MANY = 4096 # cells that are looked up one by one, at most
+
+
+def _added_to(cells: pl.DataFrame, few: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame | None: # None: by a query, because cells are many or new
     "A few cells, such as those of one request, added to cells that are there already; several times as fast as a query."
-    if few.height * 16 > most or cells.height > most or cells.columns != few.columns: return None
+    if few.height * 16 > _MANY or cells.height > _MANY or cells.columns != few.columns: return None
     named = [*keys, "label", "decision", "bin"]
     rows = lambda frame: zip(*(frame[n].to_list() for n in named), strict=True)
     places = {row: i for i, row in enumerate(rows(cells))}

@@ -22,7 +22,8 @@ from .fairness import NAMED
 from .gaps import Terms, drawn_means, means_of, places_of
 from .intervals import MOST_GROUPS, bootstrap
 from .rates import PROPORTIONS, RATES, proportion
-from .score import Measure, placements
+from .score import CLIP, Measure, placements
+from .score_of_numbers import pinball
 from ..values.task import Task
 
 # %% ../../nbs/02_measures/15_paired.ipynb #c0ff4771
@@ -93,14 +94,14 @@ def _of_classes(truth: np.ndarray, answers: np.ndarray, chosen: np.ndarray, name
 def _multiclass(task: Task, truth: np.ndarray, answers: np.ndarray, decisions: np.ndarray) -> Iterator[Part]:
     of, y = np.arange(len(task.names)), truth.astype(np.int64)
     right, labels, chosen = decisions == y, y[:, None] == of, decisions[:, None] == of
-    yield from (("accuracy", right, None), ("log_loss", -np.log(np.clip(answers[np.arange(len(y)), y].astype(np.float64), 1e-15, 1)), None))
+    yield from (("accuracy", right, None), ("log_loss", -np.log(np.clip(answers[np.arange(len(y)), y].astype(np.float64), CLIP, 1)), None))
     for name, values, among in _of_classes(labels, answers, chosen, task.names, labels.any(0) | chosen.any(0)): yield ("roc_auc_ovr" if name == "roc_auc_macro" else name), values, among
     occur = labels.any(0)
     yield "balanced_accuracy", np.mean([ratio_values(1.0 * (labels[:, i] & right), 1.0 * labels[:, i]) for i in np.flatnonzero(occur)], axis=0) if occur.any() else np.full(len(y), np.nan), None
 
 
 def _multilabel(task: Task, truth: np.ndarray, answers: np.ndarray, decisions: np.ndarray) -> Iterator[Part]:
-    y, d, p = truth.astype(bool), decisions.astype(bool), np.clip(answers.astype(np.float64), 1e-15, 1 - 1e-15)
+    y, d, p = truth.astype(bool), decisions.astype(bool), np.clip(answers.astype(np.float64), CLIP, 1 - CLIP)
     yield from (("accuracy", (y == d).all(1), None), ("hamming_loss", (y != d).mean(1), None), ("log_loss", -np.where(y, np.log(p), np.log1p(-p)).mean(1), None), ("brier_score_loss", ((p - y) ** 2).mean(1), None))
     yield from _of_classes(y, answers, d, task.names, np.ones(len(task.names), bool))
 
@@ -113,7 +114,7 @@ def _numbers(truth: np.ndarray, values: np.ndarray) -> Iterator[Part]:
 
 def _quantiles(task: Task, truth: np.ndarray, answers: np.ndarray) -> Iterator[Part]:
     y, p, shares = truth.astype(np.float64), answers.astype(np.float64), np.array(task.quantiles)
-    cost = np.maximum(shares * (y[:, None] - p), (shares - 1) * (y[:, None] - p))
+    cost = pinball(y, p, task.quantiles)
     yield "mean_pinball_loss", cost.mean(1), None
     if len(shares) > 1: yield from (("coverage", (y >= p[:, 0]) & (y <= p[:, -1]), None), ("interval_width", p[:, -1] - p[:, 0], None))
     for i, share in enumerate(shares): yield from ((f"mean_pinball_loss[{share:g}]", cost[:, i], None), (f"coverage[{share:g}]", y <= p[:, i], None))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .rates import over
 from ..values.decision import BANDS
 
 # %% ../../nbs/02_measures/04_ranking.ipynb #14eef89f
@@ -24,9 +25,6 @@ class Bounded:
     most: np.ndarray
 
 
-def _over(part: np.ndarray, whole: np.ndarray) -> np.ndarray: return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
-
-
 def roc_auc(
     counts: np.ndarray, # [..., label, bin]
 ) -> Bounded: # in [0, 1]; NaN with one class only
@@ -34,7 +32,7 @@ def roc_auc(
     negative, positive = counts[..., 0, :], counts[..., 1, :]
     below = np.cumsum(negative, -1) - negative
     pairs = positive.sum(-1) * negative.sum(-1)
-    sure, open_ = _over((positive * below).sum(-1), pairs), _over((positive * negative).sum(-1), pairs)
+    sure, open_ = over((positive * below).sum(-1), pairs), over((positive * negative).sum(-1), pairs)
     return Bounded(sure + open_ / 2, sure, sure + open_)
 
 # %% ../../nbs/02_measures/04_ranking.ipynb #839ff8a8
@@ -50,7 +48,7 @@ def average_precision(
         worst = np.where((p > 0) & (fp > 0), p - fp * np.log(seen / start), p) # the precision summed over the positives, taken to be endlessly divisible
         best = np.where(p > 0, p * tp / (tp + before), 0.0)
     total = p.sum(-1)
-    return Bounded(_over((p * tp / seen).sum(-1), total), _over(np.maximum(worst, 0).sum(-1), total), _over(best.sum(-1), total))
+    return Bounded(over((p * tp / seen).sum(-1), total), over(np.maximum(worst, 0).sum(-1), total), over(best.sum(-1), total))
 
 # %% ../../nbs/02_measures/04_ranking.ipynb #f8eac3ff
 def banded(
@@ -70,17 +68,16 @@ def calibration(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # mean score, share of positives, weight: each [..., band]
     "What the model said, and what was, by band of scores."
     weight = banded(counts.sum(-2), bands)
-    return _over(banded(scores.sum(-2), bands), weight), _over(banded(counts[..., 1, :], bands), weight), weight
+    return over(banded(scores.sum(-2), bands), weight), over(banded(counts[..., 1, :], bands), weight), weight
 
 
 def expected_calibration_error(
     counts: np.ndarray, # [..., label, bin]
     scores: np.ndarray, # sums of scores, [..., label, bin]
-    bands: int = BANDS, # 1 to the number of bins
 ) -> np.ndarray: # [...], in [0, 1]
     "How far what the model says is from what is, on average."
-    said, was, weight = calibration(counts, scores, bands)
-    return _over(np.where(weight > 0, weight * np.abs(said - was), 0).sum(-1), weight.sum(-1))
+    said, was, weight = calibration(counts, scores)
+    return over(np.where(weight > 0, weight * np.abs(said - was), 0).sum(-1), weight.sum(-1))
 
 # %% ../../nbs/02_measures/04_ranking.ipynb #74f3f3ed
 def lift(
@@ -91,4 +88,4 @@ def lift(
     n, p = counts[..., ::-1].sum(-2), counts[..., 1, ::-1]
     wanted = top * n.sum(-1, keepdims=True)
     share = np.clip(np.divide(wanted - (np.cumsum(n, -1) - n), n, out=np.zeros(n.shape, float), where=n > 0), 0, 1)
-    return _over(_over((p * share).sum(-1), wanted[..., 0]), _over(p.sum(-1), n.sum(-1)))
+    return over(over((p * share).sum(-1), wanted[..., 0]), over(p.sum(-1), n.sum(-1)))

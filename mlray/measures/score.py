@@ -7,11 +7,11 @@ nor what a good value would be, which is for `mlray.judgement.gate` to judge."""
 
 # %% auto #0
 __all__ = ['Z', 'CLIP', 'Measure', 'wilson_intervals', 'wilson', 'mean', 'midranks', 'placements', 'roc_auc', 'by_part',
-           'Scorecard', 'measures', 'scorecard']
+           'Scorecard', 'measures', 'scorecard_by', 'scorecard']
 
 # %% ../../nbs/02_measures/01_score.ipynb #8c4d3274
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
@@ -185,6 +185,23 @@ def measures(
     }
 
 
+def scorecard_by(
+    rows: int,                              # how many there are
+    groups: pl.DataFrame | None,            # one text column a sensitive column
+    measure: Callable[[np.ndarray], Mapping[str, Measure]], # of the rows at these places
+    most_groups: int = 100,                 # of a column; of more, the largest are measured
+) -> Scorecard:
+    "Measure all rows, and each group of each column, whatever is measured."
+    by_group, left_out, every = {}, {}, np.arange(rows)
+    for column in groups.get_columns() if groups is not None else ():
+        sizes = column.alias("group").value_counts(sort=True)
+        if sizes.height > most_groups: left_out[column.name] = sizes.height - most_groups
+        for value in sizes["group"].head(most_groups).sort():
+            at = every[column.eq_missing(value).to_numpy()]
+            by_group[f"{column.name}={'missing' if value is None else value}"] = {"rows": Measure(len(at)), **measure(at)}
+    return Scorecard(rows, measure(every), by_group, left_out)
+
+
 def scorecard(
     labels: np.ndarray,                     # 0 or 1
     scores: np.ndarray,                     # probabilities in [0, 1]
@@ -194,11 +211,4 @@ def scorecard(
 ) -> Scorecard: # of no rows, of one class, of a group with one row: what does not exist is NaN
     "Measure all rows, and each group of each column. Raises `DataError` for scores that are no probabilities."
     if wrong := int((~((scores >= 0) & (scores <= 1))).sum()): raise DataError(f"{wrong} of {len(scores)} scores are not numbers in [0, 1]. A model that gives such scores cannot be measured; look at its inputs and its last layer.")
-    by_group, left_out = {}, {}
-    for column in groups.get_columns() if groups is not None else ():
-        sizes = column.value_counts(sort=True)
-        if sizes.height > most_groups: left_out[column.name] = sizes.height - most_groups
-        for value in sizes[column.name].head(most_groups).sort():
-            at = column.eq_missing(value).to_numpy()
-            by_group[f"{column.name}={'missing' if value is None else value}"] = {"rows": Measure(int(at.sum())), **measures(labels[at], scores[at], decisions[at])}
-    return Scorecard(len(labels), measures(labels, scores, decisions), by_group, left_out)
+    return scorecard_by(len(labels), groups, lambda at: measures(labels[at], scores[at], decisions[at]), most_groups)

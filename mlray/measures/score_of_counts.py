@@ -20,6 +20,7 @@ from .ranking import average_precision, calibration, expected_calibration_error,
 from .rates import OTHERS, PROPORTIONS, RATES, class_rates, one_against_all, proportion
 from .score import Measure, Scorecard, Z, wilson_intervals
 from ..values.chart import Chart, line_chart
+from ..values.decision import BANDS
 
 # %% ../../nbs/02_measures/06_score_of_counts.ipynb #e786068a
 def _of_decisions(matrix: np.ndarray, squares: np.ndarray, draws: np.ndarray) -> dict[str, Measure]:
@@ -93,7 +94,7 @@ def _nothing(counts: Counts, rng: np.random.Generator) -> dict[str, Measure]:
 # %% ../../nbs/02_measures/06_score_of_counts.ipynb #02301de5
 def calibration_chart(
     counts: Counts,         # with scores
-    bands: int = 10, # 1 to the number of bins
+    bands: int = BANDS,     # 1 to the number of bins
     least: int = 20,        # rows of a band that is drawn
 ) -> Chart:
     "What the model says against what is, one line a slice; bands of few rows are left out."

@@ -108,8 +108,7 @@ def worst_slices(
     depth: int = 3,             # conditions of a slice, 1 to 3
     least: int = 30,            # rows of a slice, and of all others, that is tested
     most: int = 10,             # slices told
-    alpha: float = 0.05,        # false discoveries among those told, at most
-    dependent: bool = False,    # whether the correction holds for tests that depend in any way (Benjamini and Yekutieli 2001), not only for nested ones (Benjamini and Hochberg 1995)
+    alpha: float = 0.05,        # false discoveries among those told, at most (Benjamini and Hochberg 1995)
 ) -> Slices: # none found in an empty table, in constant columns, or where the loss is the same everywhere
     "The slices that lose surely and by far the most: by the lower end of their difference."
     from scipy.stats import false_discovery_control
@@ -123,7 +122,7 @@ def worst_slices(
     words = [dict(zip(c.to_physical().unique(maintain_order=True).to_list(), c.unique(maintain_order=True).cast(pl.String).to_list(), strict=True)) for c in named]
     slices = _tested(frame, rows.columns, depth, max(least, 2))
     if not slices.height: return Slices((), 0, rows.height, float(loss.mean()))
-    p = false_discovery_control(_p_values(slices, rows.height), method="by" if dependent else "bh")
+    p = false_discovery_control(_p_values(slices, rows.height))
     error = (slices["variance"] + slices["other_variance"]).sqrt()
     slices = slices.with_columns(pl.Series("p", p), ((slices["mean"] - slices["other"]) - Z * error).alias("low"), error.alias("error"))
     told = [Slice(tuple((rows.columns[i], words[i][v]) for i, v in r["where"]), r["rows"], r["mean"], r["other"],

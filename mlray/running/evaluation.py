@@ -21,6 +21,7 @@ import polars as pl
 
 from ..governance.registry import Registry, Version, bundle_of, open_registry, version, versions
 from ..judgement.gate import GATES, TRIED, Found, Verdict, judge
+from ..judgement.membership import row_losses
 from ..learning.contract import groups, labels
 from ..learning.table import Splits
 from ..measures.comparison import Comparison
@@ -146,10 +147,8 @@ def _other_kinds(bundle: Bundle, spec: RunSpec, truth: np.ndarray, answers: np.n
 def _row_terms(bundle: Bundle, truth: np.ndarray, answers: np.ndarray, decisions: np.ndarray) -> dict[str, np.ndarray]:
     "What each row brings to the means that are reported with its weight."
     if not bundle.task.classes: return {"mean_absolute_error": np.abs(decisions - truth), "mean_squared_error": (decisions - truth) ** 2, "bias": decisions - truth}
-    if bundle.task.kind == "multiclass": return {"accuracy": decisions == truth, "log_loss": -np.log(np.clip(answers[np.arange(len(truth)), truth].astype(np.float64), 1e-15, 1))}
-    p, right = np.clip(answers.astype(np.float64), 1e-15, 1 - 1e-15), decisions == truth
-    cost = -np.where(truth == 1, np.log(p), np.log1p(-p))
-    return {"accuracy": right, "log_loss": cost} if bundle.task.kind == "binary" else {"accuracy": right.all(1), "log_loss": cost.mean(1)}
+    right = decisions == truth
+    return {"accuracy": right.all(1) if right.ndim > 1 else right, "log_loss": row_losses(bundle.task, truth, answers)}
 
 
 def _with_weights(found: Evaluation, terms: Mapping[str, np.ndarray], weights: np.ndarray) -> Evaluation:

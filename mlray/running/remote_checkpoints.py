@@ -19,12 +19,11 @@ from typing import Any
 from ..governance.store import Bucket, write_durably
 from ..learning.model import State, dump_state
 from .checkpoints import Checkpoints, is_state, name_of
-from ..values.errors import Unavailable
+from ..values.errors import Unavailable, first_line
 
 # %% ../../nbs/07_running/09_remote_checkpoints.ipynb #b44da1fc
 def _unreachable(url: str, error: OSError, again: str) -> Unavailable:
-    said = (str(error) or type(error).__name__).splitlines()[0][:300]
-    return Unavailable(f"{url} could not be used for checkpoints: {said}. What was kept there before is whole. Check the address, the network and the credentials, then go on with `mlray {again}`.")
+    return Unavailable(f"{url} could not be used for checkpoints: {first_line(error)}. What was kept there before is whole. Check the address, the network and the credentials, then go on with `mlray {again}`.")
 
 
 @dataclass(frozen=True)

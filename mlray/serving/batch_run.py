@@ -39,7 +39,7 @@ from ..sources.fetch import locate, sha256_of
 from ..sources.source import reading, scan_delta
 from ..values.data import Source
 from ..values.display import Displayed, Table, table
-from ..values.errors import DataError, Unavailable
+from ..values.errors import DataError, Unavailable, first_line
 from ..values.settings import Settings, read_settings
 
 # %% ../../nbs/09_serving/21_batch_run.ipynb #58e0a7d0
@@ -72,7 +72,7 @@ def _remote(uri: str, version: int | None) -> dict[str, str]:
         folder, files = _below(uri.rstrip("/"))
         if files: return {f"{folder.url}/{name}": f"{one.size} {one.mtime_ns}" for name, one in sorted(files.items())}
         if Bucket(uri.rstrip("/")).list("_delta_log"): return _delta(uri.rstrip("/"), version)
-    except (httpx.HTTPError, OSError) as error: raise Unavailable(f"{uri.partition('?')[0]} could not be reached: {str(error).splitlines()[0][:200]}. Try again, or check the address.") from error
+    except (httpx.HTTPError, OSError) as error: raise Unavailable(f"{uri.partition('?')[0]} could not be reached: {first_line(error, 200)}. Try again, or check the address.") from error
     raise DataError(f"There is nothing at {uri}: no file, no files like it, and no Delta table. Check the address.")
 
 
@@ -94,7 +94,7 @@ def _fetched(uri: str, folder: Path) -> str:
             else:
                 at, path = Bucket(uri).place
                 with at.open_input_stream(path) as text: shutil.copyfileobj(text, file, 2**20)
-    except (httpx.HTTPError, OSError) as error: raise Unavailable(f"{uri.partition('?')[0]} could not be fetched: {str(error).splitlines()[0][:200]}. Try again.") from error
+    except (httpx.HTTPError, OSError) as error: raise Unavailable(f"{uri.partition('?')[0]} could not be fetched: {first_line(error, 200)}. Try again.") from error
     return str(part.replace(target))
 
 

@@ -279,5 +279,5 @@ def latency(
 ) -> float: # microseconds
     "How long the graph takes to score one row."
     session = _open(graph)
-    inputs = {i.name: getattr(row, i.name) for i in session.get_inputs()}
+    inputs = {name: getattr(row, name) for name in session.takes}
     return min(timeit.repeat(lambda: session.run(["score"], inputs), number=10, repeat=rounds)) / 10 * 1e6

@@ -15,7 +15,7 @@ from typing import Any
 
 import polars as pl
 
-from ..learning.contract import LONGEST, rules
+from ..learning.contract import LONGEST, band_names, rules
 from .bundle import Bundle
 from ..values.column import Column, bounds
 from ..values.errors import BundleError
@@ -78,9 +78,8 @@ def _column(name: str, column: Column) -> dict[str, Any]:
 def _groups(bundle: Bundle) -> list[dict[str, Any]]:
     "By what groups have thresholds of their own."
     by = bundle.spec.mitigation.by if bundle.thresholds and bundle.spec.mitigation else ()
-    found = [(n, bundle.contract.columns[n]) for n in by]
-    names = lambda bands: [f"under {bands[0]:g}", *(f"{a:g} to {b:g}" for a, b in zip(bands, bands[1:], strict=False)), f"{bands[-1]:g} and over"] if bands else []
-    return [{"name": n, "bands": list(c.bands), "names": names(c.bands)} for n, c in found]
+    found = [(n, bundle.contract.columns[n].bands) for n in by]
+    return [{"name": n, "bands": list(bands), "names": band_names(bands) if bands else []} for n, bands in found]
 
 
 def plain(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..governance.store import Bucket, write_durably
-from ..values.errors import DataError, Unavailable
+from ..values.errors import DataError, Unavailable, first_line
 from ..values.settings import Settings
 
 # %% ../../nbs/06_sources/05_mirror.ipynb #c61ad9c9
@@ -49,8 +49,7 @@ def _list(folder: Path, every: dict[str, dict[str, str]]) -> None:
 
 
 def _away(bucket: Bucket, error: OSError) -> Unavailable:
-    said = (str(error) or type(error).__name__).splitlines()[0][:300]
-    return Unavailable(f"{bucket.url} could not be used: {said}. What is here is whole, and what is there may be older. Check the address, the network and the credentials, then give the same command again.")
+    return Unavailable(f"{bucket.url} could not be used: {first_line(error)}. What is here is whole, and what is there may be older. Check the address, the network and the credentials, then give the same command again.")
 
 # %% ../../nbs/06_sources/05_mirror.ipynb #15b80c28
 def mirror(

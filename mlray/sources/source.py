@@ -26,7 +26,7 @@ from ..learning.contract import UNREAD, Contract
 from .fetch import locate
 from .topic import open_topic, scan_topic
 from ..values.data import Csv, Source, Sql
-from ..values.errors import DataError, MlrayError, SpecError, Unavailable, suggest
+from ..values.errors import DataError, MlrayError, SpecError, Unavailable, first_line, suggest
 from ..values.imported import imported, optional
 from ..values.settings import Settings
 
@@ -207,7 +207,7 @@ def scan_delta(
     far = "://" in table
     try: found = delta.DeltaTable(table, version=version, storage_options=_REMOTE_DELTA if far else None)
     except delta.exceptions.DeltaError as error:
-        raise DataError(f"The Delta table {table!r} cannot be read{f' at version {version}' * (version is not None)}: {str(error).splitlines()[0]}.") from error
+        raise DataError(f"The Delta table {table!r} cannot be read{f' at version {version}' * (version is not None)}: {first_line(error)}.") from error
     return pl.scan_delta(found, storage_options=remote(table) if far else None), found.version()
 
 # %% ../../nbs/06_sources/03_source.ipynb #061c8059
@@ -223,7 +223,7 @@ def query_sql(
     try: return _readable(pl.read_database_uri(sql.query, patient, engine="adbc"))
     except pl.exceptions.PanicException: raise DataError(f"The query to {sql.uri_env} returns a column of a type that has no counterpart here, such as an interval. Cast it in the query: extract(epoch from …), or ::text.") from None
     except Exception as error: # each driver has a family of its own; the cause is dropped, as it may quote the URI
-        said = str(error).replace(patient, uri).replace(uri, f"${sql.uri_env}").splitlines()[0]
+        said = first_line(error, 4000).replace(patient, uri).replace(uri, f"${sql.uri_env}")
         if _AWAY.search(said): raise Unavailable(f"The database of {sql.uri_env} cannot be reached: {said[:300]}. Try again, or check the host and port in {sql.uri_env}.") from None
         raise DataError(f"The query to {sql.uri_env} failed ({type(error).__name__}): {said[:300] if '://' not in said else 'the URI is not understood'}.") from None
 

@@ -24,7 +24,7 @@ from .fetch import locate, sha256_of
 from .rows import quarantine
 from .source import read_source, reading, scan_files, wanted
 from .topic import open_topic, scan_topic
-from ..values.errors import ContractError, DataError
+from ..values.errors import ContractError, DataError, first_line
 from ..values.imported import optional
 from ..values.settings import Settings
 from ..values.spec import RunSpec
@@ -64,10 +64,11 @@ def _new_versions(spec: RunSpec, settings: Settings, mark: Mark) -> tuple[pl.Dat
     if table.version() < mark.version: raise DataError(f"The Delta table {where!r} is at version {table.version()}, and was read up to {mark.version}. It is another table, or was restored.")
     if table.version() == mark.version: return None, mark
     try: changes = pl.DataFrame(table.load_cdf(starting_version=mark.version + 1, ending_version=table.version()).read_all())
-    except delta.exceptions.DeltaError as error: raise DataError(f"The changes of {where!r} since version {mark.version} cannot be read: {str(error).splitlines()[0]}.") from error
+    except delta.exceptions.DeltaError as error: raise DataError(f"The changes of {where!r} since version {mark.version} cannot be read: {first_line(error)}.") from error
     if (kinds := set(changes["_change_type"].unique()) - {"insert"}):
         raise DataError(f"Rows of {where!r} were changed since version {mark.version} ({', '.join(sorted(kinds))}). A watermark follows what is appended; read the whole table anew.")
     return changes.drop("_change_type", "_commit_version", "_commit_timestamp") if changes.height else None, after
+
 
 def _new_messages(spec: RunSpec, mark: Mark) -> tuple[pl.DataFrame | None, Mark, int]:
     kafka = spec.data.train.kafka
@@ -102,8 +103,8 @@ def _in_time(spec: RunSpec, good: pl.DataFrame, mark: Mark) -> tuple[int, str | 
     timed = next((n for n, c in spec.contract.items() if c.role == "time"), None)
     if timed is None or good.is_empty(): return 0, mark.time
     times, before = good[timed], None if mark.time is None else _time(mark.time, good[timed].dtype)
-    newest: Any = max(x for x in (before, times.max()) if x is not None)
-    return 0 if before is None else int((times < before).sum()), newest.isoformat() if hasattr(newest, "isoformat") else str(newest)
+    newest: Any = max((x for x in (before, times.max()) if x is not None), default=None) # a time may be missing, and all of them may
+    return 0 if before is None else int((times < before).sum()), newest.isoformat() if hasattr(newest, "isoformat") else newest and str(newest)
 
 
 def _time(text: str, dtype: pl.DataType) -> Any:

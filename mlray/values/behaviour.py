@@ -24,7 +24,7 @@ class Behaviour(Part):
     change: dict[str, Any] = Field(default_factory=dict) # feature → its new value
     add: dict[str, float] = Field(default_factory=dict) # number → what is added to it
     times: dict[str, float] = Field(default_factory=dict) # number → what it is multiplied by
-    expect: Literal["up", "down"] | None = None # direction: where the score must not turn its back on
+    expect: Literal["up", "down"] | None = None # direction: the way in which the score may move
     row: dict[str, Any] = Field(default_factory=dict) # minimum: a whole row
     score_at_least: float | None = None     # minimum: of that row
     score_at_most: float | None = None
@@ -35,7 +35,7 @@ class Behaviour(Part):
     def _agrees(self) -> Self:
         if self.kind == "minimum":
             if not self.row or (self.score_at_least is None and self.score_at_most is None): raise ValueError("a minimum needs row, and score_at_least or score_at_most")
-            if self.columns != tuple(self.row) or self.expect: raise ValueError("where, change, add, times and expect are for invariance and direction, not for a minimum")
+            if self.where or self.change or self.add or self.times or self.expect: raise ValueError("where, change, add, times and expect are for invariance and direction, not for a minimum")
         else:
             if not (self.change or self.add or self.times): raise ValueError(f"{self.kind} needs change, add or times, such as add: {{age: 5}}")
             if self.row or self.score_at_least is not None or self.score_at_most is not None: raise ValueError("row and score_at_least, score_at_most are for a minimum")

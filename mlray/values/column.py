@@ -82,8 +82,8 @@ class Column(Part):
         if self.role == "target" and self.nullable: raise ValueError("a target is not nullable: nothing is learned from a row without a label, and such rows go to quarantine")
         if self.role == "weight" and (self.type not in _NUMBERS or self.nullable or not isinstance(self.min, (int, float)) or self.min < 0):
             raise ValueError("a column with role 'weight' is a number that is never missing nor negative: type number or integer, with a min of 0 or more")
-        if self.positive is not None and self.values and self.positive not in self.values:
-            raise ValueError(f"positive is {self.positive!r}, which is not among values")
+        if self.positive is not None and self.type == "boolean": raise ValueError("of a boolean, true counts as 1, and positive is left out. To count the other way, make it {type: category, values: ['false', 'true'], role: target, positive: 'false'}")
+        if self.positive is not None and self.values and self.positive not in self.values: raise ValueError(f"positive is {self.positive!r}, which is not among values")
         if self.sensitive and self.type not in ("integer", "number", "category", "boolean"): raise ValueError(f"no groups can be formed by type {self.type!r}")
         if self.sensitive and self.type == "number" and not self.bands:
             raise ValueError("a sensitive number needs bands, such as [40, 60], to form groups")

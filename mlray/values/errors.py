@@ -8,7 +8,7 @@ next; the command line prints it and leaves with its exit code, without a traceb
 # %% auto #0
 __all__ = ['MlrayError', 'Unavailable', 'SpecError', 'SettingsError', 'ContractError', 'DataError', 'TrainingError',
            'BundleError', 'RegistryError', 'Refused', 'Conflict', 'ExplanationError', 'GateError', 'SignatureError',
-           'ServingError', 'suggest', 'refused']
+           'ServingError', 'suggest', 'first_line', 'refused']
 
 # %% ../../nbs/00_values/01_errors.ipynb #1bc895db
 import re
@@ -52,6 +52,14 @@ def suggest(
     if close: return f"Did you mean {close[0]!r}?"
     if len(names) > 24: names[20:] = [f"and {len(names) - 20} more"]
     return f"Known: {', '.join(names)}." if names else "There is none yet."
+
+# %% ../../nbs/00_values/01_errors.ipynb #e2b35791
+def first_line(
+    error: BaseException,
+    most: int = 300, # characters
+) -> str:
+    "What an error says, in one line: the first that is not empty, or its kind where there is none."
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:most]
 
 # %% ../../nbs/00_values/01_errors.ipynb #942dfd92
 def refused(

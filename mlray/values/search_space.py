@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from .column import Part
+from .data import Seed
 from .errors import suggest
 
 # %% ../../nbs/00_values/09_search_space.ipynb #e3abe823
@@ -51,7 +52,7 @@ class Search(Part):
     "Where to look for better values, and how."
     trials: Annotated[int, Field(ge=1)]             # configurations, no two the same; pbt: how many there are at a time
     space: Annotated[dict[str, Dimension], Field(min_length=1)] # `train.learning_rate` → where to look
-    seed: int = 0                                   # of the proposals
+    seed: Seed = 0                                  # of the proposals
     metric: Literal["valid_loss", "train_loss"] = "valid_loss" # of the trial's best epoch
     direction: Literal["minimize", "maximize"] = "minimize"
     prices: tuple[Price, ...] = ()                  # what else should be low: then there is no one best, but a front
