@@ -26,6 +26,7 @@ from ..governance.proof import verify
 from ..governance.registry import Evidence, Registry, Version, bundle_of, evidence, generation, version, versions
 from ..governance.release import approvals, approvals_table
 from ..governance.standing import candidate_for, kept_as, moves_in
+from ..monitoring.windows import labels_in
 from .console import Maker, Page, Visit
 from .console_live import firing, recent_windows
 from ..running.card import dossier, model_card
@@ -161,10 +162,9 @@ def models(visit: Visit) -> Page:
 
 def _facts(visit: Visit, found: Version) -> list[tuple[str, str, str]]: # name, number, and what to know of it
     "What was counted of a version last."
-    last = recent_windows(visit.settings, found)
-    if not last: return [("Requests", "–", f"nothing was counted yet: `mlray monitor {found.name}`")]
-    window, labels = last, last.labelled.rows if last.labelled is not None else 0
-    return [("Requests", f"{window.requests:,}", f"{window.errors} errors, {window.refused} refused"), ("Labels heard", f"{labels:,}", f"of {window.rows:,} answers")]
+    window = recent_windows(visit.settings, found)
+    if not window: return [("Requests", "–", f"nothing was counted yet: `mlray monitor {found.name}`")]
+    return [("Requests", f"{window.requests:,}", f"{window.errors} errors, {window.refused} refused"), ("Labels heard", f"{labels_in(window):,}", f"of {window.rows:,} answers")]
 
 
 def model(visit: Visit) -> Page:
