@@ -133,6 +133,13 @@ def test_a_folder_that_all_see(job, tmp_path):
     assert Checkpoints(tmp_path / "shared/run").newest().epoch == 2 and not (tmp_path / "one").exists()
 
 
+def test_a_run_that_is_finished_leaves_no_folder(tmp_path, diabetes):
+    from mlray.running.run import train
+    settings = Settings(root=tmp_path, home=tmp_path / "home", tracking="disabled", checkpoints=str(tmp_path / "shared"))
+    train(diabetes.model_copy(update={"train": diabetes.train.model_copy(update={"epochs": 1})}), settings)
+    assert not list((tmp_path / "shared").iterdir()) and not list((settings.home / "runs").iterdir())
+
+
 def started(home: Path, *words: str, **variables: str) -> subprocess.Popen:
     "A command with a home of its own; what it says goes to a file, for a pipe that nobody reads would stop it."
     environment = os.environ | {"MLRAY_HOME": str(home), "MLRAY_TRACKING": "disabled", "MLRAY_OBJECT_STORE_MB": "100"} | variables

@@ -7,9 +7,9 @@ not given. How results are printed is `mlray.cli`'s business."""
 
 # %% auto #0
 __all__ = ['stderr', 'settings_of', 'tracker_of', 'backend_on', 'propose_contract', 'lineage_to', 'train_run', 'supply_of',
-           'tune_run', 'reproduce_version', 'find_version', 'explain_version', 'gates_on', 'gate_version',
-           'versions_to_serve', 'plan_for', 'deploy_versions', 'until_stopped', 'ask_service', 'create_key',
-           'demonstrate']
+           'tune_run', 'reproduce_version', 'find_version', 'find_served', 'moment_of', 'explain_version', 'gates_on',
+           'gate_version', 'versions_to_serve', 'plan_for', 'deploy_versions', 'until_stopped', 'ask_service',
+           'create_key', 'demonstrate']
 
 # %% ../../nbs/13_command_line/01_commands.ipynb #d3866d23
 import json
@@ -22,9 +22,10 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..values.errors import ExplanationError, GateError, ServingError, SettingsError, SpecError, suggest
+from ..values.errors import ExplanationError, GateError, MlrayError, ServingError, SettingsError, SpecError, suggest
 
 if TYPE_CHECKING:
+    from datetime import datetime
 
     from rich.console import Console
 
@@ -179,6 +180,22 @@ def find_version(reference: str, settings: "Settings") -> tuple["Registry", "Ver
     return registry, version(registry, reference)
 
 
+def find_served(reference: str, settings: "Settings") -> tuple["Registry", "Version"]:
+    "The same; of a name alone the version in production."
+    return find_version(reference if "@" in reference or "/" in reference else f"{reference}@production", settings)
+
+
+def moment_of(
+    text: str,   # ISO 8601
+    option: str, # that it was given with
+) -> "datetime":
+    "A time as people type it, in UTC where they say no zone. Raises `MlrayError`."
+    from datetime import UTC, datetime
+    try: moment = datetime.fromisoformat(text)
+    except ValueError as error: raise MlrayError(f"{option} is a time such as 2026-05-01T12:00; found {text!r}.") from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
 def explain_version(reference: str, row: Any, method: str, settings: "Settings", answer: str | None = None, at_least: float | None = None, at_most: float | None = None) -> Any:
     "Why a version answers a row as it does: an `Explanation`, or a `Counterfactual`."
     from mlray.governance.registry import bundle_of
@@ -221,7 +238,7 @@ def gate_version(registry: "Registry", found: "Version", gates: Sequence[str], s
 # %% ../../nbs/13_command_line/01_commands.ipynb #8a9524bc
 def versions_to_serve(names: Sequence[str], settings: "Settings") -> tuple[list["Version"], list[str]]:
     "Of each name the version in production, unless it names another; and what of it is followed: a model, or one version for good."
-    found = [find_version(name if "@" in name or "/" in name else f"{name}@production", settings)[1] for name in names]
+    found = [find_served(name, settings)[1] for name in names]
     return found, [v.name if name.partition("@")[2] == "production" or not ({"@", "/"} & set(name)) else str(v) for name, v in zip(names, found, strict=True)]
 
 

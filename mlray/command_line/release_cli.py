@@ -164,7 +164,7 @@ def key_list(env: Env = None, as_json: Json = False) -> None:
 
 @key_app.command("revoke")
 def key_revoke(id: Annotated[str, typer.Argument(help="The public part: the eight characters after mlr_.")], why: Why, env: Env = None, as_json: Json = False) -> None:
-    "End a key for good. Commands refuse it at once; a service that runs hears of it when it is deployed again."
+    "End a key for good. Commands refuse it at once, and a service that runs within two seconds."
     from mlray.governance.registry import open_registry, revoke_key
     done = revoke_key(open_registry(settings_of(env)), id.removeprefix("mlr_")[:8], why)
     shown(as_json, {"id": done.id, "revoked": done.revoked}, f"{done.id} is revoked")

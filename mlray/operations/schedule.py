@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from .launcher import pinned
 from ..values.errors import SettingsError, suggest
 
 # %% ../../nbs/12_operations/12_schedule.ipynb #ae46adfa
@@ -123,7 +124,7 @@ def as_cron(job: Job) -> str:
 # %% ../../nbs/12_operations/12_schedule.ipynb #c223231f
 def as_kubernetes(job: Job) -> str:
     "A CronJob (batch/v1). Raises `SettingsError` without an image."
-    if ":" not in job.image.rpartition("/")[2] or job.image.endswith(":latest"): raise SettingsError("--image names what runs, by version or digest: registry.example.org/mlray:1.4.2. Without one it would be another image tomorrow.")
+    if not pinned(job.image): raise SettingsError("--image names what runs, by version or digest: registry.example.org/mlray:1.4.2. Without one it would be another image tomorrow.")
     container: dict[str, Any] = {
         "name": job.what, "image": job.image, "command": list(job.command), "envFrom": [{"secretRef": {"name": "mlray", "optional": True}}, {"configMapRef": {"name": "mlray", "optional": True}}],
         "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "8Gi"}}, "volumeMounts": [{"name": "home", "mountPath": "/var/mlray"}], "env": [{"name": "MLRAY_HOME", "value": "/var/mlray"}],

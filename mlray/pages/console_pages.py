@@ -178,13 +178,9 @@ def model(visit: Visit) -> Page:
     return Page("model", s.name, {"s": s, "loud": loud, "facts": _facts(visit, s.first), "every": [(v, evidence(registry, v), headline(v)) for v in every], "papers": [(w, n) for w, (n, _) in PAPERS.items()], "generation": generation(registry, s.name), **may})
 
 
-def against(
-    registry: Registry,
-    found: Version,
-    alias: str = "production",
-) -> tuple[str, ...]: # none: it may go out
+def against(registry: Registry, found: Version) -> tuple[str, ...]: # none: it may go out
     "What the registry would say if the visitor let a version out now."
-    alias = kept_as(alias, registry.region)
+    alias = kept_as("production", registry.region)
     with registry.database.change() as c:
         why = reasons(registry.policy, candidate_for(c, found.name, found.number, alias), alias, registry.actor, registry._now())
         return (*why, *unsigned(c, registry.attestor, found.name, found.digest, gates_for(registry.policy, alias, None))) if registry.policy.signature else why

@@ -299,7 +299,7 @@ def train(
             verdict = verdict_of(spec, beside, data=data, before=theirs)
             results, came = results_of(evaluation, verdict, rows), lineage_of(bundle, kept.folder.name, tracker.where(), settings.root)
             run = Run(register(registry, bundle, results, came), rows, evaluation, verdict, drift, beside.comparison)
-            open_checkpoints(kept.folder, settings.checkpoints).clear() # finished: the same command would do it all again, and come to the same version
+            for states in (open_checkpoints(kept.folder, settings.checkpoints), kept): states.clear() # finished: the same command would do it all again, and come to the same version
     except BaseException as error:
         tracker.finish({"error": f"{type(error).__name__}: {error}"})
         raise

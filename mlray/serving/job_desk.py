@@ -18,21 +18,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
-import polars as pl
 import pyarrow as pa
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 
 from ..governance.access import Caller
-from ..learning.contract import schema
 from ..monitoring.keeping import open_recorder
 from .arrow import ARROW, frame_of_stream, stream_of
 from .jobs import PART, Job, Shelf, State, claimed, end, job_id, keep, put, sweep
 from .plan import Model, Plan, loaded
-from .served import MOST_ROWS, Served, decoded, instances_of, rows_of_frame, rows_of_records
+from .served import MOST_ROWS, Served, instances_of, rows_of_frame, rows_of_records
 from .service import Form, Service, answered, caller_name, line_of, worded
 from .traffic import Choice, Traffic, choose
-from .wire import Asked, Refused, Reply, Rows, at_once, encode, wrong_shape
+from .wire import Asked, Refused, Reply, Rows, at_once, encode
 from ..values.errors import MlrayError
 from ..values.settings import Settings
 

@@ -12,7 +12,7 @@ __all__ = ['SHAPES', 'records_of_invocation', 'rows_of_invocation']
 from typing import Any
 
 from .served import Served, decoded, rows_of_records
-from .wire import Refused, Rows, wrong_shape
+from .wire import Rows, wrong_shape
 
 # %% ../../nbs/09_serving/06_mlflow.ipynb #002d813a
 SHAPES = ("dataframe_split", "dataframe_records", "instances", "inputs")

@@ -20,7 +20,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import polars as pl
 
 from ..governance.access import Caller, Key, recognise
 from ..monitoring.feedback import take
