@@ -7,7 +7,7 @@ not given. How results are printed is `mlray.cli`'s business."""
 
 # %% auto #0
 __all__ = ['stderr', 'settings_of', 'tracker_of', 'backend_on', 'propose_contract', 'lineage_to', 'train_run', 'supply_of',
-           'tune_run', 'reproduce_version', 'find_version', 'find_served', 'moment_of', 'explain_version', 'gates_on',
+           'tune_run', 'reproduce_version', 'find_version', 'find_served', 'explain_version', 'gates_on',
            'gate_version', 'versions_to_serve', 'plan_for', 'deploy_versions', 'until_stopped', 'ask_service',
            'create_key', 'demonstrate']
 
@@ -22,11 +22,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..values.errors import ExplanationError, GateError, MlrayError, ServingError, SettingsError, SpecError, suggest
+from ..values.errors import ExplanationError, GateError, ServingError, SettingsError, SpecError, suggest
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from rich.console import Console
 
     from mlray.engines.gate_on_papermill import GateRun, Runner
@@ -146,12 +144,10 @@ def tune_run(spec: "RunSpec", settings: "Settings", on: str, quiet: "bool | Trac
     if spec.search is None: raise SpecError(f"{spec.name} has no `search`. Say where to look, such as `search: {{trials: 20, space: {{train.learning_rate: {{low: 1.0e-4, high: 0.1, log: true}}}}}}`.")
     from mlray.engines.cluster_on_ray import cluster
     with cluster(settings), backend_on(on, settings) as backend:
+        from mlray.engines.train_on_ray import RayBackend
         from mlray.engines.tune_on_ray import tune
         from mlray.running.tuned import told_trials
-        each = None
-        if spec.search.workers > 1:
-            from mlray.engines.train_on_ray import RayBackend
-            each = RayBackend(spec.search.workers, settings.gpu, settings.failures, settings.collective_timeout_s)
+        each = RayBackend(spec.search.workers, settings.gpu, settings.failures, settings.collective_timeout_s) if spec.search.workers > 1 else None
         say: Callable[[str], None] = lambda text: None if seen else stderr().print(f"  {text}", markup=False)
         return tune(spec, settings, backend, tracker_of(settings, quiet), say=say, each=each, seen=seen or (told_trials(_at_once) if os.environ.get("MLRAY_TOLD") else lambda trials, most: None))
 
@@ -183,17 +179,6 @@ def find_version(reference: str, settings: "Settings") -> tuple["Registry", "Ver
 def find_served(reference: str, settings: "Settings") -> tuple["Registry", "Version"]:
     "The same; of a name alone the version in production."
     return find_version(reference if "@" in reference or "/" in reference else f"{reference}@production", settings)
-
-
-def moment_of(
-    text: str,   # ISO 8601
-    option: str, # that it was given with
-) -> "datetime":
-    "A time as people type it, in UTC where they say no zone. Raises `MlrayError`."
-    from datetime import UTC, datetime
-    try: moment = datetime.fromisoformat(text)
-    except ValueError as error: raise MlrayError(f"{option} is a time such as 2026-05-01T12:00; found {text!r}.") from error
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def explain_version(reference: str, row: Any, method: str, settings: "Settings", answer: str | None = None, at_least: float | None = None, at_most: float | None = None) -> Any:

@@ -17,8 +17,9 @@ from uuid import uuid4
 
 import typer
 
-from .commands import backend_on, find_served, find_version, gate_version, moment_of, settings_of, stderr, supply_of
+from .commands import backend_on, find_served, find_version, gate_version, settings_of, stderr, supply_of
 from .proof_cli import Env, Json, shown
+from .release_cli import moment_of
 from ..values.errors import MlrayError
 
 if TYPE_CHECKING:

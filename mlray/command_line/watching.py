@@ -19,7 +19,8 @@ from typing import Any
 
 import polars as pl
 
-from .commands import find_served, moment_of
+from .commands import find_served
+from .release_cli import moment_of
 from ..governance.registry import bundle_of, open_registry
 from ..monitoring.alert import tell
 from ..monitoring.archive import cloud_events, erase, journaled, purge, put_away

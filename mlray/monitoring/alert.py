@@ -101,7 +101,7 @@ def _whom(alert: Alert, found: Look, report: Watched) -> str:
     known = [(m.value, ", ".join(f"{c}={v}" for c, v in zip(division.columns, g, strict=True))) for g, m in zip(division.groups, division.rates[rate], strict=True) if not math.isnan(m.value)]
     return (max if less_is_better(rate) else min)(known)[1] if known else ""
 
-
+# %% ../../nbs/08_monitoring/12_alert.ipynb #226cef15
 def advance(
     before: Mapping[str, State],    # by measure; empty at first
     alerts: Sequence[Alert],

@@ -27,7 +27,7 @@ from ..monitoring.keeping import open_recorder
 from .arrow import ARROW, frame_of_stream, stream_of
 from .jobs import PART, Job, Shelf, State, claimed, end, job_id, keep, put, sweep
 from .plan import Model, Plan, loaded
-from .served import MOST_ROWS, Served, instances_of, rows_of_frame, rows_of_records
+from .served import MOST_ROWS, Served, frame_of, instances_of, rows_of_frame, rows_of_records
 from .service import Form, Service, answered, caller_name, line_of, worded
 from .traffic import Choice, Traffic, choose
 from .wire import Asked, Refused, Reply, Rows, at_once, encode
@@ -93,7 +93,7 @@ class Desk:
         traffic = _pinned(choice, line.traffic.model)
         job = Job(job_id(caller.name, asked.once or asked.request_id), caller.name, caller_name(asked), rows.count, traffic, tuple(self.models[line.versions[v].bundle.digest] for v in traffic.versions if v in line.versions),
                   hashlib.sha256(asked.body).hexdigest(), time.time(), rows.subject, asked.wanted)
-        kept = put(self.shelf, job, served.frame(rows))
+        kept = put(self.shelf, job, frame_of(served, rows))
         self.wake()
         return Reply(202, encode(self.told(kept)), {"Location": f"/v1/jobs/{kept.id}"})
 

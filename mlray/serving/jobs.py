@@ -164,7 +164,7 @@ def claimed(shelf: Shelf, id: str) -> Iterator[bool]:
         else: yield not (shelf.folder / id / "end.json").exists()
     finally: os.close(file)
 
-
+# %% ../../nbs/09_serving/15_jobs.ipynb #049c1898
 def _delete(path: Path) -> None:
     with suppress(FileNotFoundError): # another process deletes too
         shutil.rmtree(path.rename(path.with_name(f".{path.name}-{os.urandom(4).hex()}")), ignore_errors=True)

@@ -7,7 +7,7 @@ place when it cannot. Which route they came by, and which version is asked, is f
 
 # %% auto #0
 __all__ = ['MOST_ROWS', 'fits', 'asked', 'Served', 'complaint', 'bounded', 'decoded', 'instances_of', 'rows_of_json',
-           'rows_of_records', 'rows_of_frame', 'scores_of_rules']
+           'rows_of_records', 'rows_of_frame', 'frame_of', 'scores_of_rules']
 
 # %% ../../nbs/09_serving/02_served.ipynb #19162bf8
 import time
@@ -115,12 +115,6 @@ class Served:
         subject = next((v for i in range(len(ids)) if (v := getattr(rows[0], f"f{len(names) + i}")) is not None), "") if ids else ""
         return Rows(_by_column(names, rows), len(rows), str(subject), **more)
 
-    def frame(self, rows: Rows) -> pl.DataFrame:
-        "Rows in the contract's types."
-        if isinstance(rows.columns, pl.DataFrame): return rows.columns
-        types = schema(self.features)
-        return pl.DataFrame(dict(rows.columns), schema={n: types[n] for n in rows.columns})
-
     def scores(self, rows: Rows) -> np.ndarray | None:
         "What the graph says; None if something of it is no number."
         begin = time.thread_time()
@@ -225,12 +219,19 @@ def rows_of_frame(
     return Rows(checked.good.select(names), frame.height, subject)
 
 # %% ../../nbs/09_serving/02_served.ipynb #f7d5ec4a
+def frame_of(served: Served, rows: Rows) -> pl.DataFrame:
+    "Rows of a request, in the contract's types."
+    if isinstance(rows.columns, pl.DataFrame): return rows.columns
+    types = schema(served.features)
+    return pl.DataFrame(dict(rows.columns), schema={n: types[n] for n in rows.columns})
+
+
 def scores_of_rules(
     served: Served,
     rows: Rows,
 ) -> np.ndarray | None: # as the graph would give them; None where the rules do not cover a row
     "What the spec's rules say."
-    rules, frame = served.bundle.spec.serve.rules, served.frame(rows)
+    rules, frame = served.bundle.spec.serve.rules, frame_of(served, rows)
     outputs, found = served.bundle.task.outputs, np.full((rows.count, served.bundle.task.outputs), np.nan, np.float32)
     for rule in reversed(rules):
         holds = frame.select(pl.sql_expr(rule.where).fill_null(False).alias("holds"))["holds"].to_numpy() if rule.where else np.ones(rows.count, bool)
