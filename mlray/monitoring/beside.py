@@ -9,7 +9,6 @@ so no feature has to be filled, and the figures are the same that a replay has."
 __all__ = ['pairs', 'beside']
 
 # %% ../../nbs/08_monitoring/07_beside.ipynb #38784f7b
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
