@@ -17,7 +17,6 @@ from typing import Any
 
 import yaml
 
-from .launcher import pinned
 from ..values.errors import SettingsError, suggest
 
 # %% ../../nbs/12_operations/12_schedule.ipynb #ae46adfa
@@ -124,6 +123,7 @@ def as_cron(job: Job) -> str:
 # %% ../../nbs/12_operations/12_schedule.ipynb #c223231f
 def as_kubernetes(job: Job) -> str:
     "A CronJob (batch/v1). Raises `SettingsError` without an image."
+    from mlray.operations.launcher import pinned  # brings a validator of schemas along
     if not pinned(job.image): raise SettingsError("--image names what runs, by version or digest: registry.example.org/mlray:1.4.2. Without one it would be another image tomorrow.")
     container: dict[str, Any] = {
         "name": job.what, "image": job.image, "command": list(job.command), "envFrom": [{"secretRef": {"name": "mlray", "optional": True}}, {"configMapRef": {"name": "mlray", "optional": True}}],
