@@ -248,3 +248,24 @@ def test_another_question_is_not_compared(beside):
 def test_answers_are_not_kept(beside):
     _, _, run = beside
     assert len(pickle.dumps(run.comparison)) < 20_000
+
+
+def test_a_version_with_fewer_columns_is_judged_without_production(tmp_path):
+    "Production asks for a column that is gone: the run goes on, says so, and a promise to be no worse than production is not kept; a column that is ignored lets both answer."
+    import yaml
+
+    from mlray.governance.registry import add_evidence
+    from mlray.running.tracking import MemoryTracker
+    from mlray.values.settings import Settings, shipped
+    settings = Settings(root=tmp_path, home=tmp_path / "home", tracking="disabled")
+    tree = yaml.safe_load((shipped("configs") / "diabetes.yaml").read_text()) | {"gates": {"quality": [{"metric": "roc_auc", "at_least": 0.1, "within": 1.0}]}}
+    tree["train"] = tree.get("train", {}) | {"epochs": 1}
+    first, registry = train(parse_spec(yaml.safe_dump(tree)), settings), open_registry(settings)
+    for gate in registry.policy.gates: add_evidence(registry, first.version, gate, judge({"roc_auc": 0.8}, [Rule(metric="roc_auc", at_least=0.5)]), b"{}")
+    promote(registry, first.version)
+    glucose = tree["contract"].pop("glucose")
+    fewer = train(parse_spec(yaml.safe_dump(tree)), settings, tracker=(heard := MemoryTracker()))
+    assert fewer.comparison is None and not fewer.verdict.passed and "production has no such measure" in fewer.verdict.findings[0].why
+    assert any("no comparison with production, which asks for glucose" in note for note in heard.notes)
+    kept = train(parse_spec(yaml.safe_dump(tree | {"contract": tree["contract"] | {"glucose": glucose | {"role": "ignored"}}})), settings)
+    assert kept.comparison is not None and kept.verdict.passed and "glucose" not in bundle_of(registry, kept.version).contract.features

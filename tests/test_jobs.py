@@ -22,7 +22,7 @@ from mlray.monitoring.keeping import open_recorder
 from mlray.running.run import train
 from mlray.serving.arrow import ARROW, stream_of_answer
 from mlray.serving.job_desk import Desk, Tally, Worker, said_of, shelf_of
-from mlray.serving.jobs import PART, claimed, keep, sweep
+from mlray.serving.jobs import PART, Job, Shelf, claimed, end, forget_jobs, job_id, keep, put, sweep
 from mlray.serving.meters import Meters
 from mlray.serving.open_inference import parts_of_answer
 from mlray.serving.openapi import example_row
@@ -101,6 +101,23 @@ def after_kills(two, tmp_path: Path, kills: int) -> str:
     kept = journaled(settings.home / "journal", "diabetes").collect()
     assert kept.height == rows.height and kept.select("id", "row").n_unique() == rows.height and kept["caller"].unique().to_list() == [KEYS[0][0].id]
     return f"{kills} workers killed, the last at {told['done']} of {rows.height} rows: every row answered to the bit, and journaled once"
+
+
+def test_a_person_is_forgotten_in_jobs_that_are_over(tmp_path):
+    "Their rows are gone by then, and so a column finds nobody in them; whom a job was about is still known."
+    shelf, rows = Shelf(tmp_path), pl.DataFrame({"age": [41, 42]})
+    for key in ("waits", "over"): put(shelf, Job(job_id("ada", key), "ada", "c", 2, Traffic("diabetes", "1"), (), key, 0.0, subject="p-7"), rows)
+    keep(shelf, job_id("ada", "over"), 0, b"answers")
+    end(shelf, job_id("ada", "over"), "done")
+    assert forget_jobs(shelf, "42", "age") == 1 and shelf.get(job_id("ada", "waits")) is None and forget_jobs(shelf, "p-7") == 1 and shelf.get(job_id("ada", "over")) is None
+
+
+def test_a_job_that_goes_while_it_is_listed_stops_nobody(tmp_path, monkeypatch):
+    "Another process deletes; the thread that sees to the work looks every two seconds, and would die of it."
+    shelf = Shelf(tmp_path)
+    job = put(shelf, Job(job_id("ada", "k"), "ada", "c", 1, Traffic("diabetes", "1"), (), "k", 0.0), pl.DataFrame({"age": [1]}))
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([tmp_path / ("0" * 32) / "job.json", tmp_path / job.id / "job.json"]))
+    assert shelf.waiting() == [job.id]
 
 
 def test_meters_tell_of_jobs_and_their_rows(two, tmp_path):

@@ -221,6 +221,23 @@ def test_keys_that_others_can_read_are_refused(settings):
     with pytest.raises(SettingsError, match="holds no keys"): read_keys(settings, {"MLRAY_JOURNAL_KEYS": "7:zz"})
 
 
+def test_keys_and_marks_are_on_the_disk_before_they_count(settings, monkeypatch):
+    "What is synced has its bytes by then; and whoever reads while somebody is erased finds the marks of before, or all."
+    sizes, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (sizes.append(os.fstat(file).st_size), real(file))[1])
+    read_keys(settings, {})
+    folder = settings.home / "journal"
+    journal = Journal(folder / "segments", sync_s=0)
+    journal.write(entry(7)) # marks are needed while a segment from before is written
+    for mark in ("r-1", "r-2"): erase(folder, frozenset({mark}))
+    assert sizes and all(sizes), "an empty file was synced"
+    seen, real_replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: (seen.append(len(json.loads((folder / "erased.json").read_text()))), real_replace(self, to))[1])
+    erase(folder, frozenset({"r-3"}))
+    assert set(seen) == {2} and len(json.loads((folder / "erased.json").read_text())) == 3
+    journal.close()
+
+
 def test_rows_are_kept_for_as_long_as_somebody_wants(tmp_path):
     now = datetime(2026, 5, 20, 12, tzinfo=UTC)
     journal = Journal(tmp_path / "segments")

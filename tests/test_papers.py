@@ -182,6 +182,22 @@ def test_every_command_of_a_runbook_exists(home):
     assert explain(found.bundle, row).weights
 
 
+def test_a_runbook_of_numbers_has_commands_that_work(tmp_path):
+    "A number has no other answer by itself, so the command says which one is wished; columns keep their names, whatever they are."
+    from mlray.running.explanation import Wish, what_if
+    from mlray.running.run import train
+    settings = Settings(root=tmp_path, home=tmp_path / "home", tracking="disabled")
+    spec = read_spec(shipped("configs") / "progression.yaml", ["train.epochs=1"])
+    odd = spec.model_copy(update={"contract": {n: c.model_copy(update={"description": "told"}) if n != "bmi" else c.model_copy(update={"description": ""}) for n, c in spec.contract.items()}})
+    found = dossier(open_registry(settings), str(train(odd, settings).version))
+    lines = [shlex.split(line) for s in runbook(found).sections for _, line in s.commands]
+    (asked,) = [words for words in lines if "counterfactual" in words]
+    assert what_if(found.bundle, json.loads(asked[3]), wish=Wish(at_least=float(asked[asked.index("--at-least") + 1]))).score is not None
+    assert not any(line != line.strip() for s in runbook(found).sections for _, line in s.commands)
+    assert any(m == "descriptions of columns: bmi" for m in data_sheet(found).missing)
+    assert not [m for m in compliance(found).missing if "counterfactual" in m]
+
+
 @pytest.mark.parametrize("kind", ["category", "boolean", "integer", "number", "text", "date", "datetime", "duration", "array"])
 def test_a_sample_row_keeps_its_contract(kind):
     import polars as pl

@@ -236,6 +236,13 @@ def test_what_the_journal_does_not_keep_is_not_learned(raw, trained, tmp_path):
     assert labelled_rows(open_, settings, bundle.task).rows["bmi"].null_count() == 10
 
 
+def test_labels_of_every_kind_of_target_are_counted():
+    from mlray.measures.moments import Sum
+    from mlray.monitoring.windows import Window, labels_in
+    one = Window("m", "1", "production", 0, 1)
+    assert [labels_in(replace(one, numbers={n: Sum(7, 1.0, 1.0)})) for n in ("bias", "hamming_loss", "click")] == [7, 7, 0]
+
+
 @pytest.mark.parametrize(("attack", "said"), [("contradiction", "a trusted key labelled too say otherwise"), ("burst", "a usual day has"), ("share", "one giver may bring 40%")])
 def test_poisoned_labels_are_left_out(raw, trained, tmp_path, attack, said):
     bundle, people = raw
@@ -268,6 +275,7 @@ def test_who_is_erased_is_learned_from_no_more(raw, trained, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     done = json.loads(CliRunner().invoke(app, ["journal", "erase", "person 4", "--json"], catch_exceptions=False).stdout)
     assert done == {"rows": 10, "requests": 10, "feedback": 10, "learned": 10, "aside": 0, "jobs": 0, "pages": 0}
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "labelled").rglob("*.parquet")} == {0o600}, "what is left of them is for its owner alone, as it was"
     marks = {pseudonym(keys, "subject", "person 4"), *(f"r{i:04}" for i in range(4, 60, 6))}
     everything = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "erased.json")
     shown = [v for p in tmp_path.rglob("*.parquet") for c in pl.read_parquet(p).select(pl.col(pl.String)).get_columns() for v in c]

@@ -114,11 +114,30 @@ def test_a_bucket_that_is_not_there_is_a_letter(s3, job, tmp_path):
     with pytest.raises(Unavailable, match=r"s3://nowhere/runs/run could not be used for checkpoints: .* What was kept there before is whole"): next(LocalBackend(checkpoints="s3://nowhere/runs").train(job, "run", tmp_path))
 
 
+def test_a_bucket_that_lets_nothing_go_is_a_letter(tmp_path, monkeypatch):
+    from mlray.governance.store import Bucket
+    from mlray.running.remote_checkpoints import Files, RemoteCheckpoints
+    kept = RemoteCheckpoints(tmp_path / "run", url=f"file://{tmp_path}/far")
+    kept.bucket.write("epoch-00000001-" + "0" * 64 + ".safetensors", b"x")
+    def refused(bucket, path): raise OSError("it is held")
+    monkeypatch.setattr(Bucket, "drop", refused)
+    with pytest.raises(Unavailable, match="far could not be used for checkpoints: it is held"): kept.forget()
+    (tmp_path / "here").mkdir()
+    with pytest.raises(Unavailable, match=f"^{tmp_path} could not be used"): Files(tmp_path).read("here") # a folder where a file should be
+
+
 def test_a_folder_that_all_see(job, tmp_path):
     backend = LocalBackend(checkpoints=str(tmp_path / "shared"))
     for epoch in backend.train(job, "run", tmp_path / "one"):
         if epoch.number == 2: break
     assert Checkpoints(tmp_path / "shared/run").newest().epoch == 2 and not (tmp_path / "one").exists()
+
+
+def test_a_run_that_is_finished_leaves_no_folder(tmp_path, diabetes):
+    from mlray.running.run import train
+    settings = Settings(root=tmp_path, home=tmp_path / "home", tracking="disabled", checkpoints=str(tmp_path / "shared"))
+    train(diabetes.model_copy(update={"train": diabetes.train.model_copy(update={"epochs": 1})}), settings)
+    assert not list((tmp_path / "shared").iterdir()) and not list((settings.home / "runs").iterdir())
 
 
 def started(home: Path, *words: str, **variables: str) -> subprocess.Popen:
@@ -201,15 +220,15 @@ def test_a_killed_search_goes_on_from_the_bucket_on_a_machine_that_has_nothing(s
 def test_what_another_machine_has_tried_is_known_here(s3, tmp_path):
     "Results are a line a trial, in a bucket as on the disk; states of a population are there by name; and where settings name a folder, all of it is in that."
     from mlray.engines.tune_on_ray import _gathered, _places, _whole
-    from mlray.running.search import Trial, keep, read_trials, results_of
+    from mlray.running.search import Trial, claimed_results, keep, read_trials
     trials = [Trial(n, f"k{n}", {"train.learning_rate": n / 10}, 3, 0.5, 0.5, None, 10) for n in (1, 2, 3)]
     (one, found, states), (two, there, _) = (_places(Settings(home=tmp_path / n, checkpoints="s3://kept/found"), "wine-search") for n in ("one", "two"))
-    with results_of(one) as file:
+    with claimed_results(one) as file:
         assert _gathered(file, found) == {}
         for trial in trials[:2]: keep(file, trial)
         found.write("results.jsonl", _whole(file))
     states.write("k1.safetensors", b"weights")
-    with results_of(two) as file:
+    with claimed_results(two) as file:
         keep(file, trials[2])
         assert set(_gathered(file, there)) == {"k1", "k2", "k3"} and set(read_trials(file)) == {"k1", "k2", "k3"}, "what either knows"
     assert keys(s3[0], "found/") == ["found/wine-search/results.jsonl", "found/wine-search/states/k1.safetensors"] and states.read("k1.safetensors") == b"weights" and states.read("k2.safetensors") == b""

@@ -175,7 +175,7 @@ def _elsewhere(words: Sequence[str], settings: "Settings | None", on: str, read:
     with TemporaryDirectory(prefix="spec-") as folder:
         spec = Path(folder) / f"{read.name}.yaml" if read else None
         if spec and read: spec.write_text(yaml.safe_dump(read.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        name, along = submit(server, [*words, *([spec.name] if spec else []), *(["--on", "ray"] if words[0] != "reproduce" else []), "--json", "--env", there.env], there, spec, read, told=True)
+        name, along = submit(server, [*words, *([spec.name] if spec else []), "--on", "ray", "--json", "--env", there.env], there, spec, read, told=True)
     person.note(f"{name} on {address} ({along})")
     results, lines, trials = list[str](), list[str](), _Heard(read)
 

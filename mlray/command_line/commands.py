@@ -7,9 +7,9 @@ not given. How results are printed is `mlray.cli`'s business."""
 
 # %% auto #0
 __all__ = ['stderr', 'settings_of', 'tracker_of', 'backend_on', 'propose_contract', 'lineage_to', 'train_run', 'supply_of',
-           'tune_run', 'reproduce_version', 'find_version', 'explain_version', 'gates_on', 'gate_version',
-           'versions_to_serve', 'plan_for', 'deploy_versions', 'until_stopped', 'ask_service', 'create_key',
-           'demonstrate']
+           'tune_run', 'reproduce_version', 'find_version', 'find_served', 'explain_version', 'gates_on',
+           'gate_version', 'versions_to_serve', 'plan_for', 'deploy_versions', 'until_stopped', 'ask_service',
+           'create_key', 'demonstrate']
 
 # %% ../../nbs/13_command_line/01_commands.ipynb #d3866d23
 import json
@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 from ..values.errors import ExplanationError, GateError, ServingError, SettingsError, SpecError, suggest
 
 if TYPE_CHECKING:
-
     from rich.console import Console
 
     from mlray.engines.gate_on_papermill import GateRun, Runner
@@ -148,12 +147,10 @@ def tune_run(spec: "RunSpec", settings: "Settings", on: str, quiet: "bool | Trac
     if spec.search is None: raise SpecError(f"{spec.name} has no `search`. Say where to look, such as `search: {{trials: 20, space: {{train.learning_rate: {{low: 1.0e-4, high: 0.1, log: true}}}}}}`.")
     from mlray.engines.cluster_on_ray import cluster
     with cluster(settings), backend_on(on, settings) as backend:
+        from mlray.engines.train_on_ray import RayBackend
         from mlray.engines.tune_on_ray import tune
         from mlray.running.tuned import told_trials
-        each = None
-        if spec.search.workers > 1:
-            from mlray.engines.train_on_ray import RayBackend
-            each = RayBackend(spec.search.workers, settings.gpu, settings.failures, settings.collective_timeout_s)
+        each = RayBackend(spec.search.workers, settings.gpu, settings.failures, settings.collective_timeout_s) if spec.search.workers > 1 else None
         say: Callable[[str], None] = lambda text: None if seen else stderr().print(f"  {text}", markup=False)
         return tune(spec, settings, backend, tracker_of(settings, quiet), say=say, each=each, seen=seen or (told_trials(_at_once) if os.environ.get("MLRAY_TOLD") else lambda trials, most: None))
 
@@ -180,6 +177,11 @@ def find_version(reference: str, settings: "Settings") -> tuple["Registry", "Ver
     from mlray.governance.registry import open_registry, version
     registry = open_registry(settings)
     return registry, version(registry, reference)
+
+
+def find_served(reference: str, settings: "Settings") -> tuple["Registry", "Version"]:
+    "The same; of a name alone the version in production."
+    return find_version(reference if "@" in reference or "/" in reference else f"{reference}@production", settings)
 
 
 def explain_version(reference: str, row: Any, method: str, settings: "Settings", answer: str | None = None, at_least: float | None = None, at_most: float | None = None) -> Any:
@@ -224,7 +226,7 @@ def gate_version(registry: "Registry", found: "Version", gates: Sequence[str], s
 # %% ../../nbs/13_command_line/01_commands.ipynb #8a9524bc
 def versions_to_serve(names: Sequence[str], settings: "Settings") -> tuple[list["Version"], list[str]]:
     "Of each name the version in production, unless it names another; and what of it is followed: a model, or one version for good."
-    found = [find_version(name if "@" in name or "/" in name else f"{name}@production", settings)[1] for name in names]
+    found = [find_served(name, settings)[1] for name in names]
     return found, [v.name if name.partition("@")[2] == "production" or not ({"@", "/"} & set(name)) else str(v) for name, v in zip(names, found, strict=True)]
 
 

@@ -30,14 +30,13 @@ FOLDER = ".venv-lab"
 
 
 def make_lab(
-    root: Path,                     # of the project
-    python: str = sys.executable,   # what notebooks run on
+    root: Path, # of the project
 ) -> Path: # the program
     "An environment for JupyterLab, with this Python as its kernel; takes a minute and the network. Raises `Unavailable`."
     from mlray.values.settings import shipped
     at, pins = root / FOLDER, shipped("cluster") / "constraints.txt"
-    steps = ([python, "-m", "venv", str(at)], [str(at / "bin/pip"), "install", "--quiet", "--disable-pip-version-check", *(["-c", str(pins)] if pins.is_file() else []), "jupyterlab>=4.6,<5", "ipywidgets>=8,<9"],
-             [python, "-m", "ipykernel", "install", "--prefix", str(at), "--name", "python3", "--display-name", "mlray"])
+    steps = ([sys.executable, "-m", "venv", str(at)], [str(at / "bin/pip"), "install", "--quiet", "--disable-pip-version-check", *(["-c", str(pins)] if pins.is_file() else []), "jupyterlab>=4.6,<5", "ipywidgets>=8,<9"],
+             [sys.executable, "-m", "ipykernel", "install", "--prefix", str(at), "--name", "python3", "--display-name", "mlray"])
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True)
         if done.returncode: raise Unavailable(f"JupyterLab could not be put into {at}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}. Try again where the package index answers, or `pip install jupyterlab` elsewhere and put `jupyter-lab` on the PATH.")

@@ -17,8 +17,9 @@ from uuid import uuid4
 
 import typer
 
-from .commands import backend_on, find_version, gate_version, settings_of, stderr, supply_of
+from .commands import backend_on, find_served, find_version, gate_version, settings_of, stderr, supply_of
 from .proof_cli import Env, Json, shown
+from .release_cli import moment_of
 from ..values.errors import MlrayError
 
 if TYPE_CHECKING:
@@ -98,9 +99,7 @@ def retrain(name: Annotated[str, typer.Argument(help="A model with a version in 
 
 # %% ../../nbs/13_command_line/15_watch_cli.ipynb #63e0a561
 def _span(days: float, until: str | None) -> tuple[datetime, datetime]:
-    try: end = datetime.fromisoformat(until) if until else datetime.now(UTC)
-    except ValueError as error: raise MlrayError(f"--until is a time such as 2026-05-01T12:00; found {until!r}.") from error
-    end = end if end.tzinfo else end.replace(tzinfo=UTC)
+    end = moment_of(until, "--until") if until else datetime.now(UTC)
     return end - timedelta(days=days), end
 
 
@@ -124,7 +123,7 @@ def worklist(name: Annotated[str, typer.Argument(metavar="VERSION", help="name (
     from mlray.governance.registry import bundle_of
     from mlray.monitoring.labelled import next_to_label
     settings = settings_of(env)
-    registry, found = find_version(name if "@" in name or "/" in name else f"{name}@production", settings)
+    registry, found = find_served(name, settings)
     bundle = bundle_of(registry, found)
     others = [b for v in _others(registry, found, beside or []) if set((b := bundle_of(registry, v)).contract.features) <= set(bundle.contract.features) and b.task.names == bundle.task.names]
     made = next_to_label(settings, bundle, str(found.number), n, others, *_span(days, until))
@@ -139,7 +138,7 @@ def errors(name: Annotated[str, typer.Argument(metavar="VERSION", help="name (th
     from mlray.governance.registry import bundle_of
     from mlray.monitoring.error_analysis import analyse_errors
     settings = settings_of(env)
-    registry, found = find_version(name if "@" in name or "/" in name else f"{name}@production", settings)
+    registry, found = find_served(name, settings)
     since, end = _span(days, until)
     made = analyse_errors(settings, bundle_of(registry, found), str(found.number), since, end)
     paths: tuple[Path, ...] = ()

@@ -19,7 +19,9 @@ from typing import Any
 
 import polars as pl
 
-from ..governance.registry import Version, bundle_of, open_registry, version
+from .commands import find_served
+from .release_cli import moment_of
+from ..governance.registry import bundle_of, open_registry
 from ..monitoring.alert import tell
 from ..monitoring.archive import cloud_events, erase, journaled, purge, put_away
 from ..monitoring.beside import beside, pairs
@@ -36,20 +38,15 @@ from ..values.errors import DataError, MlrayError, SettingsError, suggest
 from ..values.settings import Settings
 
 # %% ../../nbs/13_command_line/09_watching.ipynb #d18d1212
-def _named(reference: str, settings: Settings) -> Version:
-    return version(open_registry(settings), reference if "@" in reference or "/" in reference else f"{reference}@production")
-
-
 def watch(
     reference: str,             # `adult` (in production), `adult/3`, `adult@canary`
     settings: Settings,
     arm: str = "production",
     html: Path | None = None,   # where the page goes
-    now: float | None = None,   # seconds since 1970
 ) -> tuple[dict[str, Any], tuple[Any, ...]]: # JSON, and what a person sees
     "Measure a version, tell of what is newly wrong."
-    found, moment = _named(reference, settings), time.time() if now is None else now
-    bundle = bundle_of(open_registry(settings), found)
+    registry, found = find_served(reference, settings)
+    bundle, moment = bundle_of(registry, found), time.time()
     report = monitor(settings, bundle, str(found.number), moment, arm, os.cpu_count() or 1)
     if report is None: raise DataError(f"{found} has answered nothing as {arm} that the journal in {settings.home / 'journal'} knows of. Is `journal = on` in the environment that serves it ({settings.env})?")
     new, broken, failed = tell(settings, bundle.spec.monitor.alerts, report, moment)
@@ -71,13 +68,6 @@ def _fetch(settings: Settings) -> tuple[dict[str, Any], Any]:
     if not settings.archive: raise SettingsError(f"`mlray journal fetch` brings rows from `archive`, a URL such as s3://bucket/journal; the environment {settings.env} in settings.ini names none.")
     brought = fetch_rows(settings)
     return {"files": brought}, f"{brought} files with rows are brought from {settings.archive}."
-
-
-def _since(text: str) -> datetime | None:
-    if not text: return None
-    try: moment = datetime.fromisoformat(text)
-    except ValueError as error: raise MlrayError(f"--since is a time such as 2026-05-01T12:00; found {text!r}.") from error
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _erase(what: str, settings: Settings) -> tuple[dict[str, Any], Any]:
@@ -110,8 +100,8 @@ def _purge(older: str, settings: Settings) -> tuple[dict[str, Any], Any]:
 
 # %% ../../nbs/13_command_line/09_watching.ipynb #3792ee11
 def _rows(what: str, since: str, settings: Settings) -> pl.DataFrame:
-    found = _named(what, settings) if what else None
-    return journaled(settings.home / "journal", found.name if found else None, str(found.number) if found else None, _since(since)).collect()
+    found = find_served(what, settings)[1] if what else None
+    return journaled(settings.home / "journal", found.name if found else None, str(found.number) if found else None, moment_of(since, "--since") if since else None).collect()
 
 
 def _compact(settings: Settings) -> tuple[dict[str, Any], Any]:

@@ -30,8 +30,7 @@ def explain_on_ray(
     frame: pl.DataFrame,                # checked rows; more columns than the features do no harm
     method: str = "lime",               # or `shap`
     known: Background | None = None,    # None: from the bundle's profile
-    output: int | None = None,          # which of several scores
-    perturbations: int = 5000, # rows scored for each row
+    perturbations: int = 5000,          # rows scored for each row
     batch: int = 32,                    # rows in one task, at most
 ) -> Summary:
     "Explain many rows on the cluster that this process has joined, and add up."
@@ -40,7 +39,7 @@ def explain_on_ray(
 
     def added(part: pa.Table) -> Mapping[str, Any]:
         found: Any = pl.from_arrow(part)
-        whole = reduce(add, (summary(explain(bundle, row, method, known, output, perturbations)) for row in found.iter_rows(named=True)), Summary())
+        whole = reduce(add, (summary(explain(bundle, row, method, known, perturbations=perturbations)) for row in found.iter_rows(named=True)), Summary())
         return {"summary": [json.dumps(whole.as_dict())]}
 
     parts = ray.data.from_arrow(rows.to_arrow(compat_level=pl.CompatLevel.oldest())).repartition(-(-rows.height // batch)).map_batches(added, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)

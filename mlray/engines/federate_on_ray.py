@@ -22,6 +22,7 @@ import polars as pl
 import ray
 import torch
 
+from .cluster_on_ray import letter_in
 from ..governance.lineage import lineage_of
 from ..governance.registry import Registry, open_registry, register
 from ..learning.contract import Checked, Contract, check, labels
@@ -45,7 +46,7 @@ from ..shipping.bundle import Bundle, pack
 from ..sources.rows import Rows, check_sources, quarantine
 from ..sources.source import read_source
 from ..values.data import Source
-from ..values.errors import ContractError, MlrayError, TrainingError, Unavailable
+from ..values.errors import ContractError, TrainingError, Unavailable
 from ..values.recipe import Model, Train
 from ..values.settings import Settings, read_settings
 from ..values.spec import RunSpec
@@ -171,9 +172,7 @@ class Holders:
             try: answers[name] = ray.get(answer, timeout=self.wait)
             except ray.exceptions.GetTimeoutError as error: raise Unavailable(f"{name} has said nothing for {self.wait} s. See to it, then go on with `mlray train … --resume`; federation.wait_s says how long to wait.") from error
             except ray.exceptions.RayError as error:
-                cause: Any = error
-                while cause is not None and not isinstance(cause, MlrayError): cause = getattr(cause, "cause", None) or cause.__cause__
-                if cause is not None: raise type(cause)(f"{name}: {cause}") from None
+                if letter := letter_in(error): raise type(letter)(f"{name}: {letter}") from None
                 raise Unavailable(f"{name} is gone ({str(error).strip().splitlines()[-1][:200]}). See to it, then go on with `mlray train … --resume`.") from error
         return answers
 

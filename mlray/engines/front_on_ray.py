@@ -15,19 +15,16 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
-from .serve_on_ray import Gateway
+from .serve_on_ray import LARGE, Gateway
 from ..serving.asgi import Headers, Receive, Scope, Send, headers_of, id_of, length_of, send_reply
 from ..serving.wire import Reply
 
 # %% ../../nbs/10_engines/12_front_on_ray.ipynb #4e9b15b8
-_LARGE = 2**18 # bytes of a body that is read in a thread
-
-
 def _soon(gateway: Gateway, scope: Scope, headers: Headers) -> bool:
     "Whether a request is answered within this step of the event loop, but for a canary or a predictor."
     route, _, _ = gateway.routes.find(scope["method"], gateway.path_of(scope))
     if route is None or route.name not in ("predict", "infer", "invoke"): return False
-    return (length_of(headers) or _LARGE + 1) <= _LARGE
+    return (length_of(headers) or LARGE + 1) <= LARGE
 
 # %% ../../nbs/10_engines/12_front_on_ray.ipynb #frontone1
 class _Kept:

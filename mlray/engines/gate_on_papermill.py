@@ -224,10 +224,9 @@ def side_by_side(
     jobs: Sequence[GateJob],
     note: Note = lambda gate, where: None,
     kind: type[AsyncKernelManager] = AsyncKernelManager, # who starts kernels
-    cpus: float | None = None, # None: those of this machine
 ) -> Iterator[GateRun]:
     "Run gates on this machine, as many at a time as it has CPUs for."
-    room = _Room(cpus or len(os.sched_getaffinity(0)))
+    room = _Room(len(os.sched_getaffinity(0)))
     def one(job: GateJob) -> GateRun:
         with room.taken(job.needs.num_cpus): return job.run(kind, note)
     with ThreadPoolExecutor(max(1, len(jobs))) as pool:

@@ -21,7 +21,7 @@ import grpc
 import msgspec
 from google.protobuf import json_format
 
-from .serve_on_ray import Gateway, deploy, listed
+from .serve_on_ray import PATIENCE_S, Gateway, deploy, listed
 from ..serving.asgi import Headers, id_of, presented, text_of
 from ..serving.inference_messages import form_of, messages, read_message
 from ..serving.plan import Plan
@@ -127,14 +127,14 @@ def _ready(settings: Settings, where: str) -> bool:
     return True
 
 
-def _wait_for(settings: Settings, seconds: float = 30) -> None:
+def _wait_for(settings: Settings) -> None:
     "Until the proxy in front has heard of the replicas."
-    end, where = time.monotonic() + seconds, f"{settings.host}:{settings.grpc_port}"
+    end, where = time.monotonic() + PATIENCE_S, f"{settings.host}:{settings.grpc_port}"
     while time.monotonic() < end:
         with suppress(grpc.RpcError, OSError):
             if _ready(settings, where): return
         time.sleep(0.05)
-    raise ServingError(f"gRPC did not answer at {where} within {seconds:g} s. Ray's logs are in /tmp/ray/session_latest/logs/serve.")
+    raise ServingError(f"gRPC did not answer at {where} within {PATIENCE_S:g} s. Ray's logs are in /tmp/ray/session_latest/logs/serve.")
 
 
 def deploy_both(

@@ -10,7 +10,6 @@ __all__ = ['signature', 'mlmodel', 'export_model', 'MlflowMirror', 'Answering']
 
 # %% ../../nbs/10_engines/17_mirror_on_mlflow.ipynb #a5865506
 import json
-import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ import yaml
 
 from ..governance.outbox import Letter
 from ..governance.registry import Registry, Version
-from ..governance.store import sync_folder, write_durably
+from ..governance.store import replace_durably, sync_folder, write_durably
 from ..learning.contract import Contract
 from ..learning.request import broken_rules, row_type
 from ..shipping.answer import predictions
@@ -61,16 +60,6 @@ def mlmodel(
     return yaml.safe_dump(about, sort_keys=True, allow_unicode=True)
 
 # %% ../../nbs/10_engines/17_mirror_on_mlflow.ipynb #235223ae
-def _put(path: Path, data: bytes) -> None:
-    "A small file, whole or as it was."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}-{os.getpid()}")
-    part.unlink(missing_ok=True)
-    write_durably(part, data)
-    part.replace(path)
-    sync_folder(path.parent)
-
-
 def export_model(
     bundle: Bundle,
     found: Version,
@@ -122,7 +111,9 @@ class MlflowMirror:
     def _seq(self, path: Path) -> int: return int(json.loads(path.read_bytes())["seq"]) if path.is_file() else 0
 
     def _newer(self, path: Path, seq: int, said: Mapping[str, Any]) -> None:
-        if self._seq(path) < seq: _put(path, json.dumps({"seq": seq, **said}).encode())
+        if self._seq(path) >= seq: return
+        replace_durably(path, json.dumps({"seq": seq, **said}).encode())
+        sync_folder(path.parent)
 
 # %% ../../nbs/10_engines/17_mirror_on_mlflow.ipynb #d2a4dcfc
 def _value(column: Column, value: Any) -> Any:

@@ -69,10 +69,11 @@ def _why(error: BaseException) -> str:
     return next((line for line in reversed(lines) if "Error" in line or "No space" in line), lines[-1] if lines else type(error).__name__)[-300:]
 
 
-def nodes_of(
-    packages: Sequence[str] = ("mlray", "ray", "torch", "polars", "onnxruntime", "numpy"), # whose versions are asked for
-    timeout_s: float = 60, # for each
-) -> list[Node]:
+_PACKAGES = ("mlray", "ray", "torch", "polars", "onnxruntime", "numpy") # whose versions are asked for
+_SILENT_S = 60 # after which a node is said to start nothing
+
+
+def nodes_of() -> list[Node]:
     "Ask every node of the cluster that this process is connected to."
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -84,8 +85,8 @@ def nodes_of(
             found.append(Node(name, leaves_in_s=leaves, id=node["NodeID"]))
             continue
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        try: versions, there, (disk, free, share) = ray.get(ask.options(scheduling_strategy=here).remote(packages, [Path(joined.get_session_dir_path())]), timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError: found.append(Node(name, silent=f"it started no process within {timeout_s:g} s", id=node["NodeID"]))
+        try: versions, there, (disk, free, share) = ray.get(ask.options(scheduling_strategy=here).remote(_PACKAGES, [Path(joined.get_session_dir_path())]), timeout=_SILENT_S)
+        except ray.exceptions.GetTimeoutError: found.append(Node(name, silent=f"it started no process within {_SILENT_S} s", id=node["NodeID"]))
         except ray.exceptions.RayError as error: found.append(Node(name, silent=_why(error), id=node["NodeID"]))
         else:
             ended = time.time()

@@ -10,7 +10,6 @@ __all__ = ['on_ray']
 
 # %% ../../nbs/10_engines/11_predict_on_ray.ipynb #8a682f02
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -18,32 +17,17 @@ from typing import Any
 import msgspec
 import ray.data
 
+from .cluster_on_ray import ray_data
 from ..serving.batch import Finished, Piece, Work, finish
-from ..values.errors import MlrayError, Unavailable
 
 # %% ../../nbs/10_engines/11_predict_on_ray.ipynb #1f6b4f3e
-def _letter(error: BaseException) -> MlrayError | None:
-    "What one of ours has said, below what Ray says of it."
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, MlrayError): cause = getattr(cause, "cause", None) or cause.__cause__
-    return cause
-
-
 def on_ray(work: Work, pieces: Sequence[Piece]) -> Iterator[Finished]:
     "Make parts on the cluster that this process has joined. Raises `DataError`, `Unavailable`."
     if not pieces: return
     def made(batch: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"finished": [msgspec.json.encode(finish(work, Piece(**json.loads(text)))).decode() for text in batch["piece"]]}
 
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars, context.raise_original_map_exception = False, True # the bar is ours
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL) # what it would say is said in a letter
     function: Any = made
-    try:
-        with ray.data.DataContext.current(context):
-            lines = ray.data.from_items([{"piece": json.dumps(asdict(piece))} for piece in pieces], override_num_blocks=len(pieces)).map_batches(function, batch_size=None)
-            for line in lines.iter_rows(): yield msgspec.json.decode(line["finished"], type=Finished)
-    except Exception as error:
-        if letter := _letter(error): raise letter from None
-        if isinstance(error, ray.exceptions.RayError): raise Unavailable(f"Ray Data lost what it was working on ({(str(error).strip().splitlines() or [''])[-1][:300]}). What is finished stays: give the same command again.") from error
-        raise
+    with ray_data("What is finished stays: give the same command again.", enable_progress_bars=False): # the bar is ours
+        lines = ray.data.from_items([{"piece": json.dumps(asdict(piece))} for piece in pieces], override_num_blocks=len(pieces)).map_batches(function, batch_size=None)
+        for line in lines.iter_rows(): yield msgspec.json.decode(line["finished"], type=Finished)

@@ -11,11 +11,10 @@ __all__ = ['Pieces', 'Streamed', 'streaming']
 # %% ../../nbs/10_engines/06_stream_on_ray.ipynb #00fb3b14
 import hashlib
 import json
-import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from io import BytesIO
@@ -30,6 +29,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from .cluster_on_ray import ray_data
 from ..learning.contract import Contract, Problem, labels, schema
 from ..learning.features import Features, apply
 from ..learning.model import Job
@@ -44,7 +44,7 @@ from ..sources.fetch import locate
 from ..sources.rows import Aside, Rows, gathered_rows
 from ..sources.source import empty, open_source, reading, scan_files, wanted
 from ..values.data import Source
-from ..values.errors import MlrayError, Unavailable
+from ..values.errors import Unavailable
 from ..values.settings import Settings
 from ..values.spec import RunSpec
 
@@ -103,20 +103,9 @@ def _readers(spec: RunSpec, where: Source, settings: Settings) -> tuple[list[_Re
 _MEGABYTE = 2**20
 
 
-@contextmanager
-def _gently() -> Iterator[None]:
+def _gently() -> AbstractContextManager[None]:
     "Small blocks, and bars where somebody sees them."
-    context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size, context.enable_progress_bars, context.raise_original_map_exception = 16 * _MEGABYTE, sys.stderr.isatty(), True
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL) # what it would say is said in a letter
-    try:
-        with ray.data.DataContext.current(context): yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, MlrayError): cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is not None: raise cause from None
-        if isinstance(error, ray.exceptions.RayError): raise Unavailable(f"Ray Data lost what it was working on ({(str(error).strip().splitlines() or [''])[-1][:300]}). Try again.") from error
-        raise
+    return ray_data("Try again.", target_max_block_size=16 * _MEGABYTE, enable_progress_bars=sys.stderr.isatty())
 
 
 def _looked(piece: Any, spec: RunSpec, source: str, repeated: Mapping[str, pl.Series], folder: str) -> dict[str, list[Any]]:

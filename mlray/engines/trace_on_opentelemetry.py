@@ -82,11 +82,11 @@ class TracedGateway(CallGateway):
     "HTTP and gRPC, with traces."
     predictor = TracedPredictor
 
-    def __init__(self, plan: Plan, references: Sequence[str] = (), settings: Settings | None = None, handles: Mapping[str, Any] | None = None, worker: Any = None, console: Any = None):
+    def __init__(self, plan: Plan, references: Sequence[str] = (), settings: Settings | None = None, *more: Any): # as `Gateway` takes them
         settings = settings or Settings()
         self.provider = provider_of(settings.traces)
         self.tracer = self.provider.get_tracer("mlray")
-        super().__init__(plan, references, settings, handles, worker, console)
+        super().__init__(plan, references, settings, *more)
 
     async def reply(self, scope: Scope, headers: Headers, receive: Receive, request_id: str) -> Reply:
         method, path = scope["method"], self.path_of(scope)

@@ -35,7 +35,7 @@ from ..learning.network import Mixed, build, sensible, to_onnx
 from ..running.population import Population, lived
 from ..running.remote_checkpoints import Files
 from ..running.run import Backend, make_job, train
-from ..running.search import Plan, Proposing, Step, Trial, best_of, keep, read_trials, results_of
+from ..running.search import Plan, Proposing, Step, Trial, best_of, claimed_results, keep, read_trials
 from ..running.tracking import Tracker
 from ..running.tuned import Tuned
 from ..shipping.bundle import latency
@@ -277,7 +277,7 @@ def search_trials(
     longest = search.longest(job.train.epochs or 1)
     search = search.paced(longest)
     plan: Plan = Population(search, rows.fingerprints, longest) if search.scheduler == "pbt" else Proposing(search, rows.fingerprints)
-    with results_of(folder) as file:
+    with claimed_results(folder) as file:
         known = _gathered(file, found)
         if known: say(f"{len(known)} trials are known already")
         seen(tuple(known.values()), plan.total)

@@ -69,14 +69,14 @@ class Told:
         return f"{self.version}: {self.what}" + (f", since {self.since[:16]}" if self.begins else "; it is over")
 
 # %% ../../nbs/08_monitoring/12_alert.ipynb #82496555
-_MAY = (("error_rate", "look at the service's log, and roll back: `mlray rollback {name}`"), ("latency", "add replicas, or roll back: `mlray rollback {name}`"), ("requests", "ask whoever calls"),
-        ("moved_share", "see which source has changed; if the world has, train again on newer rows"), ("population_stability", "see which source has changed; if the world has, train again on newer rows"), ("wasserstein", "see which source has changed; if the world has, train again on newer rows"),
-        ("missing_difference", "repair the source, or let the contract say that it may be missing"), ("outside_difference", "see where the new values come from; train again once there are labels for them"),
-        ("demographic_parity", "hold the version against the gate again, and roll back to the one before: `mlray rollback {name}`"), ("equal", "hold the version against the gate again, and roll back to the one before: `mlray rollback {name}`"))
+_MAY = ((("error_rate",), "look at the service's log, and roll back: `mlray rollback {name}`"), (("latency",), "add replicas, or roll back: `mlray rollback {name}`"), (("requests",), "ask whoever calls"),
+        (("moved_share", "population_stability", "wasserstein"), "see which source has changed; if the world has, train again on newer rows"),
+        (("missing_difference",), "repair the source, or let the contract say that it may be missing"), (("outside_difference",), "see where the new values come from; train again once there are labels for them"),
+        (("demographic_parity", "equal"), "hold the version against the gate again, and roll back to the one before: `mlray rollback {name}`"))
 
 
 def _may(alert: Alert, name: str) -> str:
-    return alert.may or next((text.format(name=name) for start, text in _MAY if alert.metric.startswith(start)), f"train again on newer rows, or roll back: `mlray rollback {name}`")
+    return alert.may or next((text.format(name=name) for starts, text in _MAY if alert.metric.startswith(starts)), f"train again on newer rows, or roll back: `mlray rollback {name}`")
 
 
 def _whom_of_gaps(alert: Alert, report: Watched) -> str:
@@ -101,7 +101,7 @@ def _whom(alert: Alert, found: Look, report: Watched) -> str:
     known = [(m.value, ", ".join(f"{c}={v}" for c, v in zip(division.columns, g, strict=True))) for g, m in zip(division.groups, division.rates[rate], strict=True) if not math.isnan(m.value)]
     return (max if less_is_better(rate) else min)(known)[1] if known else ""
 
-
+# %% ../../nbs/08_monitoring/12_alert.ipynb #226cef15
 def advance(
     before: Mapping[str, State],    # by measure; empty at first
     alerts: Sequence[Alert],
@@ -133,9 +133,8 @@ def examples(
     settings: Settings,
     told: Told,
     report: Watched,
-    most: int = 5,
 ) -> tuple[str, ...]: # ids of requests
-    "Answers to look at."
+    "Answers to look at, five at most."
     model, _, version = told.version.partition("/")
     rows = journaled(settings.home / "journal", model, version, report.since, report.until)
     names = rows.collect_schema().names()
@@ -153,7 +152,7 @@ def examples(
         for part in filter(None, told.whom.split(", ")):
             name, _, group = part.partition("=")
             if f"column:{name}" in names: rows = rows.filter(pl.col(f"column:{name}").cast(pl.String) == group)
-    return tuple(rows.select("id").head(most).collect()["id"].to_list())
+    return tuple(rows.select("id").head(5).collect()["id"].to_list())
 
 # %% ../../nbs/08_monitoring/12_alert.ipynb #0f5e6849
 def signature(
@@ -169,7 +168,7 @@ def signature(
 
 def _key(environ: Mapping[str, str] = os.environ) -> bytes:
     given = environ.get("MLRAY_WEBHOOK_KEY", "")
-    if not given: raise Unavailable("Alerts go to a webhook unsigned by nobody: set MLRAY_WEBHOOK_KEY to the secret that the receiver knows (whsec_…, or any text).")
+    if not given: raise Unavailable("No alert goes to a webhook without a signature: set MLRAY_WEBHOOK_KEY to the secret that the receiver knows (whsec_…, or any text).")
     return base64.b64decode(given.removeprefix("whsec_")) if given.startswith("whsec_") else given.encode()
 
 

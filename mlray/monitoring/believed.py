@@ -54,7 +54,7 @@ def _contradicting(said: pl.DataFrame, guard: Guard, apart: float) -> list[LeftO
             found.append(LeftOut(giver, said.filter(pl.col("giver") == giver).height, f"{wrong} of the {part.height} that a trusted key labelled too say otherwise; {guard.disagreement:.0%} is tolerated"))
     return found
 
-
+# %% ../../nbs/08_monitoring/16_believed.ipynb #01d320a3
 def _bursts(said: pl.DataFrame, guard: Guard) -> list[tuple[LeftOut, pl.DataFrame]]:
     days = said.with_columns((pl.col("time") // (86400 * 10**9)).alias("day")).group_by("giver", "day").len("n").sort("giver", "day")
     found = []

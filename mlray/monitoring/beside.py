@@ -9,7 +9,6 @@ so no feature has to be filled, and the figures are the same that a replay has."
 __all__ = ['pairs', 'beside']
 
 # %% ../../nbs/08_monitoring/07_beside.ipynb #38784f7b
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +25,9 @@ def pairs(
     folder: Path,           # of the journal
     model: str,
     shadow: str,            # its version
-    since: datetime | None = None,
-    until: datetime | None = None,
 ) -> pl.DataFrame: # columns of the answer that was given; those of the shadow's end in `:shadow`
     "Every row that both have answered."
-    every = journaled(folder, model, None, since, until)
+    every = journaled(folder, model)
     given = every.filter((pl.col("arm") != "shadow") & pl.col("row").is_not_null())
     other = every.filter((pl.col("arm") == "shadow") & (pl.col("version") == shadow) & pl.col("row").is_not_null())
     said = [c for c in every.collect_schema().names() if c.startswith("answer:")]

@@ -7,7 +7,7 @@ reading skips and counts. What of a row may stand in a record is for `mlray.moni
 
 # %% auto #0
 __all__ = ['NO_NUMBER', 'One', 'Policy', 'Entry', 'Feedback', 'JournalFull', 'Writer', 'line_of', 'whole', 'Journal', 'segments',
-           'ended', 'read', 'records']
+           'ended', 'decoded', 'read', 'records']
 
 # %% ../../nbs/08_monitoring/01_journal.ipynb #66fe2c65
 import fcntl
@@ -93,6 +93,7 @@ def whole(
 
 # %% ../../nbs/08_monitoring/01_journal.ipynb #8d8dfdd9
 Policy = Literal["refuse", "answer-without"] # an answer that cannot be journaled: is not given, or is given and counted as lost
+_MOST_S = 60.0 # that a segment grows: what is put away is at most so old
 
 
 @dataclass
@@ -115,8 +116,8 @@ def _new_segment(folder: Path) -> _Segment:
 class Journal(Generic[One]):
     "A writer of segments; for several threads, in one process."
 
-    def __init__(self, folder: Path, full: Policy = "refuse", sync_s: float = 1.0, most_bytes: int = 2**26, most_s: float = 60.0):
-        self.folder, self.full, self.sync_s, self.most_bytes, self.most_s = Path(folder), full, sync_s, most_bytes, most_s
+    def __init__(self, folder: Path, full: Policy = "refuse", sync_s: float = 1.0, most_bytes: int = 2**26):
+        self.folder, self.full, self.sync_s, self.most_bytes = Path(folder), full, sync_s, most_bytes
         self.dropped, self.written = 0, 0   # records that could not be kept, and records that were
         self._said = 0                      # of those dropped, how many the journal itself tells of
         self._segment: _Segment | None = None
@@ -163,7 +164,7 @@ class Journal(Generic[One]):
         while not self._stop.wait(self.sync_s):
             with self._lock:
                 segment = self._segment
-                if segment and time.monotonic() - segment.opened >= self.most_s: self.rotate()
+                if segment and time.monotonic() - segment.opened >= _MOST_S: self.rotate()
                 copy = os.dup(segment.file) if segment is self._segment and segment and self._dirty else None
                 self._dirty = False
             if copy is not None: # outside of the lock: nobody waits for the disk
@@ -195,15 +196,24 @@ def ended(
     return True
 
 
+def decoded(
+    lines: Sequence[bytes],  # JSON of whole records
+    kind: type[One],         # what they are
+    where: str,              # that they stand
+) -> list[One]:
+    "Records. Raises `DataError` for what is something else."
+    decode = msgspec.json.Decoder(kind).decode
+    try: return [decode(line) for line in lines]
+    except msgspec.MsgspecError as error: raise DataError(f"{where} holds a record that is no {kind.__name__} ({error}). Was it written by another version of mlray? Move the segment away, and keep it.") from error
+
+
 def read(
     segment: Path,
     kind: type[One], # what its records are
 ) -> tuple[list[One], int]: # and how many lines are torn
     "The records of a segment, in the order of writing. Raises `DataError` for whole lines that are something else."
     lines, torn = whole(segment.read_bytes())
-    decode = msgspec.json.Decoder(kind).decode
-    try: return [decode(line) for line in lines], torn
-    except msgspec.MsgspecError as error: raise DataError(f"{segment} holds records that are no {kind.__name__} ({error}). Was it written by another version of mlray? Move it away, and keep it.") from error
+    return decoded(lines, kind, str(segment)), torn
 
 
 def records(

@@ -85,6 +85,7 @@ def _write_keys(path: Path, epochs: Mapping[str, str], first: bool = False) -> N
     part = path.with_suffix(f".{secrets.token_hex(4)}")
     with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(json.dumps(dict(epochs)))
+        file.flush() # or nothing would be there to sync
         os.fsync(file.fileno())
     try: os.link(part, path) if first else part.replace(path) # two that start at once agree on one key
     except FileExistsError: pass

@@ -12,7 +12,6 @@ __all__ = ['Learnable', 'learnable_contract', 'answers_of', 'labelled_rows', 'ke
 # %% ../../nbs/08_monitoring/17_labelled.ipynb #92289133
 import hashlib
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,7 +24,7 @@ import polars as pl
 from ..judgement.work_list import chosen, disagreement, places, uncertainty
 from ..learning.contract import Contract, check, schema
 from ..learning.features import apply
-from .archive import journaled, marked
+from .archive import journaled, marked, replace_privately
 from .believed import LeftOut, believed
 from .feedback import label_codes, truth
 from .keeping import kept_as
@@ -124,14 +123,7 @@ def keep_rows(
     data, folder = buffer.getvalue(), settings.home / "labelled" / name
     digest = hashlib.sha256(data).hexdigest()
     path = folder / f"{digest[:16]}.parquet"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not path.is_file():
-        part = path.with_suffix(f".{os.getpid()}.part")
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+    if not path.is_file(): replace_privately(path, data)
     inside = path.resolve().is_relative_to(settings.root.resolve())
     return Source(file=str(path.resolve().relative_to(settings.root.resolve()) if inside else path.resolve()), sha256=digest)
 
@@ -141,8 +133,8 @@ def next_spec(
     settings: Settings,
     parent: str,        # the version in production: `adult/3`
     learned: Learnable | None, # None: from the source alone
-) -> RunSpec: # Raises `DataError` where there is nothing to learn from
-    "What the next version is trained by."
+) -> RunSpec:
+    "What the next version is trained by. Raises `DataError` where there is nothing to learn from."
     policy = spec.retrain
     tree = spec.model_dump(mode="json", by_alias=True)
     tree["train"]["from"] = parent if policy.start == "warm" else None
@@ -170,8 +162,8 @@ def forget_rows(
         left = frame.filter(~marked(frame.schema, marks, "journal id", "journal row"))
         if left.height == frame.height: continue
         gone += frame.height - left.height
-        left.write_parquet(path.with_suffix(".part"), compression="zstd")
-        path.with_suffix(".part").replace(path)
+        left.write_parquet(made := io.BytesIO(), compression="zstd")
+        replace_privately(path, made.getvalue())
     return gone
 
 # %% ../../nbs/08_monitoring/17_labelled.ipynb #136ab1aa

@@ -57,7 +57,7 @@ def _back(alert: Alert, value: float) -> bool:
     if alert.clear is not None: most, least = (alert.clear, least) if most is not None else (most, alert.clear)
     return (most is None or value <= most) and (least is None or value >= least)
 
-
+# %% ../../nbs/08_monitoring/11_look.ipynb #6d1108ef
 def look(
     alert: Alert,
     known: Known | None, # None: it was not measured

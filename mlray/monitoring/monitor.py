@@ -32,7 +32,7 @@ from ..measures.score import Measure, Scorecard, wilson
 from ..measures.score_of_counts import calibration_chart, scorecard_of_counts
 from .feedback import Labelled, who_was_labelled
 from .keeping import seen_through
-from .windows import Window, Windows, count_new, together
+from .windows import Window, Windows, count_new, labels_in, together
 from ..running.evaluation import Evaluation, rules_of
 from ..shipping.bundle import Bundle
 from ..values.chart import DARK, Chart, line_chart
@@ -72,12 +72,11 @@ FIRST = 1000 # answers that later ones are compared with, at least
 
 def first_windows(
     windows: Sequence[Window], # of one arm, oldest first
-    least: int = FIRST,
 ) -> list[Window]:
     "The windows that hold a version's first answers."
     kept, rows = list[Window](), 0
     for w in windows:
-        if rows >= least: break
+        if rows >= FIRST: break
         kept.append(w)
         rows += w.rows
     return kept
@@ -194,16 +193,15 @@ def watched(
     version: str,                   # its number
     recent: Sequence[Window],       # that are judged, of one arm; at least one
     history: Sequence[Window] = (), # all there are, oldest first
-    reference: Profile | None = None, # what the bundle has learned from, as the journal shows it; None: it is made
 ) -> Watched:
     "Measure windows."
     window = together(recent)
-    drift = drift_report(seen_through(bundle.contract, bundle.profile) if reference is None else reference, window.profile)
+    drift = drift_report(seen_through(bundle.contract, bundle.profile), window.profile)
     shift, n = shift_of_answers(history, window), window.rows
-    known = operations(window) | {k: Known(v, n) for k, v in drift.values.items() if k not in ("unmatched_columns",)} | ({k: Known(v, n) for k, v in shift.values.items() if "[" in k} if shift else {})
+    known = operations(window) | {k: Known(v, n) for k, v in drift.values.items() if k != "unmatched_columns"} | ({k: Known(v, n) for k, v in shift.values.items() if "[" in k} if shift else {})
     answered, labelled = window.answered, window.labelled
     quality = scorecard_of_counts(labelled, draws=200) if labelled is not None and labelled.rows else None
-    labels = labelled.rows if labelled is not None else max((s.n for name, s in window.numbers.items() if name in ("bias", "hamming_loss")), default=0)
+    labels = labels_in(window)
     if answered is not None and answered.bins and answered.rows: known |= {k: Known(m, n) for k, m in estimate_of_counts(answered).items()}
     if quality: known |= {k: Known(m, labels) for k, m in quality.overall.items()}
     of_answers, of_labels = _fair(bundle, answered), _fair(bundle, labelled)

@@ -22,6 +22,7 @@ from .alert import advance, states, tell
 from .labelled import Learnable, labelled_rows, next_spec
 from .monitor import Watched, monitor
 from .rollout_step import start
+from .windows import labels_in
 from ..running.run import Run
 from ..running.tracking import NullTracker
 from ..shipping.bundle import Bundle
@@ -63,7 +64,7 @@ def known_of(
     standing = _standing(registry, name)
     bundle = bundle_of(registry, standing)
     spec, report = bundle.spec, monitor(settings, bundle, str(standing.number), now.timestamp())
-    labels = sum((w.labelled.rows if w.labelled is not None else w.numbers["bias"].n if "bias" in w.numbers else 0) for w in report.history) if report else 0
+    labels = sum(map(labels_in, report.history)) if report else 0
     learned = (bundle.provenance.get("sources", {}).get("train") or {}).get("rows", 0)
     rows = max(0, read_mark(name, settings).rows - int(learned)) if spec.data.train.growing else 0
     broken = _broken(settings, spec, report, now.timestamp(), look_only)
@@ -146,13 +147,12 @@ def retrain(
     asked: Mapping[str, str] | None = None, # key of a request → why; the same key is answered by one run
     dry_run: bool = False,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
-    lease_s: float = 120.0, # a holder that says nothing for so long has died
 ) -> Retrained:
     "Train a next version, if it is time."
     evidence, standing, bundle, _ = known_of(registry, settings, name, clock(), asked, dry_run)
     policy = bundle.spec.retrain
     if dry_run: return Retrained(name, due(evidence, policy, attempts(registry, name)))
-    held = claim(registry, evidence, policy, lease_s)
+    held = claim(registry, evidence, policy)
     if not isinstance(held, Claim): return Retrained(name, held)
     decision = Due((held.why,), minutes=held.minutes)
     with held_on(registry, held, clock) as may_go_on:

@@ -23,6 +23,7 @@ from ..judgement.rollout import Decision, Finding, Hold, Promote, RollBack, deci
 from ..measures.counts import Counts
 from ..measures.group_sums import GroupSums
 from .alert import Told
+from .monitor import needs_labels
 from .windows import Sum, Window, together
 from ..running.evaluation import rules_of
 from ..values.chart import Chart, line_chart
@@ -187,14 +188,13 @@ def _span(seconds: float) -> str:
 
 # %% ../../nbs/08_monitoring/13_rollout_run.ipynb #ab79aafe
 _COUNTED = ("error_rate", "invalid_rate", "answer_shift", "disagreement") # whether anybody tells what was true or not
-_OF_ANSWERS = ("demographic_parity", "selection_rate", "mean_prediction")
 
 
 def _untold(finding: Finding, arm: Arm) -> bool:
     "Whether it waits for somebody to tell what was true."
     name = finding.metric.partition("[")[0]
     if finding.kind == "latency": return False
-    return name not in _COUNTED if finding.kind == "mean" else not (name.startswith(_OF_ANSWERS) and (arm.decided is not None or arm.answered_sums is not None))
+    return name not in _COUNTED if finding.kind == "mean" else needs_labels(name) or (arm.decided is None and arm.answered_sums is None)
 
 
 def _labelled(finding: Finding, arm: Arm) -> int:

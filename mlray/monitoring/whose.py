@@ -100,7 +100,7 @@ def rows_of_caller(
     marks = pseudonyms(keys, "subject", person)
     return Theirs(marks, _at(folder, pl.col("subject").is_in(list(marks))))
 
-
+# %% ../../nbs/08_monitoring/09_whose.ipynb #a7630940
 def rows_with(
     folder: Path,   # of a journal
     keys: Keys,

@@ -123,7 +123,8 @@ def as_cron(job: Job) -> str:
 # %% ../../nbs/12_operations/12_schedule.ipynb #c223231f
 def as_kubernetes(job: Job) -> str:
     "A CronJob (batch/v1). Raises `SettingsError` without an image."
-    if ":" not in job.image.rpartition("/")[2] or job.image.endswith(":latest"): raise SettingsError("--image names what runs, by version or digest: registry.example.org/mlray:1.4.2. Without one it would be another image tomorrow.")
+    from mlray.operations.launcher import pinned  # brings a validator of schemas along
+    if not pinned(job.image): raise SettingsError("--image names what runs, by version or digest: registry.example.org/mlray:1.4.2. Without one it would be another image tomorrow.")
     container: dict[str, Any] = {
         "name": job.what, "image": job.image, "command": list(job.command), "envFrom": [{"secretRef": {"name": "mlray", "optional": True}}, {"configMapRef": {"name": "mlray", "optional": True}}],
         "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "8Gi"}}, "volumeMounts": [{"name": "home", "mountPath": "/var/mlray"}], "env": [{"name": "MLRAY_HOME", "value": "/var/mlray"}],

@@ -112,9 +112,9 @@ def _divided(windows: Sequence[Window]) -> list[Window]:
     return [together(windows[i:i + size]) for i in range(0, len(windows), size)]
 
 
-def recent_windows(settings: Settings, found: Version, arm: str = "production") -> Window | None: # None: nothing was counted
-    "All that is kept of a version, together."
-    kept = [w for w in Windows(settings, found.name, str(found.number)).stored() if w.arm == arm]
+def recent_windows(settings: Settings, found: Version) -> Window | None: # None: nothing was counted
+    "All that is kept of a version in production, together."
+    kept = [w for w in Windows(settings, found.name, str(found.number)).stored() if w.arm == "production"]
     return together(kept) if kept else None
 
 
@@ -181,9 +181,7 @@ def alerts(visit: Visit) -> Page:
 MOST = 50
 
 
-def _found(folder: Path, where: pl.Expr) -> pl.DataFrame:
-    rows = journaled(folder)
-    return rows.filter(where).head(MOST).collect()
+def _found(folder: Path, where: pl.Expr) -> pl.DataFrame: return journaled(folder).filter(where).head(MOST).collect()
 
 
 def _faces(rows: pl.DataFrame, feedback: pl.DataFrame) -> list[Table]:

@@ -26,6 +26,7 @@ from ..governance.proof import verify
 from ..governance.registry import Evidence, Registry, Version, bundle_of, evidence, generation, version, versions
 from ..governance.release import approvals, approvals_table
 from ..governance.standing import candidate_for, kept_as, moves_in
+from ..monitoring.windows import labels_in
 from .console import Maker, Page, Visit
 from .console_live import firing, recent_windows
 from ..running.card import dossier, model_card
@@ -161,10 +162,9 @@ def models(visit: Visit) -> Page:
 
 def _facts(visit: Visit, found: Version) -> list[tuple[str, str, str]]: # name, number, and what to know of it
     "What was counted of a version last."
-    last = recent_windows(visit.settings, found)
-    if not last: return [("Requests", "–", f"nothing was counted yet: `mlray monitor {found.name}`")]
-    window, labels = last, last.labelled.rows if last.labelled is not None else 0
-    return [("Requests", f"{window.requests:,}", f"{window.errors} errors, {window.refused} refused"), ("Labels heard", f"{labels:,}", f"of {window.rows:,} answers")]
+    window = recent_windows(visit.settings, found)
+    if not window: return [("Requests", "–", f"nothing was counted yet: `mlray monitor {found.name}`")]
+    return [("Requests", f"{window.requests:,}", f"{window.errors} errors, {window.refused} refused"), ("Labels heard", f"{labels_in(window):,}", f"of {window.rows:,} answers")]
 
 
 def model(visit: Visit) -> Page:
@@ -178,13 +178,9 @@ def model(visit: Visit) -> Page:
     return Page("model", s.name, {"s": s, "loud": loud, "facts": _facts(visit, s.first), "every": [(v, evidence(registry, v), headline(v)) for v in every], "papers": [(w, n) for w, (n, _) in PAPERS.items()], "generation": generation(registry, s.name), **may})
 
 
-def against(
-    registry: Registry,
-    found: Version,
-    alias: str = "production",
-) -> tuple[str, ...]: # none: it may go out
+def against(registry: Registry, found: Version) -> tuple[str, ...]: # none: it may go out
     "What the registry would say if the visitor let a version out now."
-    alias = kept_as(alias, registry.region)
+    alias = kept_as("production", registry.region)
     with registry.database.change() as c:
         why = reasons(registry.policy, candidate_for(c, found.name, found.number, alias), alias, registry.actor, registry._now())
         return (*why, *unsigned(c, registry.attestor, found.name, found.digest, gates_for(registry.policy, alias, None))) if registry.policy.signature else why

@@ -18,7 +18,7 @@ from typing import Any
 import nbformat
 
 from ..engines.gate_on_papermill import check_parameters, environment_of, execute, kernels_with
-from ..running.gate_page import kept, known_to, nowhere, page_bytes, places, reached_by, secrets_in, unsaid
+from ..running.gate_page import Needs, kept, known_to, nowhere, page_bytes, places, reached_by, secrets_in, unsaid
 from ..values.errors import GateError
 from ..values.settings import Settings, shipped
 
@@ -33,7 +33,6 @@ def run_report(
     name: str,                  # of the notebook: `errors`
     version: str,               # that it is about: `adult/3`
     settings: Settings,
-    timeout: int = 600,         # seconds a cell may take
     **parameters: Any,
 ) -> tuple[Path, Path]: # the executed notebook, and the page
     "Execute a report. Raises `GateError` where it did not come to its end."
@@ -44,7 +43,7 @@ def run_report(
     secrets, local = secrets_in({**os.environ, **variables}), places(variables)
     with TemporaryDirectory() as scratch:
         out = Path(scratch) / path.name
-        broken = execute(path, out, given, timeout, kernels_with({**known_to(reached_by(None, settings)), **variables}))
+        broken = execute(path, out, given, Needs().timeout_s, kernels_with({**known_to(reached_by(None, settings)), **variables}))
         if not out.is_file(): raise GateError(f"The report {name} of {version} did not run: {nowhere(unsaid(broken, secrets), local)}.")
         page, _ = kept(nbformat.read(out, as_version=4), secrets, local)
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .card import Dossier, Paper, Section, small_groups
+from .explanation import flippable
 from ..values.display import table
 
 # %% ../../nbs/07_running/16_compliance.ipynb #3c1809e6
@@ -77,7 +78,7 @@ def _erased(found: Dossier) -> Shown:
 
 def _alone(found: Dossier) -> Shown:
     return _split(_told(found, "oversight", "who looks at decisions and can overrule them"), (True, "an explanation of each answer, the same to the byte whenever it is asked for", ""),
-                  (found.bundle.task.kind == "binary" and not found.bundle.thresholds, "the smallest change that flips a decision (`--method counterfactual`)", "counterfactuals, which are for decisions by one line between two classes"), _gate(found, "explanation"))
+                  (flippable(found.bundle), "the smallest change of a row that gets another answer (`--method counterfactual`)", "counterfactuals: each group has a line of its own, and a row does not say its group"), _gate(found, "explanation"))
 
 
 def _records(found: Dossier) -> Shown: return _split(_told(found, "owner", "the controller"), _told(found, "intended_use", "the purposes"), (True, f"categories of data in a contract of {len(found.bundle.contract.columns)} columns", ""), _told(found, "data_owner", "who answers for the rows"))

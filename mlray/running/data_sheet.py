@@ -52,8 +52,8 @@ def _composition(found: Dossier) -> Section:
     target, label = b.contract.target, b.profile.columns.get(b.contract.target)
     shares = [(v, n, n / label.known) for v, n in zip(label.bins, label.counts, strict=False) if n] if label and label.known and not label.numeric else []
     tables += [columns_table(found)] + ([table(["value", "rows", "share"], shares, f"What {target} is")] if shares else [])
-    few = [f"{n} has no description" for n, c in b.contract.columns.items() if not c.description and c.role != "ignored"]
-    return Section("Composition", (f"Each row is one case; {', '.join(b.contract.targets)} is what is learned.",), tuple(tables), missing=(f"descriptions of columns: {', '.join(f.partition(' has')[0] for f in few)}",) if few else ())
+    bare = [n for n, c in b.contract.columns.items() if not c.description and c.role != "ignored"]
+    return Section("Composition", (f"Each row is one case; {', '.join(b.contract.targets)} is what is learned.",), tuple(tables), missing=(f"descriptions of columns: {', '.join(bare)}",) if bare else ())
 
 
 def _cleaning(found: Dossier) -> Section:

@@ -7,8 +7,8 @@ profile. Nothing but the bundle is needed to explain an answer, years later as o
 
 # %% auto #0
 __all__ = ['FAR', 'METHODS', 'EXPLAINED', 'SHAKEN', 'ATTACKED', 'EXPOSED', 'scoring', 'deciding', 'tolerance_of', 'output_of',
-           'known_rows', 'explain', 'untold', 'Wish', 'what_if', 'explain_rows', 'certainty', 'some_rows', 'needed',
-           'nonsense_share', 'shaken', 'behaved', 'exposed', 'asked_for']
+           'known_rows', 'explain', 'untold', 'Wish', 'flippable', 'what_if', 'explain_rows', 'certainty', 'some_rows',
+           'needed', 'nonsense_share', 'shaken', 'behaved', 'exposed', 'asked_for']
 
 # %% ../../nbs/07_running/01_explanation.ipynb #ac08a615
 import math
@@ -158,6 +158,11 @@ def _lead(found: np.ndarray, own: int, wanted: int | None) -> np.ndarray:
     return _signed(decided != own if wanted is None else decided == wanted, np.abs(rest - found[:, ahead]))
 
 # %% ../../nbs/07_running/01_explanation.ipynb #eb3f4d83
+def flippable(bundle: Bundle) -> bool:
+    "Whether a row says all that a counterfactual of it needs: where each group has a line of its own, the group too."
+    return not bundle.thresholds or bundle.spec.mitigation is None or set(bundle.spec.mitigation.by) <= set(bundle.contract.features)
+
+
 def _of_group(bundle: Bundle, row: Mapping[str, Any], held: Sequence[str]) -> Bundle:
     "A bundle with the line of the row's own group, where groups have their own."
     if not bundle.thresholds or bundle.spec.mitigation is None: return bundle
@@ -195,15 +200,14 @@ def what_if(
 def explain_rows(
     bundle: Bundle,
     frame: pl.DataFrame,                # checked rows; more columns than the features do no harm
-    method: str = "lime",
-    known: Background | None = None,
-    output: int | None = None, # place of a class or label; None: the only output
-    perturbations: int = 5000, # rows scored for each row
+    method: str = "lime",               # or `shap`
+    known: Background | None = None,    # None: from the bundle's profile
+    perturbations: int = 5000,          # rows scored for each row
 ) -> Summary: # summaries of parts add up
     "Explain many rows, and add up."
     known = known or known_rows(bundle)
     rows = frame.select(bundle.contract.features).iter_rows(named=True)
-    return reduce(add, (summary(explain(bundle, row, method, known, output, perturbations)) for row in rows), Summary())
+    return reduce(add, (summary(explain(bundle, row, method, known, perturbations=perturbations)) for row in rows), Summary())
 
 # %% ../../nbs/07_running/01_explanation.ipynb #ebcda957
 EXPLAINED = ("fidelity", "fidelity_lowest", "stability", "explained_rows", "importance", "nonsense_share")
@@ -230,14 +234,13 @@ def some_rows(frame: pl.DataFrame, most: int) -> pl.DataFrame:
 def needed(
     bundle: Bundle,
     frame: pl.DataFrame,    # checked rows, labels included
-    repeats: int = 5,       # shuffles of each column
 ) -> Importances: # most important first; of classes and labels lost accuracy, of yes and no lost log likelihood
     "What answers lose when a feature says nothing."
     task, truth = bundle.task, labels(bundle.contract, frame).to_numpy()
     if task.kind == "binary": score, worth = scoring(bundle), lambda y, said: -float(row_losses(task, y, said).mean())
     elif task.classes: score, worth = deciding(bundle), lambda y, said: float((y == said).mean())
     else: score, worth = deciding(bundle), lambda y, said: -float(np.abs(y - said).mean())
-    return permutation_importance(score, frame.select(bundle.contract.features), truth @ (2.0 ** np.arange(truth.shape[1])) if truth.ndim == 2 else truth, worth, bundle.digest, repeats=repeats)
+    return permutation_importance(score, frame.select(bundle.contract.features), truth @ (2.0 ** np.arange(truth.shape[1])) if truth.ndim == 2 else truth, worth, bundle.digest)
 
 
 def nonsense_share(
@@ -256,19 +259,18 @@ def shaken(bundle: Bundle, frame: pl.DataFrame, min_group: int | None = None) ->
     return robustness(deciding(bundle), bundle.contract, frame, by, None, None, bundle.digest, min_group=bundle.spec.min_group if min_group is None else min_group, tolerance=tolerance_of(bundle))
 
 
-def behaved(bundle: Bundle, frame: pl.DataFrame, output: int | None = None, checks: Sequence[Behaviour] | None = None) -> BehaviourReport:
+def behaved(bundle: Bundle, frame: pl.DataFrame, checks: Sequence[Behaviour] | None = None) -> BehaviourReport:
     "Checks of behaviour, tried on test rows: the given ones, or the spec's."
-    return behave(scoring(bundle), bundle.contract, frame, bundle.spec.behaviour if checks is None else checks, output)
+    return behave(scoring(bundle), bundle.contract, frame, bundle.spec.behaviour if checks is None else checks)
 
 
 def exposed(
     bundle: Bundle,
     members: pl.DataFrame,  # checked rows that it has learned from
     others: pl.DataFrame,   # checked rows that it has not
-    most: int = 5000, # rows on either side, evenly from the whole
 ) -> Membership:
-    "Whether a bundle's answers tell whom it has learned from."
-    two = [some_rows(frame, most) for frame in (members, others)]
+    "Whether a bundle's answers tell whom it has learned from; by some thousand rows on either side."
+    two = [some_rows(frame, 5000) for frame in (members, others)]
     losses = [row_losses(bundle.task, labels(bundle.contract, frame).to_numpy(), predict(bundle, frame, frame.height)) for frame in two]
     by = (groups(bundle.contract, two[0]), groups(bundle.contract, two[1])) if bundle.contract.sensitive else None
     return membership(losses[0], losses[1], by, bundle.spec.min_group)
@@ -278,7 +280,6 @@ def asked_for(
     bundle: Bundle,
     frame: pl.DataFrame,    # checked test rows
     rules: Sequence[Rule],
-    most: int = 50,         # rows to explain
     asks: RunSpec | None = None, # whose rules and checks these are; None: the bundle's own
     members: pl.DataFrame | None = None, # checked rows that the bundle has learned from
 ) -> dict[str, float | Measure]: # by measure, as `mlray.judgement.gate.judge` takes them
@@ -286,7 +287,7 @@ def asked_for(
     names, spec = {rule.metric.partition("[")[0] for rule in rules}, asks or bundle.spec
     found: dict[str, float | Measure] = {}
     if names & set(EXPLAINED):
-        told = explain_rows(bundle, some_rows(frame, most), perturbations=2000)
+        told = explain_rows(bundle, some_rows(frame, 50), perturbations=2000)
         found |= told.values
         if "nonsense_share" in names: found["nonsense_share"] = nonsense_share(told, needed(bundle, some_rows(frame, 500)))
     if names & set(SHAKEN) and any(rule.measure not in ATTACKED for rule in rules if rule.metric.partition("[")[0] in SHAKEN): found |= shaken(bundle, frame, spec.min_group).measures

@@ -298,14 +298,15 @@ def train(
             tracker.note(f"measuring on {rows.parts.test.height} test rows")
             before = incumbent_of(registry, spec.name)
             beside = evaluate_beside(bundle, before, rows.parts.test)
+            if beside.lacking: tracker.note(f"no comparison with production, which asks for {', '.join(beside.lacking)}: with `role: ignored` in the contract both could answer")
             evaluation, asked = beside.evaluation, rules_of(spec)
             data: dict[str, Found] = {**(inspect_rows(rows, before.profile if before else None).values if asks_of_rows(asked, evaluation) else {}),
                                       **asked_for(bundle, rows.parts.test, asked, members=rows.parts.train), **asked_of_network(bundle, rows.parts.test, asked)}
-            theirs = {**asked_for(before, rows.parts.test, comparing(asked), asks=spec, members=rows.parts.train), **asked_of_network(before, rows.parts.test, comparing(asked), incumbent=True)} if before else {}
+            theirs = {**asked_for(before, rows.parts.test, comparing(asked), asks=spec, members=rows.parts.train), **asked_of_network(before, rows.parts.test, comparing(asked), incumbent=True)} if before and beside.incumbent else {}
             verdict = verdict_of(spec, beside, data=data, before=theirs)
             results, came = results_of(evaluation, verdict, rows), lineage_of(bundle, kept.folder.name, tracker.where(), settings.root)
             run = Run(register(registry, bundle, results, came), rows, evaluation, verdict, drift, beside.comparison)
-            open_checkpoints(kept.folder, settings.checkpoints).clear() # finished: the same command would do it all again, and come to the same version
+            for states in (open_checkpoints(kept.folder, settings.checkpoints), kept): states.clear() # finished: the same command would do it all again, and come to the same version
     except BaseException as error:
         tracker.finish({"error": f"{type(error).__name__}: {error}"})
         raise

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..learning.profile import Histogram
 from .card import Dossier, Paper, Section, said_of
+from .explanation import flippable
 from ..values.column import Column
 from ..values.display import table
 
@@ -66,11 +67,11 @@ def _back(found: Dossier) -> Section:
 
 
 def _incident(found: Dossier) -> Section:
-    v, name = found.version, found.version.name
-    row = _quoted(sample_row(found))
+    v, name, row, task = found.version, found.version.name, _quoted(sample_row(found)), found.bundle.task
+    wish = "" if task.classes else f" --at-least {task.center + task.spread:.4g}" # a number needs one
     return Section("In trouble", ("First take it back, then find out why.",), commands=(("Take it back", f"mlray rollback {name} production"), ("What was changed, and by whom", "mlray audit"), ("Whether the registry is as it was written", "mlray audit verify"),
-                   ("Why it answers a row as it does", f"mlray explain {v} {row}"), ("The smallest change that flips the answer", f"mlray explain {v} {row} --method counterfactual"), ("Whether it can be made again, to the bit", f"mlray reproduce {v}"),
-                   ("Whether its gates would still pass", f"mlray gate {v} --again " + " ".join(f"--gate {g}" for g in found.policy.get("gates", ())))))
+                   ("Why it answers a row as it does", f"mlray explain {v} {row}"), *([("The smallest change that gets it another answer", f"mlray explain {v} {row} --method counterfactual{wish}")] if flippable(found.bundle) else []), ("Whether it can be made again, to the bit", f"mlray reproduce {v}"),
+                   ("Whether its gates would still pass", f"mlray gate {v} --again" + "".join(f" --gate {g}" for g in found.policy.get("gates", ())))))
 
 
 def _end(found: Dossier) -> Section:

@@ -17,7 +17,7 @@ from typing import Any
 
 from .progress import CellDisplay, ToldTracker, curve
 from .run import Run
-from .search import UNITS, Trial, best_of, pareto, pareto_chart, trials_table
+from .search import UNITS, Trial, best_of, pareto, pareto_chart, rank, trials_table
 from ..values.chart import Chart
 from ..values.display import Table
 from ..values.errors import TrainingError
@@ -111,7 +111,7 @@ class Searching:
         bar = f'<progress value="{done}" max="{max(self.most, 1)}" aria-label="trials"></progress> '
         head = f'<b>{escape(self.spec.name)}</b> · {bar}{escape(" · ".join(repr(self).removeprefix(self.spec.name).strip().split("  ")))}'
         line = curve(self.best_by_trial, f"best {search.metric}") if len(self.best_by_trial) > 1 else ""
-        ranked = sorted((t for t in self.trials if t.value is not None), key=lambda t: ((t.value or 0) * (1 if search.direction == "minimize" else -1), t.number))
+        ranked = sorted((t for t in self.trials if t.value is not None), key=lambda t: (rank(t, search.direction), t.number))
         few = trials_table(ranked[:5], search.metric, "the best so far" if done < self.most else "the best")._repr_html_() if best else ""
         prices = (search.prices or ("parameters",)) if done >= self.most else ()
         fronts = "".join(pareto_chart(self.trials, price, search.metric, search.direction).svg for price in prices if len({getattr(t, price) for t in ranked} - {None}) > 1)
@@ -132,7 +132,6 @@ class SearchProgress:
     ) -> None:
         if self.before is None: self.before = len(trials)
         self.cell.draw(Searching(self.spec, tuple(trials), most, self.before, time.monotonic() - self.began))
-
 
 
 def told_trials(

@@ -29,6 +29,7 @@ from ..measures.threshold import group_names
 from ..monitoring.journal import Journal
 from ..monitoring.keeping import Recorder, read_keys
 from ..running.explanation import explain, known_rows
+from .served import asked
 from ..shipping.answer import predictions
 from ..shipping.bundle import Bundle, decide, load_bundle, predict
 from ..sources.rows import flat
@@ -190,10 +191,6 @@ def read_piece(
         return (named if lines else named.filter(~pl.all_horizontal(pl.exclude(ROW).is_null()))).select(ROW, *(n for n in (*contract.columns, UNREAD) if n in named.columns))
 
 # %% ../../nbs/09_serving/20_batch.ipynb #07155a0f
-def _asked(contract: Contract) -> Contract:
-    return Contract({n: contract.columns[n].model_copy(update={"unique": False}) for n in contract.features}, contract.rules)
-
-
 def _whose(contract: Contract, frame: pl.DataFrame, missing: tuple[str, ...]) -> pl.DataFrame:
     "The number of each row, and the columns that say whom it is about."
     known = Contract({n: c for n, c in contract.columns.items() if c.role == "id" and n in frame.columns})
@@ -221,7 +218,7 @@ def answer_piece(
     missing: tuple[str, ...] = ("",), # what stands for a missing value in text
 ) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]: # answers; refused rows; the typed rows that were answered
     "Answer what can be answered. Each row is in one of the two."
-    contract, features = bundle.contract, _asked(bundle.contract)
+    contract, features = bundle.contract, asked(bundle.contract)
     whole = frame.with_columns(pl.lit(None, pl.String).alias(n) for n in features.columns if n not in frame.columns)
     checked = check(features, whole, missing)
     place = "row" if "row" not in features.columns else "row in the source"
@@ -277,6 +274,7 @@ def _written(frame: pl.DataFrame, out: Path | Bucket, name: str, about: Mapping[
 
 
 _opened = lru_cache(4)(load_bundle)
+_AT_ONCE = 1000 # rows in an entry of the journal
 
 
 @lru_cache(2)
@@ -284,13 +282,13 @@ def _recorder(home: Path, full: Any, sync_s: float) -> Recorder:
     return Recorder(Journal(home / "journal" / "segments", full, sync_s), read_keys(Settings(home=home)))
 
 
-def _record(work: Work, bundle: Bundle, piece: Piece, rows: pl.DataFrame, settings: Settings, at_once: int = 1000) -> None:
+def _record(work: Work, bundle: Bundle, piece: Piece, rows: pl.DataFrame, settings: Settings) -> None:
     "Write answers into the journal; a piece that is done twice has the same ids, and counts once."
-    for at in range(0, rows.height, at_once):
-        few = rows[at:at + at_once]
+    for at in range(0, rows.height, _AT_ONCE):
+        few = rows[at:at + _AT_ONCE]
         scores = predict(bundle, few, few.height)
         said = predictions(bundle.task, scores, decide(bundle, scores, few))
-        _recorder(settings.home, settings.journal_full, settings.journal_sync_s).record(bundle, work.version.rpartition("/")[2], f"batch-{work.batch}-{piece.number:06}-{at // at_once:03}", few.select(bundle.contract.features).to_dict(as_series=False), said, arm="batch")
+        _recorder(settings.home, settings.journal_full, settings.journal_sync_s).record(bundle, work.version.rpartition("/")[2], f"batch-{work.batch}-{piece.number:06}-{at // _AT_ONCE:03}", few.select(bundle.contract.features).to_dict(as_series=False), said, arm="batch")
 
 
 def _reasons(bundle: Bundle, rows: pl.DataFrame, most: int) -> pl.Series:

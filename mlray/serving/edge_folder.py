@@ -186,11 +186,13 @@ def _example(bundle: Bundle, model: Mapping[str, Any]) -> dict[str, Any]:
     return next(r for r in (usual, *rows_of_every_kind(model, 500)) if isinstance(r, dict) and not broken_rules(bundle.contract, r))
 
 
+_COMPARED = 300 # rows of every kind that a folder must answer as mlray does
+
+
 def export_folder(
     bundle: Bundle,
     version: str,   # its number
     folder: Path,   # is made; must not exist
-    compare: int = 300, # rows of every kind that the folder must answer as mlray does
 ) -> Exported:
     "Write a folder that answers by itself. Raises `BundleError` for what it could not answer the same."
     if folder.exists(): raise BundleError(f"{folder} is there already. Name a folder that is not.")
@@ -204,10 +206,10 @@ def export_folder(
     try:
         part.chmod(0o755)
         for name, data in files.items(): (part / name).write_bytes(data)
-        if odd := differences(part, bundle, rows_of_every_kind(model, compare)):
-            raise BundleError(f"The exported folder would say {odd[0][2]!r} where mlray says {odd[0][1]!r}, of {odd[0][0]!r}; {len(odd)} of {compare} rows differ. Nothing was written; serve this version with `mlray serve`."[:1500])
+        if odd := differences(part, bundle, rows_of_every_kind(model, _COMPARED)):
+            raise BundleError(f"The exported folder would say {odd[0][2]!r} where mlray says {odd[0][1]!r}, of {odd[0][0]!r}; {len(odd)} of {_COMPARED} rows differ. Nothing was written; serve this version with `mlray serve`."[:1500])
         shutil.rmtree(part / "__pycache__", ignore_errors=True)
         names = seal(part)
         part.rename(folder)
     finally: shutil.rmtree(part, ignore_errors=True)
-    return Exported(f"{bundle.name}/{version}", bundle.digest, str(folder), names, sum((folder / n).stat().st_size for n in names), compare)
+    return Exported(f"{bundle.name}/{version}", bundle.digest, str(folder), names, sum((folder / n).stat().st_size for n in names), _COMPARED)

@@ -17,10 +17,10 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
 
-from .open_inference import Tensor, parts_of_answer, rows_of_columns
+from .open_inference import Tensor, datatype_of, parts_of_answer, rows_of_columns
 from .served import Served
 from .service import Answered, Form
-from .wire import Asked, Refused, Reply, Rows
+from .wire import Asked, Refused, Reply, Rows, wrong_shape
 from ..shipping.bundle import decide
 
 # %% ../../nbs/09_serving/14_inference_messages.ipynb #935fe84b
@@ -79,19 +79,16 @@ _FIELDS = {"BOOL": "bool_contents", "INT64": "int64_contents", "UINT64": "uint64
 _FIELDS |= {f"{u}INT{n}": f"{u.lower()}int_contents" for u in ("", "U") for n in (8, 16, 32)}
 
 
-def _wrong(message: str) -> Refused: return Refused(422, "wrong_shape", message)
-
-
 def _data(tensor: Any) -> list[Any]:
     "What stands in a tensor's typed field."
     field = _FIELDS.get(tensor.datatype)
-    if field is None: raise _wrong(f"A tensor has the datatype of none of {', '.join(sorted(_FIELDS))}; FP16 comes in raw_input_contents.")
+    if field is None: raise wrong_shape(f"A tensor has the datatype of none of {', '.join(sorted(_FIELDS))}; FP16 comes in raw_input_contents.")
     given = [f.name for f, _ in tensor.contents.ListFields()]
-    if given not in ([], [field]): raise _wrong(f"A tensor of this datatype has its values in {field}, and nowhere else.")
+    if given not in ([], [field]): raise wrong_shape(f"A tensor of this datatype has its values in {field}, and nowhere else.")
     values = list(getattr(tensor.contents, field))
     if tensor.datatype != "BYTES": return values
     try: return [v.decode() for v in values]
-    except UnicodeDecodeError: raise _wrong("A BYTES tensor holds text that is not UTF-8.") from None
+    except UnicodeDecodeError: raise wrong_shape("A BYTES tensor holds text that is not UTF-8.") from None
 
 
 def rows_of_message(
@@ -100,7 +97,7 @@ def rows_of_message(
 ) -> Rows:
     "The rows of an inference request. Raises `Refused`."
     raw = list(sent.raw_input_contents)
-    if raw and (len(raw) != len(sent.inputs) or any(t.HasField("contents") for t in sent.inputs)): raise _wrong("raw_input_contents holds the values of every input, or of none.")
+    if raw and (len(raw) != len(sent.inputs) or any(t.HasField("contents") for t in sent.inputs)): raise wrong_shape("raw_input_contents holds the values of every input, or of none.")
     tensors = [(Tensor(t.name, list(t.shape), t.datatype, None if raw else _data(t)), raw[i] if raw else None) for i, t in enumerate(sent.inputs)]
     return rows_of_columns(served, tensors, tuple(o.name for o in sent.outputs), sent.id)
 
@@ -118,7 +115,7 @@ def message_of_answer(asked: Asked, done: Answered, raw: bool) -> Any: # ModelIn
         parameters={"digest": {"string_param": served.bundle.digest}, "arm": {"string_param": done.arm}, "fallback": {"bool_param": done.arm == "fallback"}})
     for name, values in parts.items():
         if rows.outputs and name not in rows.outputs: continue
-        kind = "BYTES" if values.dtype == object else "BOOL" if values.dtype == bool else "FP32"
+        kind = datatype_of(values)
         tensor = said.outputs.add(name=name, datatype=kind, shape=values.shape)
         if raw: said.raw_output_contents.append(_raw(values))
         else: getattr(tensor.contents, _FIELDS[kind]).extend(str(v).encode() for v in values) if kind == "BYTES" else getattr(tensor.contents, _FIELDS[kind]).extend(values.ravel().tolist())

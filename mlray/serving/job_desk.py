@@ -18,18 +18,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
-import polars as pl
 import pyarrow as pa
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 
 from ..governance.access import Caller
-from ..learning.contract import schema
 from ..monitoring.keeping import open_recorder
-from .arrow import ARROW, frame_of_stream
+from .arrow import ARROW, frame_of_stream, stream_of
 from .jobs import PART, Job, Shelf, State, claimed, end, job_id, keep, put, sweep
 from .plan import Model, Plan, loaded
-from .served import MOST_ROWS, Served, decoded, rows_of_frame, rows_of_records
+from .served import MOST_ROWS, Served, frame_of, instances_of, rows_of_frame, rows_of_records
 from .service import Form, Service, answered, caller_name, line_of, worded
 from .traffic import Choice, Traffic, choose
 from .wire import Asked, Refused, Reply, Rows, at_once, encode
@@ -41,15 +39,7 @@ def _rows(served: Served, asked: Asked) -> Rows:
     "The rows of a batch. Raises `Refused`."
     if asked.kind == ARROW: return rows_of_frame(served, frame_of_stream(asked.body, MOST_ROWS), MOST_ROWS)
     if asked.kind not in ("", "application/json"): raise Refused(415, "wrong_type", f"Send application/json or {ARROW}.")
-    sent = decoded(asked.body)
-    rows = sent.get("instances") if isinstance(sent, dict) else None
-    if not isinstance(rows, list) or len(sent) != 1: raise Refused(422, "wrong_shape", 'Send {"instances": [{…}, …]} and nothing beside it.')
-    return rows_of_records(served, rows, MOST_ROWS)
-
-
-def _frame(served: Served, rows: Rows) -> pl.DataFrame:
-    types = schema(served.features)
-    return rows.columns if isinstance(rows.columns, pl.DataFrame) else pl.DataFrame(dict(rows.columns), schema={n: types[n] for n in rows.columns})
+    return rows_of_records(served, instances_of(asked.body), MOST_ROWS)
 
 
 def _pinned(choice: Choice, model: str) -> Traffic:
@@ -64,13 +54,13 @@ def shelf_of(settings: Settings) -> Shelf: return Shelf(settings.home / "jobs", 
 class Minder(threading.Thread):
     "Sees to it that somebody works while jobs wait, and asks again when they die."
 
-    def __init__(self, shelf: Shelf, work: Callable[[], Any], every: float = 2.0):
+    def __init__(self, shelf: Shelf, work: Callable[[], Any]):
         super().__init__(name="minder", daemon=True)
-        self.shelf, self.work, self.every, self.bell = shelf, work, every, threading.Event()
+        self.shelf, self.work, self.bell = shelf, work, threading.Event()
 
     def run(self) -> None:
         while True:
-            self.bell.wait(self.every)
+            self.bell.wait(2.0)
             self.bell.clear()
             if not self.shelf.waiting(): continue
             try: self.work()
@@ -103,7 +93,7 @@ class Desk:
         traffic = _pinned(choice, line.traffic.model)
         job = Job(job_id(caller.name, asked.once or asked.request_id), caller.name, caller_name(asked), rows.count, traffic, tuple(self.models[line.versions[v].bundle.digest] for v in traffic.versions if v in line.versions),
                   hashlib.sha256(asked.body).hexdigest(), time.time(), rows.subject, asked.wanted)
-        kept = put(self.shelf, job, _frame(served, rows))
+        kept = put(self.shelf, job, frame_of(served, rows))
         self.wake()
         return Reply(202, encode(self.told(kept)), {"Location": f"/v1/jobs/{kept.id}"})
 
@@ -124,16 +114,10 @@ class Desk:
         arms = {t.schema.metadata[b"arm"].decode() for t in tables}
         about["version"], about["arm"] = ",".join(sorted({t.schema.metadata[b"version"].decode() for t in tables})), arms.pop() if len(arms) == 1 else "fallback"
         whole = pa.concat_tables(tables).replace_schema_metadata(about)
-        if asked.accept == ARROW: return Reply(200, _stream(whole), {"content-type": ARROW})
+        if asked.accept == ARROW: return Reply(200, stream_of(whole), {"content-type": ARROW})
         return Reply(200, encode({"predictions": said_of(whole), **about, "fallback": about["arm"] == "fallback"}))
 
 # %% ../../nbs/09_serving/16_job_desk.ipynb #6625f8ff
-def _stream(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer: writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
 def minded(
     settings: Settings,
     work: Callable[[], Any], # lets somebody do jobs; awaited on the loop that runs now

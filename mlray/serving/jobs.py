@@ -97,7 +97,10 @@ class Shelf:
     def waiting(self) -> list[str]:
         "Jobs that are not over, the first submitted first."
         if not self.folder.is_dir(): return []
-        found = [(p.stat().st_mtime_ns, p.parent.name) for p in self.folder.glob("[0-9a-f]*/job.json") if not (p.parent / "end.json").exists()]
+        found = list[tuple[int, str]]()
+        for path in self.folder.glob("[0-9a-f]*/job.json"):
+            with suppress(FileNotFoundError): # another process has deleted it meanwhile
+                if not (path.parent / "end.json").exists(): found.append((path.stat().st_mtime_ns, path.parent.name))
         return [name for _, name in sorted(found)]
 
 # %% ../../nbs/09_serving/15_jobs.ipynb #6076f9dc
@@ -161,10 +164,15 @@ def claimed(shelf: Shelf, id: str) -> Iterator[bool]:
         else: yield not (shelf.folder / id / "end.json").exists()
     finally: os.close(file)
 
-
+# %% ../../nbs/09_serving/15_jobs.ipynb #049c1898
 def _delete(path: Path) -> None:
     with suppress(FileNotFoundError): # another process deletes too
         shutil.rmtree(path.rename(path.with_name(f".{path.name}-{os.urandom(4).hex()}")), ignore_errors=True)
+
+
+def _stands_in(shelf: Shelf, job: Job, value: str, column: str) -> bool:
+    try: return bool(rows_of_person(shelf.rows(job.id), value, column).any())
+    except FileNotFoundError: return False # it is over: its rows are gone, and answers have no columns
 
 
 def forget_jobs(
@@ -176,8 +184,7 @@ def forget_jobs(
     gone = 0
     for path in shelf.folder.glob("[0-9a-f]*"):
         if (job := shelf.get(path.name)) is None: continue
-        rows = shelf.rows(path.name)
-        if not (rows_of_person(rows, person, column).any() if column else job.subject == person): continue
+        if not (_stands_in(shelf, job, person, column) if column else job.subject == person): continue
         if shelf.ended(path.name) is None: end(shelf, path.name, "cancelled")
         _delete(path)
         gone += 1

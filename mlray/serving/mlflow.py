@@ -12,25 +12,22 @@ __all__ = ['SHAPES', 'records_of_invocation', 'rows_of_invocation']
 from typing import Any
 
 from .served import Served, decoded, rows_of_records
-from .wire import Refused, Rows
+from .wire import Rows, wrong_shape
 
 # %% ../../nbs/09_serving/06_mlflow.ipynb #002d813a
 SHAPES = ("dataframe_split", "dataframe_records", "instances", "inputs")
 
 
-def _wrong(message: str) -> Refused: return Refused(422, "wrong_shape", message)
-
-
 def _split(sent: Any) -> list[Any]:
     columns, data = (sent.get("columns"), sent.get("data")) if isinstance(sent, dict) else (None, None)
-    if not isinstance(columns, list) or not all(isinstance(c, str) for c in columns) or len(set(columns)) != len(columns) or not isinstance(data, list): raise _wrong("dataframe_split has columns, a list of names, and data, a list of rows.")
-    if not all(isinstance(row, list) and len(row) == len(columns) for row in data): raise _wrong("Each row of dataframe_split has a value for each column.")
+    if not isinstance(columns, list) or not all(isinstance(c, str) for c in columns) or len(set(columns)) != len(columns) or not isinstance(data, list): raise wrong_shape("dataframe_split has columns, a list of names, and data, a list of rows.")
+    if not all(isinstance(row, list) and len(row) == len(columns) for row in data): raise wrong_shape("Each row of dataframe_split has a value for each column.")
     return [dict(zip(columns, row, strict=True)) for row in data]
 
 
 def _by_column(sent: dict[str, Any]) -> list[Any]:
     columns = {n: v if isinstance(v, list) else [v] for n, v in sent.items()}
-    if len({len(v) for v in columns.values()}) != 1: raise _wrong("Columns of inputs have as many values each.")
+    if len({len(v) for v in columns.values()}) != 1: raise wrong_shape("Columns of inputs have as many values each.")
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -38,11 +35,11 @@ def records_of_invocation(body: bytes) -> list[Any]: # one a row
     "The rows of an invocation. Raises `Refused`."
     sent = decoded(body)
     given = [s for s in SHAPES if isinstance(sent, dict) and s in sent]
-    if len(given) != 1 or set(sent) - {*given, "params"} or sent.get("params") not in (None, {}): raise _wrong(f"Send exactly one of {', '.join(SHAPES)}, and no params.")
+    if len(given) != 1 or set(sent) - {*given, "params"} or sent.get("params") not in (None, {}): raise wrong_shape(f"Send exactly one of {', '.join(SHAPES)}, and no params.")
     value = sent[given[0]]
     if given[0] == "dataframe_split": return _split(value)
     if isinstance(value, dict) and given[0] in ("instances", "inputs"): return _by_column(value)
-    if not isinstance(value, list): raise _wrong(f"{given[0]} is a list of rows.")
+    if not isinstance(value, list): raise wrong_shape(f"{given[0]} is a list of rows.")
     return value
 
 

@@ -7,7 +7,7 @@ which. Tensors come as JSON or in Triton's binary form, which is what `tritoncli
 
 # %% auto #0
 __all__ = ['inputs_of', 'outputs_of', 'metadata', 'Tensor', 'rows_of_columns', 'rows_of_tensors', 'parts_of_answer',
-           'tensors_of_answer']
+           'datatype_of', 'tensors_of_answer']
 
 # %% ../../nbs/09_serving/03_open_inference.ipynb #d1d46920
 import struct
@@ -19,7 +19,7 @@ import numpy as np
 
 from ..learning.contract import Contract
 from .served import Served, bounded, rows_of_records
-from .wire import Refused, Rows, encode
+from .wire import Refused, Rows, encode, wrong_shape
 from ..values.column import Column
 from ..values.task import Task
 
@@ -75,9 +75,6 @@ class _Infer(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Infer).decode
 
 # %% ../../nbs/09_serving/03_open_inference.ipynb #ad746cbf
-def _wrong(message: str) -> Refused: return Refused(422, "wrong_shape", message)
-
-
 def _flat(values: Sequence[Any], depth: int) -> list[Any]:
     "Nested data in row order; the protocol allows both."
     flat = list(values)
@@ -91,10 +88,10 @@ def _strings(raw: bytes) -> list[str]:
     found, at = [], 0
     while at < len(raw):
         try: (size,) = struct.unpack_from("<I", raw, at)
-        except struct.error: raise _wrong("A BYTES tensor is cut short.") from None
-        if at + 4 + size > len(raw): raise _wrong("A BYTES tensor is cut short.")
+        except struct.error: raise wrong_shape("A BYTES tensor is cut short.") from None
+        if at + 4 + size > len(raw): raise wrong_shape("A BYTES tensor is cut short.")
         try: found.append(raw[at + 4:at + 4 + size].decode())
-        except UnicodeDecodeError: raise _wrong("A BYTES tensor holds text that is not UTF-8.") from None
+        except UnicodeDecodeError: raise wrong_shape("A BYTES tensor holds text that is not UTF-8.") from None
         at += 4 + size
     return found
 
@@ -102,7 +99,7 @@ def _strings(raw: bytes) -> list[str]:
 def _binary(tensor: Tensor, raw: bytes) -> list[Any]:
     if tensor.datatype == "BYTES": return _strings(raw)
     kind = np.dtype(_NUMPY[tensor.datatype])
-    if len(raw) % kind.itemsize: raise _wrong("A tensor is cut short.")
+    if len(raw) % kind.itemsize: raise wrong_shape("A tensor is cut short.")
     return np.frombuffer(raw, kind).tolist()
 
 
@@ -110,11 +107,11 @@ def _values(tensor: Tensor, column: Column | None, raw: bytes | None) -> list[An
     "One value a row."
     width = column.length if column and column.length else 1
     expected = _READ[_TYPES.get(column.type, "BYTES")] if column else _READ["FP64"] | {"BOOL", "BYTES"}
-    if tensor.datatype not in expected: raise _wrong(f"A tensor has the wrong datatype; {', '.join(sorted(expected))} can be read for {'this feature' if column else 'it'}.")
+    if tensor.datatype not in expected: raise wrong_shape(f"A tensor has the wrong datatype; {', '.join(sorted(expected))} can be read for {'this feature' if column else 'it'}.")
     values = _binary(tensor, raw) if raw is not None else _flat(tensor.data or [], len(tensor.shape))
     shape, rows = tensor.shape, tensor.shape[0] if tensor.shape else 0
     inner = int(np.prod(shape[1:], dtype=object)) if len(shape) > 1 else 1
-    if not 1 <= len(shape) <= 3 or rows < 0 or inner != width or len(values) != rows * width: raise _wrong(f"A tensor's shape is [rows{f', {width}' if width > 1 else ''}], and its data has as many values.")
+    if not 1 <= len(shape) <= 3 or rows < 0 or inner != width or len(values) != rows * width: raise wrong_shape(f"A tensor's shape is [rows{f', {width}' if width > 1 else ''}], and its data has as many values.")
     return [values[i:i + width] for i in range(0, len(values), width)] if column and column.length else values
 
 # %% ../../nbs/09_serving/03_open_inference.ipynb #b08998ce
@@ -127,13 +124,13 @@ def rows_of_columns(
     "The rows of an inference request, by whatever wire. Raises `Refused`."
     columns: dict[str, list[Any]] = {}
     for tensor, raw in tensors:
-        if tensor.name in columns: raise _wrong("A tensor is given twice.")
+        if tensor.name in columns: raise wrong_shape("A tensor is given twice.")
         columns[tensor.name] = _values(tensor, served.bundle.contract.columns.get(tensor.name), raw)
     lengths = {len(v) for v in columns.values()}
-    if len(lengths) != 1: raise _wrong("Send one tensor for each feature, all with the same number of rows.")
+    if len(lengths) != 1: raise wrong_shape("Send one tensor for each feature, all with the same number of rows.")
     bounded(served, *lengths)
     names, known = list(columns), [o["name"] for o in outputs_of(served.bundle.task)]
-    if set(outputs) - set(known): raise _wrong(f"This model's outputs are {', '.join(known)}.")
+    if set(outputs) - set(known): raise wrong_shape(f"This model's outputs are {', '.join(known)}.")
     return rows_of_records(served, [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)], echo=echo, outputs=outputs)
 
 
@@ -146,12 +143,12 @@ def rows_of_tensors(
     head, tail = (body, b"") if json_size is None else (body[:json_size], body[json_size:])
     try: sent = _decode(head)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        if isinstance(error, msgspec.ValidationError): raise _wrong("Send {\"inputs\": [{\"name\", \"shape\", \"datatype\", \"data\"}, …]}.") from None
+        if isinstance(error, msgspec.ValidationError): raise wrong_shape("Send {\"inputs\": [{\"name\", \"shape\", \"datatype\", \"data\"}, …]}.") from None
         raise Refused(400, "not_json", "The body is not JSON in UTF-8.") from None
     tensors = list[tuple[Tensor, bytes | None]]()
     for tensor in sent.inputs:
         size = tensor.parameters.get("binary_data_size")
-        if size is not None and not (isinstance(size, int) and 0 <= size <= len(tail)): raise _wrong("binary_data_size is not the size of what follows.")
+        if size is not None and not (isinstance(size, int) and 0 <= size <= len(tail)): raise wrong_shape("binary_data_size is not the size of what follows.")
         raw, tail = (None, tail) if size is None else (tail[:size], tail[size:])
         tensors.append((tensor, raw))
     return rows_of_columns(served, tensors, tuple(o.name for o in sent.outputs), sent.id)
@@ -168,6 +165,11 @@ def parts_of_answer(
     return {"value": scores} if task.kind == "regression" else {"value": decisions, "quantiles": scores}
 
 
+def datatype_of(part: np.ndarray) -> str:
+    "What the protocol calls the values of a part of an answer."
+    return "BYTES" if part.dtype == object else "BOOL" if part.dtype == bool else "FP32"
+
+
 def tensors_of_answer(
     name: str,
     version: str,
@@ -177,6 +179,5 @@ def tensors_of_answer(
     outputs: Sequence[str] = (),     # those asked for; none: all
 ) -> bytes:
     "The body of an inference response."
-    kind = lambda a: "BYTES" if a.dtype == object else "BOOL" if a.dtype == bool else "FP32"
-    tensors = [{"name": n, "datatype": kind(a), "shape": list(a.shape), "data": a.ravel().tolist()} for n, a in parts.items() if not outputs or n in outputs]
+    tensors = [{"name": n, "datatype": datatype_of(a), "shape": list(a.shape), "data": a.ravel().tolist()} for n, a in parts.items() if not outputs or n in outputs]
     return encode({"model_name": name, "model_version": version, "id": request_id, "parameters": dict(parameters), "outputs": tensors})

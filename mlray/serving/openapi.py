@@ -18,6 +18,8 @@ import msgspec
 
 from ..learning.contract import Contract
 from ..monitoring.feedback import SentMany
+from .arrow import ARROW
+from .mlflow import SHAPES
 from .open_inference import inputs_of, outputs_of
 from .routes import PUBLIC, ROUTES, Route
 from .served import MOST_ROWS
@@ -49,8 +51,6 @@ def example_row(contract: Contract) -> dict[str, Any]:
 # %% ../../nbs/09_serving/12_openapi.ipynb #6525b8be
 _TENSOR = {"type": "object", "required": ["name", "shape", "datatype"], "properties": {"name": {"type": "string"}, "shape": {"type": "array", "items": {"type": "integer"}}, "datatype": {"type": "string"}, "data": {"type": "array"}, "parameters": {"type": "object"}}}
 _WHY = {"400": "not what its content type says", "401": "no valid key", "403": "the key's role", "404": "no such model or version", "409": "not now", "413": "too large", "415": "another content type", "422": "breaks the contract", "429": "too often", "503": "no answer now"}
-
-
 _JOB = {"type": "object", "required": ["id", "state", "rows", "done", "model", "version", "submitted"], "properties": {"id": {"type": "string"}, "state": {"enum": ["queued", "running", "done", "failed", "cancelled"]}, "rows": {"type": "integer"},
         "done": {"type": "integer"}, "model": {"type": "string"}, "version": {"type": "string"}, "submitted": {"type": "number"}, "ended": {"type": "number"}, "error": {"type": "string"}, "message": {"type": "string"}}}
 
@@ -67,11 +67,11 @@ def _body(route: Route, schema: Mapping[str, Any], contract: Contract) -> dict[s
     if route.name == "infer":
         content: dict[str, Any] = {"application/json": {"schema": {"type": "object", "required": ["inputs"], "properties": {"id": {"type": "string"}, "inputs": {"type": "array", "minItems": 1, "items": _TENSOR}, "outputs": {"type": "array", "items": {"type": "object"}}, "parameters": {"type": "object"}}}, "example": _tensors(contract)}}
     elif route.name == "invoke":
-        shapes = {n: {"type": "object", "required": ["columns", "data"]} if n == "dataframe_split" else {"type": ["array", "object"] if n in ("instances", "inputs") else "array", "minItems": 1} for n in ("dataframe_split", "dataframe_records", "instances", "inputs")}
+        shapes = {n: {"type": "object", "required": ["columns", "data"]} if n == "dataframe_split" else {"type": ["array", "object"] if n in ("instances", "inputs") else "array", "minItems": 1} for n in SHAPES}
         content = {"application/json": {"schema": {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False, "properties": shapes}, "example": {"dataframe_split": {"columns": list(row), "data": [list(row.values())]}}}}
     elif route.name == "feedback": content = {"application/json": {"schema": schema, "example": {"feedback": [{"request_id": "r-17", "value": 1}]}}}
     else: content = {"application/json": {"schema": schema, "example": {"instances": [row]}}}
-    if route.name in ("predict", "submit"): content["application/vnd.apache.arrow.stream"] = {"schema": {"type": "string", "format": "binary"}}
+    if route.name in ("predict", "submit"): content[ARROW] = {"schema": {"type": "string", "format": "binary"}}
     return {"required": True, "content": content}
 
 # %% ../../nbs/09_serving/12_openapi.ipynb #bc834af8

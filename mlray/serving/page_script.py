@@ -217,7 +217,7 @@ function control(column, id) {
   const input = made("input", { ...common, type: KIND[column.type] });
   if (column.type === "integer") input.step = "1"; else if (column.type === "number") input.step = "any";
   if (["integer", "number", "date"].includes(column.type)) { if (column.min !== null) input.min = column.min; if (column.max !== null) input.max = column.max; }
-  if (known.length) { input.setAttribute("list", `${id}-known`); input.append(); }
+  if (known.length) { input.setAttribute("list", `${id}-known`); }
   return input;
 }
 

@@ -128,15 +128,14 @@ class Watcher(threading.Thread):
         seq: int,                           # of the plan that is served
         use: Callable[[Plan], None],        # loads, then swaps
         heard: Callable[[float], None] = lambda seconds: None, # is told how long ago the registry was heard
-        every: float = 0.5,                 # seconds
     ):
         super().__init__(name="watcher", daemon=True)
-        self.opened, self.references, self.seq, self.use, self.heard, self.every = opened, tuple(references), seq, use, heard, every
+        self.opened, self.references, self.seq, self.use, self.heard = opened, tuple(references), seq, use, heard
         self.ended, self.failed = threading.Event(), "" # and why the last plan could not be used
 
     def run(self) -> None:
         registry, last = None, time.monotonic()
-        while not self.ended.wait(self.every):
+        while not self.ended.wait(0.5): # seconds
             try:
                 registry = registry or self.opened()
                 self.look(registry)

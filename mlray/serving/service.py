@@ -20,7 +20,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import polars as pl
 
 from ..governance.access import Caller, Key, recognise
 from ..monitoring.feedback import take
@@ -33,7 +32,7 @@ from .mlflow import rows_of_invocation
 from .open_inference import metadata, parts_of_answer, rows_of_tensors, tensors_of_answer
 from .served import Served, decoded, rows_of_json, scores_of_rules
 from .traffic import Choice, Line, Rates, alone, choose
-from .wire import Answer, Arm, Asked, Refused, Reply, Rows, Told, at_once, encode, stays
+from .wire import Answer, Arm, Asked, Refused, Reply, Rows, Told, at_once, encode, stays, wrong_shape
 from ..shipping.bundle import decide
 from ..values.errors import MlrayError, ServingError, Unavailable
 
@@ -231,9 +230,7 @@ async def _predicted(service: Service, asked: Asked, caller: Caller, line: Line,
 def _record(service: Service, asked: Asked, served: Served, start: float, status: int = 200, done: Answered | None = None, arm: str = "production") -> None:
     "Write down what is going to be told. Raises `Refused`."
     if service.recorder is None: return
-    columns: Any = done.rows.columns if done else None
-    if isinstance(columns, pl.DataFrame): columns = columns.to_dict(as_series=False)
-    said = done.said if done else ()
+    columns, said = (done.rows.lists, done.said) if done else (None, ())
     try: service.recorder.record(served.bundle, served.version, asked.request_id, columns, said, status, service.now() - start, done.arm if done else arm, _named(asked.presented or ""), done.rows.subject if done else "", done.rows.spent.seconds if done else 0.0)
     except JournalFull: raise Refused(503, "not_recorded", "The answer could not be recorded, so it is not given. Try again later.", headers={"Retry-After": "5"}) from None
 
@@ -262,7 +259,7 @@ def _taken(service: Service, asked: Asked) -> Reply:
     if service.feedback is None: raise Refused(404, "no_feedback", "No journal is kept here, so no feedback is taken.")
     try: return Reply(202, encode({"accepted": take(asked.body, service.feedback, caller=_named(asked.presented or "")), "request_id": asked.request_id}))
     except JournalFull: raise Refused(503, "not_recorded", "The feedback could not be kept. Try again later.", headers={"Retry-After": "5"}) from None
-    except ServingError as error: raise Refused(422, "wrong_shape", str(error)) from None
+    except ServingError as error: raise wrong_shape(str(error)) from None
 
 # %% ../../nbs/09_serving/09_service.ipynb #3dff8ba3
 def _told(service: Service, asked: Asked, caller: Caller) -> Reply:
@@ -302,7 +299,7 @@ def worded(asked: Asked, done: Answered) -> Reply:
 def _explained(asked: Asked, served: Served) -> Answered:
     "Predictions with their reasons; some hundredths of a second a row."
     rows, most = rows_of_json(served, asked.body), served.bundle.spec.serve.max_explained
-    if rows.count > most: raise Refused(422, "wrong_shape", f"At most {most} rows are explained in a request.")
+    if rows.count > most: raise wrong_shape(f"At most {most} rows are explained in a request.")
     scores = served.scores(rows)
     if scores is None: raise Refused(503, "nonfinite_prediction", "The model has no finite answer to a row.")
     sent = [{k: v for k, v in row.items() if k not in served.ids} for row in decoded(asked.body)["instances"]]

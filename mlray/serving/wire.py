@@ -7,7 +7,7 @@ Routes differ in how rows come in and how answers go out; between the two stands
 
 # %% auto #0
 __all__ = ['One', 'Arm', 'Told', 'encode', 'MOST_PROBLEMS', 'Answer', 'Ending', 'Problem', 'Refusal', 'Asked', 'Reply', 'stays',
-           'at_once', 'Spent', 'Rows', 'Refused']
+           'at_once', 'Spent', 'Rows', 'Refused', 'wrong_shape']
 
 # %% ../../nbs/09_serving/01_wire.ipynb #e6c2fe37
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -144,3 +144,8 @@ class Refused(Exception):
         "As JSON; `plain` for clients of the Open Inference Protocol, whose `error` is the sentence."
         told = Refusal(self.error, self.message, request_id, self.problems)
         return Reply(self.status, encode(msgspec.structs.replace(told, error=self.message) if plain else told), self.headers)
+
+
+def wrong_shape(message: str) -> Refused:
+    "What was sent is not what the route takes."
+    return Refused(422, "wrong_shape", message)
