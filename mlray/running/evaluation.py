@@ -105,7 +105,7 @@ def answered(
     by: pl.DataFrame | None = None, # the groups of the rows; None: as the bundle's contract has them
 ) -> Answered:
     "Let a bundle answer."
-    answers, weight = predict(bundle, rows, rows.height), bundle.contract.weight
+    answers, weight = predict(bundle, rows, rows.height), bundle.contract.weight if bundle.contract.weight in rows.columns else None
     return Answered(bundle, labels(bundle.contract, rows).to_numpy(), answers, decide(bundle, answers, rows), groups(bundle.contract, rows) if by is None else by,
                     None if weight is None else rows[weight].to_numpy().astype(np.float64))
 
@@ -116,10 +116,10 @@ def measured(
 ) -> Evaluation:
     "Measure answers."
     bundle, spec = said.bundle, asks or said.bundle.spec
-    if bundle.task.kind != "binary": found = _other_kinds(bundle, spec, said.truth, said.answers, said.decisions, said.groups)
+    if bundle.task.kind != "binary": found = _other_kinds(said, spec.min_group)
     else: found = Evaluation(scorecard(said.truth, said.answers, said.decisions, said.groups), _of_groups(spec, count(said.groups, said.truth, said.decisions)))
     found = replace(found, personal_columns=sum(c.personal or c.sensitive for c in bundle.contract.columns.values()))
-    return found if said.weights is None else _with_weights(found, _row_terms(bundle, said.truth, said.answers, said.decisions), said.weights)
+    return found if said.weights is None else _with_weights(found, _row_terms(said), said.weights)
 
 
 def evaluate(
@@ -136,19 +136,20 @@ def _of_groups(spec: RunSpec, counts: Counts) -> FairnessReport:
     return fairness_report(counts, spec.min_group, max([2, *(len(r.by) for r in rules)]), rates=rates_named(r.metric for r in rules if r.by))
 
 
-def _other_kinds(bundle: Bundle, spec: RunSpec, truth: np.ndarray, answers: np.ndarray, decisions: np.ndarray, by: pl.DataFrame) -> Evaluation:
-    task, least = bundle.task, spec.min_group
+def _other_kinds(said: Answered, least: int) -> Evaluation: # rows that a group needs
+    task, truth, answers, decisions, by = said.bundle.task, said.truth, said.answers, said.decisions, said.groups
     if task.kind == "multiclass": return Evaluation(classes_scorecard(truth, answers, decisions, task.names, by), gap_report(by, class_terms(truth, decisions, task.outputs), least))
     if task.kind == "multilabel": return Evaluation(labels_scorecard(truth, answers, decisions, task.names, by), gap_report(by, label_terms(truth, decisions), least))
     card = numbers_scorecard(truth, answers, by) if task.kind == "regression" else quantiles_scorecard(truth, answers, task.quantiles, by)
     return Evaluation(card, gap_report(by, number_terms(truth, decisions), least))
 
 
-def _row_terms(bundle: Bundle, truth: np.ndarray, answers: np.ndarray, decisions: np.ndarray) -> dict[str, np.ndarray]:
+def _row_terms(said: Answered) -> dict[str, np.ndarray]:
     "What each row brings to the means that are reported with its weight."
-    if not bundle.task.classes: return {"mean_absolute_error": np.abs(decisions - truth), "mean_squared_error": (decisions - truth) ** 2, "bias": decisions - truth}
+    task, truth, answers, decisions = said.bundle.task, said.truth, said.answers, said.decisions
+    if not task.classes: return {"mean_absolute_error": np.abs(decisions - truth), "mean_squared_error": (decisions - truth) ** 2, "bias": decisions - truth}
     right = decisions == truth
-    return {"accuracy": right.all(1) if right.ndim > 1 else right, "log_loss": row_losses(bundle.task, truth, answers)}
+    return {"accuracy": right.all(1) if right.ndim > 1 else right, "log_loss": row_losses(task, truth, answers)}
 
 
 def _with_weights(found: Evaluation, terms: Mapping[str, np.ndarray], weights: np.ndarray) -> Evaluation:
@@ -160,9 +161,10 @@ def _with_weights(found: Evaluation, terms: Mapping[str, np.ndarray], weights: n
 class Beside:
     "An evaluation, beside that of the version in production on the same rows."
     evaluation: Evaluation
-    incumbent: Evaluation | None = None     # None: nothing is in production
+    incumbent: Evaluation | None = None     # None: nothing is in production, or it could not answer
     comparison: Comparison | None = None    # None: nothing is, or it answers another question
     groups: Mapping[str, Found] = field(default_factory=dict) # differences of gaps and of groups that rules ask for
+    lacking: tuple[str, ...] = ()           # columns that production asks for and these rows do not have: it could not answer them
 
     @property
     def differences(self) -> dict[str, Found]:
@@ -179,12 +181,12 @@ def evaluate_beside(
     ours = answered(bundle, rows)
     evaluation = measured(ours)
     if incumbent is None: return Beside(evaluation)
+    if lacking := tuple(n for n in (*incumbent.contract.features, *incumbent.contract.targets) if n not in rows.columns): return Beside(evaluation, lacking=lacking)
     theirs = answered(incumbent, rows, ours.groups)
     beside = Beside(evaluation, measured(theirs, bundle.spec))
     same = (bundle.task.kind, bundle.task.targets, bundle.task.names, bundle.task.quantiles) == (incumbent.task.kind, incumbent.task.targets, incumbent.task.names, incumbent.task.quantiles)
     if not same or not np.array_equal(ours.truth, theirs.truth): return beside
-    one, other = (_row_terms(s.bundle, s.truth, s.answers, s.decisions) if ours.weights is not None else {} for s in (ours, theirs))
-    terms = (one, other, ours.weights) if ours.weights is not None and bundle.contract.weight == incumbent.contract.weight else None
+    terms = (_row_terms(ours), _row_terms(theirs), ours.weights) if ours.weights is not None and bundle.contract.weight == incumbent.contract.weight else None
     comparison = compare_answers(bundle.task, ours.truth, (ours.answers, ours.decisions), (theirs.answers, theirs.decisions), ours.groups, terms)
     return replace(beside, comparison=comparison, groups=_differences_of_groups(ours, theirs, evaluation))
 
@@ -214,7 +216,7 @@ def verdict_of(
     before: Mapping[str, Found] | None = None, # the same of the version in production, where a rule compares with it
 ) -> Verdict:
     "The rules of some gates, judged."
-    incumbent = {**beside.incumbent.measures, **(before or {})} if beside.incumbent else None
+    incumbent = {**beside.incumbent.measures, **(before or {})} if beside.incumbent else {} if beside.lacking else None
     measures, rules = {**beside.evaluation.measures, **(data or {})}, rules_of(spec, *gates, otherwise=otherwise)
     elsewhere = [] if gates else [r.measure for name, own in spec.gates.items() if name not in GATES for r in own if r.measure not in measures] # what only the page of that gate knows
     return judge(measures, [r for r in rules if r.measure not in elsewhere], incumbent, beside.differences, spec.waivers)
@@ -236,13 +238,9 @@ def asks_of_rows(rules: Sequence[Rule], evaluation: Evaluation) -> bool:
     return any(rule.measure not in evaluation.measures and rule.metric.partition("[")[0] not in (*EXPLAINED, *SHAKEN, *EXPOSED, *TRIED, "behaviour") for rule in rules)
 
 
-def incumbent_of(
-    registry: Registry,
-    name: str,
-    alias: str = "production",
-) -> Bundle | None:
-    "The bundle that an alias points at."
-    found = next((v for v in versions(registry, name) if alias in v.aliases), None)
+def incumbent_of(registry: Registry, name: str) -> Bundle | None:
+    "The bundle of the version in production, if there is one."
+    found = next((v for v in versions(registry, name) if "production" in v.aliases), None)
     return bundle_of(registry, found) if found else None
 
 # %% ../../nbs/07_running/03_evaluation.ipynb #30837117
@@ -277,8 +275,6 @@ class Candidate:
     @property
     def evaluation(self) -> Evaluation: return self.beside.evaluation
     @property
-    def incumbent_evaluation(self) -> Evaluation | None: return self.beside.incumbent
-    @property
     def comparison(self) -> Comparison | None: return self.beside.comparison
     @cached_property
     def inspection(self) -> Inspection: return inspect_rows(self.rows, self.incumbent.profile if self.incumbent else None)
@@ -288,7 +284,7 @@ class Candidate:
         rules = rules_of(self.spec, *gates, otherwise=otherwise)
         missing = [rule for rule in rules if rule.measure not in (measured or {})]
         data: dict[str, Found] = {**(self.inspection.values if asks_of_rows(missing, self.evaluation) else {}), **asked_for(self.bundle, self.parts.test, missing, members=self.parts.train), **(measured or {})}
-        theirs = {**(asked_for(self.incumbent, self.parts.test, comparing(rules), asks=self.spec, members=self.parts.train) if self.incumbent else {}), **(before or {})}
+        theirs = {**(asked_for(self.incumbent, self.parts.test, comparing(rules), asks=self.spec, members=self.parts.train) if self.incumbent and self.beside.incumbent else {}), **(before or {})}
         return verdict_of(self.spec, self.beside, *gates, otherwise=otherwise, data=data, before=theirs)
 
 

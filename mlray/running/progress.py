@@ -79,11 +79,14 @@ def curve(
 _POINTS = 120 # of a line: as many as it has pixels
 
 # %% ../../nbs/07_running/06_progress.ipynb #5c0d7a14
+_EVERY = 0.2 # seconds between two drawings, unless they are asked for
+
+
 class CellDisplay:
     "The display of a cell, whose content is replaced."
 
-    def __init__(self, every: float = 0.2): # seconds between two drawings, unless they are asked for
-        self.every, self.drawn = every, 0.0
+    def __init__(self) -> None:
+        self.drawn = 0.0
         self.shown: Any = None
 
     def draw(
@@ -93,7 +96,7 @@ class CellDisplay:
     ) -> None:
         "Show it in place of what was there."
         from IPython.display import display
-        if not now and time.monotonic() - self.drawn < self.every: return
+        if not now and time.monotonic() - self.drawn < _EVERY: return
         self.drawn = time.monotonic()
         if self.shown is None: self.shown = display(card, display_id=True)
         else: self.shown.update(card)
@@ -107,15 +110,38 @@ def in_cell() -> bool:
     return Console().is_jupyter
 
 # %% ../../nbs/07_running/06_progress.ipynb #4a5905c8
+class _Bar:
+    "The bar of a terminal, while there is one."
+
+    def __init__(self, console: "Console"):
+        self.console = console
+        self.shown: Any = None
+        self.task: Any = None
+
+    def draw(self, unit: str, of: int | None, done: int, said: str) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        if self.shown is None:
+            self.shown = Progress(TextColumn(f"  {unit}"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(), TextColumn("{task.fields[said]}"), console=self.console)
+            self.task = self.shown.add_task("", total=of, said="")
+            self.shown.start()
+        self.shown.update(self.task, completed=done, said=said)
+
+    def end(self) -> None:
+        if self.shown is not None: self.shown.stop()
+        self.shown = None
+
+
+def _console() -> "Console":
+    from rich.console import Console
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+# %% ../../nbs/07_running/06_progress.ipynb #a74c6680
 class ProgressTracker:
     "Shows a run to a person."
 
     def __init__(self, console: "Console | None" = None): # None: stderr; in a notebook, the cell
-        from rich.console import Console
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self.card, self.began, self.cell = Card(), 0.0, CellDisplay()
-        self.shown: Any = None # the terminal's bar
-        self.task: Any = None
+        self.console = console or _console()
+        self.card, self.began, self.cell, self.bar = Card(), 0.0, CellDisplay(), _Bar(self.console)
 
     def start(self, spec: RunSpec) -> None:
         if self.card.title: self.cell = CellDisplay() # of another run
@@ -129,7 +155,7 @@ class ProgressTracker:
         self.card = replace(self.card, stage=f"{text} …")
         if self.console.is_jupyter: self.cell.draw(self.card)
         else:
-            self._end()
+            self.bar.end()
             self.console.print(f"  {text} …", markup=False) # what gloo says of a lost worker has brackets
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -137,27 +163,15 @@ class ProgressTracker:
         self.card = replace(self.card, stage="", metrics=(*self.card.metrics, dict(metrics)), seconds=time.monotonic() - self.began)
         if self.console.is_jupyter: return self.cell.draw(self.card, now=step == self.card.epochs)
         said = in_line(metrics)
-        if self.console.is_terminal: self._bar(step, said)
+        if self.console.is_terminal: self.bar.draw("epoch", self.card.epochs, step, said)
         elif step == 1 or step % 10 == 0: self.console.print(f"  epoch {step}  {said}")
 
     def where(self) -> Mapping[str, str]: return {}
     def finish(self, summary: Mapping[str, Any]) -> None:
-        if not self.console.is_jupyter: return self._end()
+        if not self.console.is_jupyter: return self.bar.end()
         error = str(summary.get("error", ""))
         self.card = replace(self.card, over=True, stage="stopped" if error.startswith("KeyboardInterrupt") else f"failed: {error}" if error else str(summary.get("version", "done")))
         self.cell.draw(self.card)
-
-    def _bar(self, step: int, said: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-        if self.shown is None:
-            self.shown = Progress(TextColumn("  epoch"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(), TextColumn("{task.fields[said]}"), console=self.console)
-            self.task = self.shown.add_task("", total=self.card.epochs, said="")
-            self.shown.start()
-        self.shown.update(self.task, completed=step, said=said)
-
-    def _end(self) -> None:
-        if self.shown is not None: self.shown.stop()
-        self.shown = None
 
 # %% ../../nbs/07_running/06_progress.ipynb #70b1d0a2
 _TOLD = "\x1f"
@@ -219,11 +233,8 @@ class CountProgress:
     "Shows to a person how far something is."
 
     def __init__(self, console: "Console | None" = None): # None: stderr; in a notebook, the cell
-        from rich.console import Console
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self.card, self.began, self.told, self.cell = Count("", 0), 0.0, 0, CellDisplay()
-        self.shown: Any = None # the terminal's bar
-        self.task: Any = None
+        self.console = console or _console()
+        self.card, self.began, self.told, self.cell, self.bar = Count("", 0), 0.0, 0, CellDisplay(), _Bar(self.console)
 
     def start(self, title: str, of: int, unit: str = "rows", done: int = 0) -> None:
         "Begin; some may be done already."
@@ -235,23 +246,14 @@ class CountProgress:
         self.card = replace(self.card, done=self.card.done + count, said=said, seconds=time.monotonic() - self.began)
         tenth = 10 * self.card.done // max(self.card.of, 1)
         if self.console.is_jupyter: self.cell.draw(self.card, now=self.card.done >= self.card.of)
-        elif self.console.is_terminal: self._bar()
+        elif self.console.is_terminal: self.bar.draw(self.card.unit, self.card.of, self.card.done, said)
         elif tenth > self.told: self.console.print(f"  {repr(self.card).removeprefix(self.card.title).strip()}", markup=False)
         self.told = tenth
 
     def finish(self) -> None:
         "It is over, well or not."
         if self.console.is_jupyter and self.card.title: self.cell.draw(self.card)
-        if self.shown is not None: self.shown.stop()
-        self.shown = None
-
-    def _bar(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-        if self.shown is None:
-            self.shown = Progress(TextColumn("  " + self.card.unit), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(), TextColumn("{task.fields[said]}"), console=self.console)
-            self.task = self.shown.add_task("", total=self.card.of, said="")
-            self.shown.start()
-        self.shown.update(self.task, completed=self.card.done, said=self.card.said)
+        self.bar.end()
 
 # %% ../../nbs/07_running/06_progress.ipynb #1b53730f
 @dataclass(frozen=True)

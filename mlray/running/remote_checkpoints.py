@@ -9,21 +9,25 @@ What `mlray.running.checkpoints` promises holds here, too: a state is there as a
 __all__ = ['RemoteCheckpoints', 'open_checkpoints', 'place_of', 'Files']
 
 # %% ../../nbs/07_running/09_remote_checkpoints.ipynb #a6f16ff5
-import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..governance.store import Bucket, write_durably
+from ..governance.store import Bucket, replace_durably
 from ..learning.model import State, dump_state
 from .checkpoints import Checkpoints, is_state, name_of
 from ..values.errors import Unavailable, first_line
 
 # %% ../../nbs/07_running/09_remote_checkpoints.ipynb #b44da1fc
-def _unreachable(url: str, error: OSError, again: str) -> Unavailable:
-    return Unavailable(f"{url} could not be used for checkpoints: {first_line(error)}. What was kept there before is whole. Check the address, the network and the credentials, then go on with `mlray {again}`.")
+@contextmanager
+def _reaching(place: str, again: str) -> Iterator[None]:
+    "What cannot be done there, as a letter. Raises `Unavailable`."
+    try: yield
+    except OSError as error:
+        raise Unavailable(f"{place} could not be used for checkpoints: {first_line(error)}. What was kept there before is whole. Check the address, the network and the credentials, then go on with `mlray {again}`.") from error
 
 
 @dataclass(frozen=True)
@@ -38,33 +42,30 @@ class RemoteCheckpoints(Checkpoints):
 
     def files(self) -> list[Path]:
         "The states there are, newest first; whole or not. Raises `Unavailable`."
-        try: return sorted((Path(n) for n in self.bucket.list("") if is_state(n)), reverse=True)
-        except OSError as error: raise self._away(error) from error
+        with self._reaching(): return sorted((Path(n) for n in self.bucket.list("") if is_state(n)), reverse=True)
 
     def save(self, state: State) -> Path:
         "Keep a state, in the bucket when this returns. Raises `Unavailable`; what was kept before stays."
         data = dump_state(state)
         target = Path(name_of(state.epoch, data))
-        try: self.bucket.write(target.name, data)
-        except OSError as error: raise self._away(error) from error
+        with self._reaching(): self.bucket.write(target.name, data)
         self._prune()
         return target
 
     def clear(self) -> None:
         "Remove everything of this run, when it is finished."
         super().clear()
-        try:
+        with self._reaching():
             if self.bucket.list(""): self.bucket.drop("")
-        except OSError as error: raise self._away(error) from error
 
     def _read(self, path: Path) -> bytes:
-        try: return self.bucket.read(path.name)
-        except FileNotFoundError: return b"" # somebody else took it away
-        except OSError as error: raise self._away(error) from error
+        with self._reaching(), suppress(FileNotFoundError): return self.bucket.read(path.name)
+        return b"" # somebody else took it away
 
-    def _drop(self, path: Path) -> None: self.bucket.drop(path.name)
+    def _drop(self, path: Path) -> None:
+        with self._reaching(): self.bucket.drop(path.name)
 
-    def _away(self, error: OSError) -> Unavailable: return _unreachable(self.url, error, "train … --resume")
+    def _reaching(self) -> AbstractContextManager[None]: return _reaching(self.url, "train … --resume")
 
 # %% ../../nbs/07_running/09_remote_checkpoints.ipynb #9fe7a245
 def open_checkpoints(
@@ -90,26 +91,20 @@ class Files:
     folder: Path    # on a disk
     url: str = ""   # in a bucket instead; empty: there is none
 
+    def _reaching(self) -> AbstractContextManager[None]: return _reaching(self.url or str(self.folder), "tune")
+
     def read(self, name: str) -> bytes: # empty: it is not there
         "A file. Raises `Unavailable`."
-        try: return Bucket(self.url).read(name) if self.url else (self.folder / name).read_bytes()
-        except FileNotFoundError: return b""
-        except OSError as error: raise _unreachable(self.url, error, "tune") from error
+        with self._reaching(), suppress(FileNotFoundError): return Bucket(self.url).read(name) if self.url else (self.folder / name).read_bytes()
+        return b""
 
     def write(self, name: str, data: bytes) -> None:
         "Keep a file: whole, and kept when this returns. Raises `Unavailable`."
-        if not self.url:
-            (part := self.folder / f".{name}.{os.getpid()}").parent.mkdir(parents=True, exist_ok=True)
-            write_durably(part, data)
-            part.replace(self.folder / name)
-            return
-        try: Bucket(self.url).write(name, data)
-        except OSError as error: raise _unreachable(self.url, error, "tune") from error
+        with self._reaching(): Bucket(self.url).write(name, data) if self.url else replace_durably(self.folder / name, data)
 
     def drop(self, but: Collection[str] = ()) -> None:
         "Remove all of them, or all but some. Raises `Unavailable`."
-        if not self.url and not but: shutil.rmtree(self.folder, ignore_errors=True)
-        try:
+        if not self.url and not but: return shutil.rmtree(self.folder, ignore_errors=True)
+        with self._reaching():
             for name in Bucket(self.url).list("") if self.url else [p.name for p in self.folder.glob("*.safetensors")]:
                 if name not in but: Bucket(self.url).drop(name) if self.url else (self.folder / name).unlink(missing_ok=True)
-        except OSError as error: raise _unreachable(self.url, error, "tune") from error

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from .column import Part
-from .data import Data, Share
+from .data import Data, Seed, Share
 from .decision import Calibration, Mitigation, Threshold
 from .errors import suggest
 
@@ -106,7 +106,7 @@ class Train(Part):
     precision: Literal["float32", "bf16"] = "float32" # of the forward pass while training; weights stay float32
     parallel: Literal["ddp", "fsdp"] = "ddp"        # several workers: each has all weights, or, for networks too large for that, a shard of them and of what the optimiser remembers
     compile: bool = False                           # torch.compile; needs a C++ compiler on the workers
-    seed: int = 0
+    seed: Seed = 0
     threads: Annotated[int, Field(ge=1)] = 1        # CPU threads a worker; more can change the last bits
     privacy: Privacy | None = None                  # differential privacy of the training rows
     changes: tuple[Change, ...] = ()                # of values on the way; later ones win

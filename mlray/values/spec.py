@@ -109,10 +109,8 @@ def _check_promises(spec: "RunSpec") -> None:
     for check, column in ((b, c) for b in spec.behaviour for c in b.columns):
         if column not in features: raise ValueError(f"behaviour {check.name!r}: {column!r} is no feature. {suggest(column, features)}")
     promised, watched = {r.measure for r in rules}, {a.measure for a in spec.monitor.alerts}
-    for name in spec.retrain.alerts:
-        if name not in watched: raise ValueError(f"retrain.alerts: no alert in monitor.alerts watches {name!r}. {suggest(name, watched)}")
-    for waiver in spec.waivers:
-        if waiver.measure not in promised: raise ValueError(f"waivers: no rule promises {waiver.measure!r}. {suggest(waiver.measure, promised)}")
+    if lost := [n for n in spec.retrain.alerts if n not in watched]: raise ValueError(f"retrain.alerts: no alert in monitor.alerts watches {lost[0]!r}. {suggest(lost[0], watched)}")
+    if lost := [w.measure for w in spec.waivers if w.measure not in promised]: raise ValueError(f"waivers: no rule promises {lost[0]!r}. {suggest(lost[0], promised)}")
 
 
 def _check_division(spec: "RunSpec") -> None:
@@ -219,25 +217,30 @@ class RunSpec(Part):
 class _Strict(yaml.SafeLoader): "YAML that refuses a key given twice."
 
 
-def _mapping(loader: _Strict, node: yaml.MappingNode, deep: bool = False) -> dict:
-    keys = [loader.construct_object(k, deep=True) for k, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1: raise SpecError(f"line {node.start_mark.line + 1}: the key {key!r} is given twice. Remove one.")
+def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict:
+    keys = [loader.construct_object(k, deep=True) for k, _ in node.value if k.tag != "tag:yaml.org,2002:merge"] # what `<<: *other` brings may be given again
+    if twice := [k for k in keys if keys.count(k) > 1]: raise SpecError(f"line {node.start_mark.line + 1}: the key {twice[0]!r} is given twice. Remove one.")
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
 _Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def _override(tree: dict, text: str) -> None:
-    "Set `a.b=value` in a tree of dicts."
-    path, eq, value = text.partition("=")
-    if not eq or not path: raise SpecError(f"An override is written key=value, such as train.epochs=5; found {text!r}.")
+def _set(tree: dict, path: str, value: Any) -> None:
+    "Set what is at `a.b` in a tree of dicts; a section that is not there, or was begun and is empty, is made."
     *above, last = path.split(".")
     for key in above:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict): raise SpecError(f"{text!r}: {key!r} is a value, not a section.")
-    tree[last] = yaml.load(value, _Strict)
+        if tree.get(key) is None: tree[key] = {}
+        tree = tree[key]
+        if not isinstance(tree, dict): raise SpecError(f"{path}: {key!r} is a value, not a section.")
+    tree[last] = value
+
+
+def _override(tree: dict, text: str) -> None:
+    path, eq, value = text.partition("=")
+    if not eq or not path: raise SpecError(f"An override is written key=value, such as train.epochs=5; found {text!r}.")
+    try: _set(tree, path, yaml.load(value, _Strict))
+    except yaml.YAMLError as error: raise SpecError(f"The value of the override {text!r} is not YAML: {' '.join(str(error).split())}. Quote what is text.") from error
 
 # %% ../../nbs/00_values/14_spec.ipynb #7e446f20
 def _part(annotation: Any) -> type[Part] | None:
@@ -277,8 +280,7 @@ def parse_spec(
     where: str = "spec",             # how messages name the source
 ) -> RunSpec:
     "A spec from YAML text. Raises `SpecError`."
-    tree = _tree(text, overrides, where)
-    try: return RunSpec.model_validate(tree)
+    try: return RunSpec.model_validate(_tree(text, overrides, where))
     except ValidationError as error: raise _explain(where, error) from error
 
 
@@ -299,11 +301,11 @@ def read_spec(
 ) -> RunSpec:
     "A spec from a file. Raises `SpecError`."
     path = Path(path)
-    if not path.is_file():
-        near = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
-        raise SpecError(f"There is no spec {str(path)!r}. {suggest(str(path), near)}")
+    if not path.is_file(): raise SpecError(f"There is no spec {str(path)!r}. {suggest(str(path), map(str, path.parent.glob('*.yaml')))}")
     if path.suffix.lower() in (".csv", ".tsv", ".parquet", ".pq", ".jsonl", ".ndjson", ".arrow", ".feather", ".xlsx"): raise SpecError(f"{path} holds rows, and a spec was expected: a YAML file that says where rows are and what is to be learned. Have one written from them: `mlray new NAME --from {path} --target COLUMN`.")
-    return parse_spec(path.read_text(encoding="utf-8"), overrides, str(path))
+    try: text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error: raise SpecError(f"{path} is not text in UTF-8: {error}. Save it as UTF-8; editors call that its encoding.") from error
+    return parse_spec(text, overrides, str(path))
 
 # %% ../../nbs/00_values/14_spec.ipynb #19155500
 def changed(
@@ -312,10 +314,6 @@ def changed(
 ) -> RunSpec:
     "The spec with other values at these paths. Raises `SpecError`."
     tree = spec.model_dump(mode="json")
-    for path, value in values.items():
-        *above, last = path.split(".")
-        part = tree
-        for key in above: part = part[key]
-        part[last] = value
+    for path, value in values.items(): _set(tree, path, value)
     try: return RunSpec.model_validate(tree)
     except ValidationError as error: raise _explain(spec.name, error) from error
