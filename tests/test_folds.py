@@ -213,7 +213,7 @@ def test_every_kind_of_target_is_shipped_as_one_graph(kind, place):
     ("data.split={by: age}", "later than those it is held against"), ("data.valid={call: 'mlray.samples:diabetes'}", "rows of their own"), ("train={folds: 3, rows: stream}", "no train.rows: stream"),
     ("train={folds: 3, privacy: {epsilon: 3}}", "spend the budget"), ("train={folds: 3, from: diabetes/1}", "learn anew"), ("model={estimator: 'sklearn.linear_model:LogisticRegression'}", "folds are of networks"),
     ("mitigation={method: exponentiated_gradient, by: [sex]}", "a mean of networks by itself"), ("train={folds: 3, parallel: fsdp}", "one worker's"), ("search={trials: 2, space: {train.folds: {choices: [2, 5]}}}", "is not searched"),
-    ("train.folds=1", "greater than or equal to 2")])
+    ("retrain={start: warm}", "leave it full"), ("train.folds=1", "greater than or equal to 2")])
 def test_what_would_not_be_honest_is_refused(overrides, said):
     with pytest.raises(SpecError, match=said): read_spec(SPEC, ["train.folds=3", overrides])
 

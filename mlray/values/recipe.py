@@ -126,7 +126,13 @@ class Train(Part):
         return self
 
 # %% ../../nbs/00_values/06_recipe.ipynb #611162c0
-def check_folds(train: Train, model: Model, data: Data, mitigation: Mitigation | None = None) -> None:
+def check_folds(
+    train: Train,
+    model: Model,
+    data: Data,
+    mitigation: Mitigation | None = None,
+    warm: bool = False, # whether a retraining would start from a version
+) -> None:
     "Raise `ValueError` where a network would see the rows that it keeps back, or there is no network."
     if train.folds is None: return
     why = "with train.folds"
@@ -134,7 +140,7 @@ def check_folds(train: Train, model: Model, data: Data, mitigation: Mitigation |
     if data.valid: raise ValueError(f"{why} every training row is held back once, and data.valid gives rows of their own for that. Leave out one of them")
     for name, asked, instead in (("data.train.holders", data.train.holders, "rows that stay with their holders are dealt out by nobody"), ("train.rows: stream", train.rows == "stream", "folds are for tables that are small, and those are kept in memory"),
                                  ("train.privacy", train.privacy, "each row would be learned from by all networks but one, and each of them would spend the budget"),
-                                 ("train.from", train.parent, "the parent has learned from rows that a network is to keep back; learn anew"), ("model.estimator", model.estimator, "folds are of networks; leave out one of them"),
+                                 ("train.from", train.parent, "the parent has learned from rows that a network is to keep back; learn anew"), ("retrain.start: warm", warm, "a mixture of networks is no parent, and it has learned from rows that a network is to keep back; leave it full"), ("model.estimator", model.estimator, "folds are of networks; leave out one of them"),
                                  ("exponentiated_gradient", mitigation is not None and mitigation.method == "exponentiated_gradient", "it is a mean of networks by itself; take reweighing or thresholds"),
                                  ("train.parallel: fsdp", train.parallel == "fsdp", "each network is one worker's; leave parallel out")):
         if asked: raise ValueError(f"{why} there is no {name}: {instead}")

@@ -91,7 +91,7 @@ def _check_learning(spec: "RunSpec") -> None:
     if weights > 1: raise ValueError(f"one column may have the role 'weight'; found {weights}")
     if not any(c.role == "feature" for c in spec.contract.values()): raise ValueError("the contract has no column with role 'feature'")
     check_features(spec.features, spec.contract)
-    check_folds(spec.train, spec.model, spec.data, spec.mitigation)
+    check_folds(spec.train, spec.model, spec.data, spec.mitigation, spec.retrain.start == "warm")
     for path, dimension in (spec.search.space if spec.search else {}).items(): check_searchable({"model": spec.model, "train": spec.train}, path, dimension)
 
 
