@@ -109,7 +109,7 @@ def loaded_after(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("statement", "absent"), [
-    ("import mlray", {"torch", "ray", "pandas", "sklearn", "polars"}), ("import mlray.cli", {"torch", "ray", "polars", "rich.table"}),
+    ("import mlray", {"torch", "ray", "pandas", "sklearn", "polars"}), ("import mlray.cli", {"torch", "ray", "polars", "rich.table", "jsonschema"}),
     ("import mlray.serving.service", {"torch", "ray", "pandas", "sklearn", "fastapi"}), ("import mlray.running.evaluation", {"torch", "ray", "pandas", "sklearn"}),
     ("import mlray.engines.haproxy", {"ray", "polars"}), ("import mlray.engines.gate_on_papermill, mlray.engines.warm_kernels, mlray.engines.trace_on_openlineage, mlray.pages.gate_report, mlray.running.portrait", {"torch", "ray", "pandas", "sklearn"})])
 def test_importing_brings_nothing_heavy(statement, absent):
