@@ -126,25 +126,26 @@ def seed_of(*parts: int) -> int:
 
 def _backward(network: nn.Module, rows: Sequence[Tensor], weights: Tensor | None, loss: Loss, train: Train) -> Tensor:
     "Gradients of one batch, computed in pieces; its mean loss."
-    count, total = len(rows[-1]), torch.zeros((), device=rows[-1].device)
+    count, means, shorter = len(rows[-1]), list[Tensor](), torch.autocast(rows[-1].device.type, torch.bfloat16) if train.precision == "bf16" else nullcontext()
     split = lambda tensor: tensor.tensor_split(train.accumulate) if train.accumulate > 1 else (tensor,)
     pieces = [p for p in zip(*map(split, rows), split(weights) if weights is not None else (None,) * train.accumulate, strict=True) if len(p[0])]
     for i, (*inputs, labels, weight) in enumerate(pieces, 1):
         with network.no_sync() if i < len(pieces) and hasattr(network, "no_sync") else nullcontext(): # type: ignore[operator]
-            with torch.autocast(labels.device.type, torch.bfloat16, enabled=train.precision == "bf16"): mean = loss(network(*inputs), labels, weight)
+            with shorter: mean = loss(network(*inputs), labels, weight)
             if len(pieces) > 1: mean = mean * (len(labels) / count)
             mean.backward()
-        total += mean.detach()
-    return total
+        means.append(mean.detach())
+    return sum(means[1:], means[0])
 
 
-def _all_finite(losses: Tensor, before: int, recent: Sequence[Sequence[Tensor]], epoch: int) -> None:
-    "Raise `TrainingError` for the first of the recent steps whose loss is no number."
-    bad = (~torch.isfinite(losses[before:before + len(recent)])).nonzero()
-    if not len(bad): return
-    step = int(bad[0])
-    digest = hashlib.sha256(b"".join(r.cpu().numpy().tobytes() for r in recent[step])).hexdigest()[:12]
-    raise TrainingError(f"the training loss is {float(losses[before + step])} at step {before + step + 1} of epoch {epoch}, in the batch {digest} of {len(recent[step][-1])} rows. "
+def _finite(recent: Sequence[tuple[Tensor, Sequence[Tensor]]], before: int, epoch: int) -> Tensor:
+    "Losses of the recent steps. Raises `TrainingError` for the first of them that is no number."
+    losses = torch.stack([mean for mean, _ in recent])
+    bad = (~torch.isfinite(losses)).nonzero()
+    if not len(bad): return losses
+    mean, rows = recent[step := int(bad[0])]
+    digest = hashlib.sha256(b"".join(r.cpu().numpy().tobytes() for r in rows)).hexdigest()[:12]
+    raise TrainingError(f"the training loss is {float(mean)} at step {before + step + 1} of epoch {epoch}, in the batch {digest} of {len(rows[-1])} rows. "
                         "Lower train.learning_rate, set train.clip, or look for extreme values.")
 
 # %% ../../nbs/01_learning/18_fitting.ipynb #8a0fef35
@@ -236,24 +237,24 @@ def pass_over(
 ) -> float: # mean loss
     "Learn from every row of some windows once."
     train, size = change(train, epoch, network, optimizer), max((train.batch_size or 1) // world, 1)
-    steps, loss, recent, done = math.ceil(count / size), loss or loss_of(), list[Sequence[Tensor]](), 0
+    steps, loss, recent, losses = math.ceil(count / size), loss or loss_of(), list[tuple[Tensor, Sequence[Tensor]]](), list[Tensor]()
     network.train()
     with memory_letter(train):
         for step, (rows, weights) in enumerate(batches(windows, size, train.seed, epoch)):
-            if not step: losses = torch.zeros(steps, device=rows[-1].device)
             for group in optimizer.param_groups: group["lr"] = learning_rate(train, (epoch - 1) * steps + step, (train.epochs or 1) * steps)
             optimizer.zero_grad(set_to_none=True)
-            losses[step] = _backward(network, rows, weights, loss, train)
+            mean = _backward(network, rows, weights, loss, train)
             if train.clip is not None: clip_grad_norm_(network.parameters(), train.clip)
             optimizer.step()
             average.step()
-            recent.append(rows)
-            if step % 64 == 63 or step == steps - 1:
-                _all_finite(losses, done, recent, epoch)
-                done, recent = step + 1, []
-    sizes = torch.full((steps,), size, device=losses.device)
+            recent.append((mean, rows))
+            if len(recent) == 64 or step == steps - 1:
+                losses.append(_finite(recent, step + 1 - len(recent), epoch))
+                recent = []
+    means = torch.cat(losses)
+    sizes = torch.full_like(means, size)
     sizes[-1] = count - (steps - 1) * size
-    return float((losses * sizes).sum()) / count
+    return float((means * sizes).sum()) / count
 
 
 def compiled(network: nn.Module, train: Train) -> Any:
