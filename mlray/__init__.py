@@ -164,6 +164,7 @@ Modules:
 - `mlray.operations.cluster_plan`: Whether a cluster is large enough for what is to run on it, and what it costs
 - `mlray.operations.doctor`: What is wrong with this machine or cluster, and how to mend it
 - `mlray.operations.examination`: The facts of this machine, gathered without changing anything
+- `mlray.operations.first_look`: A file with rows, looked at for the first time: how it is written, and a spec to begin with
 - `mlray.operations.launcher`: What is wrong with a file for `ray up`
 - `mlray.operations.manifest`: What is wrong with manifests for KubeRay
 - `mlray.operations.place`: Which cluster is meant by `--on`: an address, an environment, a region

@@ -135,7 +135,7 @@ class _Attempt:
         with suppress(Empty):
             said = self.news.get(timeout=timeout)
             if said is None: self.thread.join() # these were its last words
-            if not isinstance(said, ActorHandle): return Epoch(*said, None) if isinstance(said, tuple) else said
+            if not isinstance(said, ActorHandle): return Epoch(said[0], said[1], None) if isinstance(said, tuple) else said
             self.leader = said
         return None
 
