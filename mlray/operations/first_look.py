@@ -56,7 +56,7 @@ class FileFormat:
         known = frame.select(pl.all().str.strip_chars()).select(pl.when(~pl.all().is_in(self.missing)).then(pl.all())).filter(~pl.all_horizontal(pl.all().is_null()))
         return as_written(_unsigned(known, self.signs, self.thousands), self.decimal_comma, self.dates)
 
-
+# %% ../../nbs/12_operations/01_first_look.ipynb #56b2abf1
 _NAMELESS = re.compile(r"(_duplicated_\d+)?") # as polars calls a column without a name, and the next one
 _SIGN = "[$€£¥₹%]|EUR|USD|GBP|CHF|JPY|CNY|INR|SEK|NOK|DKK|PLN|CZK|CAD|AUD"
 _SIGNED = rf"^[+-]?({_SIGN})?\s*[+-]?\d[\d.,'’]*\s*({_SIGN})?$"
@@ -146,7 +146,7 @@ def _positive(classes: Sequence[str], values: pl.Series) -> str:
     yes = [c for c in classes if c.casefold() in _YES]
     return yes[0] if len(yes) == 1 else min(classes, key=lambda c: (values.cast(pl.String).str.to_lowercase() == c.lower()).sum())
 
-
+# %% ../../nbs/12_operations/01_first_look.ipynb #5f7382a7
 def _as_target(name: str, column: Mapping[str, Any], values: pl.Series, positive: str | None) -> dict[str, Any]:
     "The column that is predicted."
     kind, kept = column["type"], {k: v for k, v in column.items() if k not in ("role", "unique", "nullable", "personal")}
@@ -166,7 +166,7 @@ def _as_target(name: str, column: Mapping[str, Any], values: pl.Series, positive
 
 def _short(values: pl.Series) -> str: return repr(f"{str(values.drop_nulls()[0])[:39]}…" if len(str(values.drop_nulls()[0])) > 40 else str(values.drop_nulls()[0]))
 
-
+# %% ../../nbs/12_operations/01_first_look.ipynb #b3b427c6
 def _as_sensitive(column: Mapping[str, Any], values: pl.Series) -> dict[str, Any]:
     "A column by which groups are formed."
     made = {k: v for k, v in column.items() if k != "role"} | {"sensitive": True, "personal": True}
@@ -257,7 +257,7 @@ class FirstSpec:
                 f"name: {name}\ndescription: {flow(description)}\n\ndata:\n  train: {{call: {flow(call)}}}\n  split: {{test: 0.2, valid: 0.15}}\n\n"
                 f"{contract_yaml(self.contract)}\n{few}# What these rows ask for at least: more than knowing how often each answer occurs, and no wider gaps than in the labels. Raise the bars after a first run.\ngates:\n{rules}")
 
-
+# %% ../../nbs/12_operations/01_first_look.ipynb #f255cfce
 FEWEST = 20 # rows that can be divided in three
 
 
@@ -284,7 +284,7 @@ def first_spec(
     fair, fewest = _fairness(contract[target], frame[target], groups, {n: contract[n]["bands"] for n in groups if "bands" in contract[n]})
     return FirstSpec(contract, {"quality": _quality(contract[target], frame[target])} | ({"fairness": fair} if groups else {}), frame.height, fewest, every - frame.height)
 
-
+# %% ../../nbs/12_operations/01_first_look.ipynb #85775b59
 _ROLES = {"id": "names each row", "time": "says when", "ignored": "the same everywhere, or a name"}
 _NAMES_ROWS = re.compile(r"(^|[_\W])(id|uuid|guid)$|[a-z]I[dD]$", re.I)
 
