@@ -9,6 +9,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from mlray.learning.contract import Contract, check
+from mlray.operations import project_folder
 from mlray.operations.first_look import file_format, first_spec
 from mlray.operations.project import project_from, sample_project
 from mlray.operations.project_folder import write_project
@@ -52,8 +54,16 @@ def test_each_kind_is_a_spec_with_its_own_source(tmp_path, kind):
     files = write_project(sample_project("mine", kind), tmp_path / "mine")
     spec = parse_spec((tmp_path / "mine/configs/mine.yaml").read_text())
     assert spec.name == "mine" and spec.data.train.call == "mine.source:rows" and "mine/source.py" in files
-    rows = run(tmp_path / "mine", sys.executable, "-c", "from mine.source import rows; print(rows().height)")
-    assert int(rows.stdout) > 100
+    found = run(tmp_path / "mine", sys.executable, "-c", f"from mine.source import rows; from mine.network import Network; from mlray.values.imported import imported; imported({spec.model.network!r} if ':' in {spec.model.network!r} else 'mine.network:Network', ''); print(rows().height)")
+    assert found.returncode == 0 and int(found.stdout) > 100, found.stderr
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_each_kind_keeps_its_promises_with_its_own_network(tmp_path, kind):
+    write_project(sample_project("mine", kind), tmp_path / "mine")
+    trained = run(tmp_path / "mine", MLRAY, "train", "configs/mine.yaml", "--json")
+    assert trained.returncode == 0 and json.loads(trained.stdout)["verdict"]["passed"], trained.stderr
 
 
 def test_what_is_there_is_left_alone(tmp_path):
@@ -73,7 +83,7 @@ def test_letters(tmp_path, flags, says):
 
 
 def test_names_of_packages(tmp_path):
-    for name in ("Credit", "9lives", "a-b", "", "../up"):
+    for name in ("Credit", "9lives", "a-b", "", "../up", "random", "pandas", "mlray", "tests", "data"): # Python would take one for the other
         with pytest.raises(SpecError): write_project(sample_project(name, "tabular"), tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
@@ -87,6 +97,76 @@ def test_targets_of_each_kind(tmp_path):
     assert parse_spec(text).train.folds == 5 and f"because {frame.height} rows are few" in text
     assert "folds" not in replace(first_spec(frame, "flag"), rows=3_000).yaml("mine", "a try", "mine.source:rows")
     with pytest.raises(DataError, match="one value"): first_spec(frame.with_columns(pl.lit("only").alias("same")), "same")
+
+
+def seen(folder: Path, text: str, target: str, **more: object):
+    "A file as it came, and what is made of it."
+    (folder / "rows.csv").write_text(text)
+    rows = file_format(folder / "rows.csv").scan(folder / "rows.csv").collect()
+    made = first_spec(rows, target, **more)
+    return rows, made, parse_spec(made.yaml("mine", "rows", "mine.source:rows")).contract
+
+
+def test_an_index_without_a_name_is_no_column(tmp_path):
+    "As pandas writes it; and a separator at the end of each line."
+    for text in (",x,y\n" + "".join(f"{i},{i % 7},{'ab'[i % 2]}\n" for i in range(40)), "x;y;\n" + "".join(f"{i % 7};{'ab'[i % 2]};\n" for i in range(40))):
+        assert list(seen(tmp_path, text, "y")[2]) == ["x", "y"]
+
+
+def test_answers_are_spelled_as_they_come(tmp_path):
+    "Truth values of Python, another language's yes, capitals here and there; whoever keeps the contract is a row of the file."
+    for yes, no in (("True", "False"), ("ja", "nein"), ("1.0", "0.0"), ("Y", "N")):
+        rows, _, contract = seen(tmp_path, "größe;gekündigt?\n" + "".join(f"{i};{no if i % 3 == 0 else yes}\n" for i in range(60)), "gekündigt?")
+        assert contract["gekündigt?"].positive == yes and check(Contract(contract), rows).good.height == 60
+    rows, _, contract = seen(tmp_path, "a;b\n" + "".join(f"{i};{('yes', 'No', 'YES', 'no', 'no')[i % 5]}\n" for i in range(60)), "b")
+    assert set(contract["b"].values) == {"no", "yes"} or set(contract["b"].values) == {"no", "YES"}
+    assert check(Contract(contract), rows).good["b"].n_unique() == 2
+
+
+def test_a_row_without_an_answer_is_left_out(tmp_path):
+    text = "x,y\n" + "".join(f"{i % 9},{('NA', '0', '1')[i % 3]}\n" for i in range(90))
+    _, made, contract = seen(tmp_path, text, "y")
+    assert (made.unanswered, made.rows) == (30, 60) and not contract["y"].nullable and any("30 of 90" in n for n in made.notes())
+    project = project_from("mine", tmp_path / "rows.csv", "y")
+    assert "is_not_null" in project.source and "is_not_null" not in project_from("mine", tmp_path / "rows.csv", "x").source
+    with pytest.raises(DataError, match="10 of 90 rows"): seen(tmp_path, "x,y\n" + "".join(f"{i % 9},{'NA' if i >= 10 else i}\n" for i in range(90)), "y")
+
+
+@pytest.mark.parametrize(("separator", "values", "means"), [
+    ("\t", ["$1,200", "$980", "$12,000,000"], [1200, 980, 12_000_000]), (";", ["1.200,50 €", "980,00 €", "7,25 €"], [1200.5, 980, 7.25]), (",", ["45%", "7 %", "100%"], [45, 7, 100]),
+    (";", ["1'200.5", "980.25", "12'000"], [1200.5, 980.25, 12_000]), (",", ['"1,234"', "980", '"12,000"'], [1234, 980, 12_000])])
+def test_numbers_as_people_write_them(tmp_path, separator, values, means):
+    text = f"n{separator}y\n" + "".join(f"{values[i % 3]}{separator}{'ab'[i % 2]}\n" for i in range(60))
+    rows, _, contract = seen(tmp_path, text, "y")
+    assert contract["n"].type in ("integer", "number") and rows["n"].cast(pl.Float64).to_list()[:3] == means
+
+
+def test_what_could_be_either_stays_as_it_is(tmp_path):
+    "1,234 may be a thousand or a fraction, ABC123 is no money, and two currencies are no number."
+    for value in ("1,234", "ABC123", "SKU 9"):
+        assert seen(tmp_path, "n;x;y\n" + "".join(f"{value};{i};{'ab'[i % 2]}\n" for i in range(40)), "y")[0]["n"][0] == value
+    rows, *_ = seen(tmp_path, "n;x;y\n" + "".join(f"{'$€'[i % 2]}{i};{i};{'ab'[i % 2]}\n" for i in range(40)), "y")
+    assert rows["n"][0] == "$0"
+
+
+def test_what_teaches_nothing_stands_aside(tmp_path):
+    text = "user_id,store,same,none,y\n" + "".join(f"u{i % 70},{i % 7},x,,{'ab'[i % 2]}\n" for i in range(200))
+    _, made, contract = seen(tmp_path, text, "y")
+    assert {n: c.role for n, c in contract.items()} == {"user_id": "ignored", "store": "feature", "same": "ignored", "none": "ignored", "y": "target"}
+    assert all(n in " ".join(made.notes()) for n in ("user_id", "same", "none"))
+    with pytest.raises(DataError, match="nothing to learn 'y' from"): seen(tmp_path, "same,y\n" + "x,a\nx,b\n" * 20, "y")
+    assert contract["user_id"].description and Contract(contract).features == ("store",)
+
+
+def test_a_project_knows_where_its_mlray_comes_from(tmp_path, monkeypatch):
+    "As pip has noted it (PEP 610); its tests make an environment from there."
+    class Noted:
+        def __init__(self, said): self.said = said
+        def read_text(self, name): return self.said if name == "direct_url.json" else None
+    for said, means in ((None, "mlray"), ('{"url": "file:///here/mlray", "dir_info": {"editable": true}}', "mlray @ file:///here/mlray"),
+                        ('{"url": "https://host/mlray", "vcs_info": {"vcs": "git", "commit_id": "abc"}}', "mlray @ git+https://host/mlray@abc")):
+        monkeypatch.setattr(project_folder, "distribution", lambda name, said=said: Noted(said))
+        assert f"MLRAY ?= {means}\n" in project_folder.project_files(sample_project("mine", "tabular"))["Makefile"]
 
 
 @pytest.mark.chaos

@@ -63,8 +63,7 @@ def tracker_of(settings: "Settings", quiet: "bool | Tracker" = False) -> "Tracke
 
 
 def _at_once(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    print(text, end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -308,15 +307,14 @@ def demonstrate(spec: "RunSpec", settings: "Settings", keep: bool, show: Callabl
     with cluster(settings):
         run, registry = train_run(spec, settings, "ray"), open_registry(settings)
         step(f"gate {run.version}: {', '.join(settings.gates)}")
-        with ThreadPoolExecutor(1) as beside: # Serve comes up meanwhile
-            opened = beside.submit(open_front, settings, CallGateway)
+        with ThreadPoolExecutor(1) as beside: # Serve comes up meanwhile; why it could not, `deploy_versions` will say
+            beside.submit(open_front, settings, CallGateway)
             gated = gate_version(registry, run.version, settings.gates, settings)
         show(*(g.verdict.table() for g in gated.values()))
         if not all(g.verdict.passed for g in gated.values()): return False
         step(f"promote {run.version} to production")
         move(registry, run.version, "production", settings.gates)
         step(f"serve {spec.name}@production behind HAProxy")
-        opened.result()
         key = create_key("predictor", settings)
         deploy_versions([spec.name], settings)
         row = {n: checked.good[n][0] for n in run.rows.contract.features}

@@ -109,6 +109,6 @@ def learnable(
     for i, name in enumerate(task.targets):
         one = labels.arr.get(i) if task.kind == "multilabel" else labels
         if one.n_unique() < 2 and (part == "train" or len(task.targets) == 1):
-            raise DataError(f"All {one.len()} {part} rows have the same {name!r} (label {one[0]}): nothing can be learned or judged from one {'class' if task.classes else 'value'}.")
+            raise DataError(f"All {one.len()} {part} rows have the same {name!r} ({task.classes[int(one[0])] if task.classes else one[0]}): nothing can be learned or judged from one {'class' if task.classes else 'value'}. Bring more rows, or give these a larger share in data.split.")
     lost = [n for i, n in enumerate(task.names) if i not in set(labels)] if part == "train" and task.kind == "multiclass" else []
     if lost: raise DataError(f"No train row has {', '.join(map(repr, lost))} as {contract.target!r}, which the contract has among its values. Bring such rows, or take the value out.")

@@ -57,7 +57,7 @@ class FileFormat:
         known = frame.select(pl.all().str.strip_chars()).select(pl.when(~pl.all().is_in(self.missing)).then(pl.all())).filter(~pl.all_horizontal(pl.all().is_null()))
         return as_written(_unsigned(known, self.signs, self.thousands), self.decimal_comma, self.dates)
 
-
+# %% ../../nbs/12_operations/01_first_look.ipynb #56b2abf1
 _NAMELESS = re.compile(r"(_duplicated_\d+)?") # as polars calls a column without a name, and the next one
 _SIGN = "[$€£¥₹%]|EUR|USD|GBP|CHF|JPY|CNY|INR|SEK|NOK|DKK|PLN|CZK|CAD|AUD"
 _SIGNED = rf"^[+-]?({_SIGN})?\s*[+-]?\d[\d.,'’]*\s*({_SIGN})?$"
@@ -147,7 +147,7 @@ def _positive(classes: Sequence[str], values: pl.Series) -> str:
     yes = [c for c in classes if c.casefold() in _YES]
     return yes[0] if len(yes) == 1 else min(classes, key=lambda c: (values.cast(pl.String).str.to_lowercase() == c.lower()).sum())
 
-
+# %% ../../nbs/12_operations/01_first_look.ipynb #5f7382a7
 def _as_target(name: str, column: Mapping[str, Any], values: pl.Series, positive: str | None) -> dict[str, Any]:
     "The column that is predicted."
     kind, kept = column["type"], {k: v for k, v in column.items() if k not in ("role", "unique", "nullable", "personal")}
@@ -167,7 +167,7 @@ def _as_target(name: str, column: Mapping[str, Any], values: pl.Series, positive
 
 def _short(values: pl.Series) -> str: return repr(f"{str(values.drop_nulls()[0])[:39]}…" if len(str(values.drop_nulls()[0])) > 40 else str(values.drop_nulls()[0]))
 
-
+# %% ../../nbs/12_operations/01_first_look.ipynb #b3b427c6
 def _as_sensitive(column: Mapping[str, Any], values: pl.Series) -> dict[str, Any]:
     "A column by which groups are formed."
     made = {k: v for k, v in column.items() if k != "role"} | {"sensitive": True, "personal": True}
@@ -238,11 +238,11 @@ class FirstSpec:
         "What was decided that a person may want otherwise."
         name, target = next((n, c) for n, c in self.contract.items() if c.get("role") == "target")
         aside = [f"{n} ({c['description']})" for n, c in self.contract.items() if c.get("role") == "ignored"]
-        ids = [n for n, c in self.contract.items() if c.get("role") == "id"]
+        aside += [f"{n} (names each row)" for n, c in self.contract.items() if c.get("role") == "id"]
         asked = f"{name} is {target['positive']!r} or {' or '.join(repr(v) for v in target['values'] if v != target['positive'])}; asked is for {target['positive']!r}. Otherwise say --positive." if "positive" in target \
             else f"{name} is one of {len(target['values'])}: {', '.join(target['values'][:12])}{' …' * (len(target['values']) > 12)}." if target["type"] == "category" else f"{name} is a number."
         return asked, *([f"{self.unanswered:,} of {self.rows + self.unanswered:,} rows have no {name}, and are left out."] if self.unanswered else []), \
-            *([f"Names rows: {', '.join(ids)}."] if ids else []), *([f"Not learned from: {'; '.join(aside)}."] if aside else [])
+            *([f"Not learned from: {'; '.join(aside)}."] if aside else [])
 
     def yaml(
         self,
@@ -259,7 +259,7 @@ class FirstSpec:
                 f"name: {name}\ndescription: {flow(description)}\n\ndata:\n  train: {{call: {flow(call)}}}\n  split: {{test: 0.2{'' if folds else ', valid: 0.15'}}}\n\n{folds}"
                 f"{contract_yaml(self.contract)}\n{few}# What these rows ask for at least: more than knowing how often each answer occurs, and no wider gaps than in the labels. Raise the bars after a first run.\ngates:\n{rules}")
 
-
+# %% ../../nbs/12_operations/01_first_look.ipynb #f255cfce
 FEWEST = 20 # rows that can be divided in three
 
 
@@ -280,11 +280,14 @@ def first_spec(
     if lost := [n for n in (target, *sensitive) if n not in contract]: raise DataError(f"Nothing can be said of column {lost[0]!r}: its values have no common type.")
     contract[target] = _as_target(target, contract[target], frame[target], positive)
     for name in sensitive: contract[name] = _as_sensitive(contract[name], frame[name].cast(pl.Float64) if contract[name]["type"] in ("integer", "number") else frame[name])
+    others = [f"{n} ({_ROLES[c['role']]})" for n, c in contract.items() if n != target and "role" in c]
+    if len(others) == len(contract) - 1: raise DataError(f"There is nothing to learn {target!r} from: {'; '.join(others) or 'it is the only column'}. Bring a column that tells rows apart.")
     groups = {n: frame[n] for n in sensitive}
     fair, fewest = _fairness(contract[target], frame[target], groups, {n: contract[n]["bands"] for n in groups if "bands" in contract[n]})
     return FirstSpec(contract, {"quality": _quality(contract[target], frame[target])} | ({"fairness": fair} if groups else {}), frame.height, fewest, every - frame.height)
 
-
+# %% ../../nbs/12_operations/01_first_look.ipynb #85775b59
+_ROLES = {"id": "names each row", "time": "says when", "ignored": "the same everywhere, or a name"}
 _NAMES_ROWS = re.compile(r"(^|[_\W])(id|uuid|guid)$|[a-z]I[dD]$", re.I)
 
 

@@ -206,7 +206,7 @@ def export_modules(
     apart = {k: v for k, v in os.environ.items() if k != "IN_TEST"} # where nbdev runs a notebook as a test it does not export
     subprocess.run([str(Path(sys.executable).with_name("nbdev-export"))], cwd=root, env=apart, check=True, capture_output=True)
 
-
+# %% ../../nbs/12_operations/04_project_folder.ipynb #4cd686d9
 _PACKAGE = re.compile(r"[a-z][a-z0-9_]{0,40}")
 
 
