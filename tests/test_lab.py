@@ -196,7 +196,7 @@ def test_what_is_wrong_is_told_here_with_its_exit_code(lab, released):
 def begun(lab: Lab, log: Path, epochs: int) -> subprocess.Popen:
     "A training, followed from the laptop; it has begun to learn when this returns."
     with open(log, "w") as said: running = lab.hosts.popen("laptop", "bash", "-c", f"cd ~/project && exec mlray train patients.yaml train.epochs={epochs} train.patience={epochs} --on lab", variables=OPERATOR, stdout=subprocess.PIPE, stderr=said)
-    wait_for(lambda: running.poll() is not None or "  epoch 10 " in log.read_text(), 240)
+    wait_for(lambda: running.poll() is not None or "  epoch 10 " in log.read_text(), 600)
     assert running.poll() is None, log.read_text()
     return running
 

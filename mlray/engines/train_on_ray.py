@@ -283,6 +283,7 @@ class RayBackend:
             if attempt.error is None: continue
             letter = _told(attempt.error)
             if not isinstance(letter, _Lost): raise letter
+            if ray.get_runtime_context().get_node_id() in leaving(): raise Unavailable("The node that leads this run is taken away, and nothing new may start there. Its epochs are kept: when another has come in its place, go on with `mlray train … --resume`.")
             crowded = isinstance(getattr(attempt.error, "controller_failure", None), WorkerGroupStartupTimeoutError)
             going = isinstance(attempt.error, PreemptionError)
             lost += not crowded and not going # who finds no room, or was told to go, has failed at nothing
