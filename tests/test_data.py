@@ -226,7 +226,7 @@ def test_infer_writes_a_contract_once_and_never_over_one(settings, capsys, monke
     first = CliRunner().invoke(app, ["check", "--infer", "credit.yaml"])
     written = (settings.root / "credit.yaml").read_text()
     assert first.exit_code == 0 and written.startswith("# mine\n") and "role: id, unique: true" in written and "day: {type: date" in written
-    assert f"# train: {{folds: 5}}    # 5 folds, because {invoices().height} rows are few" in written
+    assert f"# train: {{folds: 5}}    # {invoices().height} rows are few" in written
     second = CliRunner().invoke(app, ["check", "--infer", "credit.yaml", "--json"])
     assert second.exit_code == 0 and not json.loads(second.stdout)["written"] and (settings.root / "credit.yaml").read_text() == written
     spec = parse_spec(written.replace("paid: {type: boolean}", "paid: {type: boolean, role: target}"))

@@ -94,7 +94,7 @@ def test_targets_of_each_kind(tmp_path):
     assert first_spec(frame, "number").gates["quality"][0]["metric"] == "r2" and first_spec(frame, "number", "6").contract["number"]["positive_above"] == 6
     for target in ("three", "flag", "number"): parse_spec(first_spec(frame, target).yaml("mine", "a try: with a colon", "mine.source:rows"))
     text = first_spec(frame, "flag").yaml("mine", "a try", "mine.source:rows") # folds are proposed where rows are few, with the reason, and nowhere else
-    assert parse_spec(text).train.folds == 5 and f"because {frame.height} rows are few" in text
+    assert parse_spec(text).train.folds is None and parse_spec(text.replace("# train: {folds: 5}", "train: {folds: 5}")).train.folds == 5 and f"{frame.height} rows are few" in text
     assert "folds" not in replace(first_spec(frame, "flag"), rows=3_000).yaml("mine", "a try", "mine.source:rows")
     with pytest.raises(DataError, match="one value"): first_spec(frame.with_columns(pl.lit("only").alias("same")), "same")
 

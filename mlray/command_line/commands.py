@@ -96,7 +96,7 @@ def propose_contract(path: str, overrides: Sequence[str], settings: "Settings") 
     data, has = parse_data(before, overrides, path)
     rows = read_source(data.train, data.csv, (), settings)[0]
     contract = infer_contract(rows, data.csv.missing)
-    text = contract_yaml(contract) + ("" if "train" in yaml.safe_load(before) or data.valid or data.split.by or not (proposed := proposed_folds(rows.height)) else f"# {proposed}")
+    text = contract_yaml(contract) + ("" if "train" in yaml.safe_load(before) or data.valid or data.split.by else proposed_folds(rows.height))
     if has: return contract, text, False
     after = f"{before.rstrip()}\n\n{text}"
     if yaml.safe_load(after) != yaml.safe_load(before) | {"contract": contract}: raise SpecError(f"{path} is written so that nothing can be added at its end. Add this yourself:\n{text}")

@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import numpy as np
@@ -247,10 +247,7 @@ def _predictors(plan: Plan, kind: type[Predictor], settings: Settings) -> dict[s
 PATIENCE_S = 30.0 # until a service has to have answered
 
 
-def listed(
-    settings: Settings,
-    kind: str = "http", # or grpc
-) -> bool:
+def listed(settings: Settings, kind: Literal["http", "grpc"] = "http") -> bool:
     "Whether HAProxy knows the replicas; until then, it asks a proxy of Serve's, and is about to begin anew. On a host without HAProxy nobody can tell, and nobody waits."
     import ray
     up = servers_up(ray.get_runtime_context().get_node_id(), kind)
@@ -294,10 +291,7 @@ def bound(
     return deployment.bind(plan, list(references), settings, _predictors(plan, gateway.predictor, settings), _worker(settings), console)
 
 
-def open_front(
-    settings: Settings,
-    gateway: type[Gateway] = Gateway,
-) -> None:
+def open_front(settings: Settings, gateway: type[Gateway] = Gateway) -> None:
     "Have Serve and its proxy up, if they are not; needs a connection to Ray."
     from ray import serve
     from ray.serve.config import HTTPOptions, gRPCOptions

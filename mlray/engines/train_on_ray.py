@@ -93,22 +93,22 @@ def _work(config: dict[str, Any]) -> None:
         for text in _of_the_team(world, config["workers"], start): news.put(text)
         for epoch in replayed(start): news.put((epoch.number, epoch.metrics))
     parallel = (lambda n: n) if world == 1 else _sharded if job.train.parallel == "fsdp" else _averaged
-    looked = time.monotonic()
-    for epoch in epochs_of(job.shard(rank, world), start, rank, world, parallel, get_device(), _together):
+    began = looked = time.monotonic()
+    for count, epoch in enumerate(epochs_of(job.shard(rank, world), start, rank, world, parallel, get_device(), _together), 1):
         if rank == 0 and epoch.state: kept.save(epoch.state)
         ray.train.report({"epoch": epoch.number, **epoch.metrics})
         if rank == 0: news.put((epoch.number, epoch.metrics)) # plain: who carries the news would load torch to know an `Epoch`
         if world == config["workers"]: continue
-        more = 0
-        if rank == 0 and _looks(time.monotonic() - looked, config["grow_every_s"], bool(epoch.state and epoch.state.goes_on(job.train))):
+        more, now = 0, time.monotonic()
+        if rank == 0 and epoch.state and epoch.state.goes_on(job.train) and _looks(now - looked, ((job.train.epochs or 1) - epoch.number) * (now - began) / count, config["grow_every_s"]):
             more, looked = _room(config["workers"] - world, 1, config["each"], config["without"], patience_s=1), time.monotonic()
             if more: news.put(world + more)
         if _joint(more, world): return # all of them after the same epoch
 
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #745f78c4
-def _looks(since_s: float, every_s: float, goes_on: bool) -> bool: # since the team began or last looked; whether there are epochs to come
-    "Whether a team looks for room after this epoch."
-    return goes_on and since_s >= every_s
+def _looks(since_s: float, left_s: float, every_s: float) -> bool: # since the team began or last looked; until it ends at its pace
+    "Whether a team looks for room after this epoch. Who would not look again does not: to begin anew takes time, too."
+    return since_s >= every_s and left_s >= every_s
 
 
 def _of_the_team(world: int, wanted: int, start: State | None) -> list[str]:

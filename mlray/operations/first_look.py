@@ -256,7 +256,7 @@ class FirstSpec:
         folds = f"{proposed}\n" if (proposed := proposed_folds(self.rows)) else ""
         few = f"min_group: {self.min_group}    # rows of a group that a rate is judged over, at least. These are few, and chance drives groups apart: with more rows take 30, and narrower gaps\n\n" if self.min_group < 30 else ""
         return (f"# A beginning, made from {self.rows:,} rows: strike out what they only happen to be, widen ranges, say what columns mean.\n# `mlray check` holds the rows against it, `mlray train` makes a version.\n"
-                f"name: {name}\ndescription: {flow(description)}\n\ndata:\n  train: {{call: {flow(call)}}}\n  split: {{test: 0.2{'' if folds else ', valid: 0.15'}}}\n\n{folds}"
+                f"name: {name}\ndescription: {flow(description)}\n\ndata:\n  train: {{call: {flow(call)}}}\n  split: {{test: 0.2, valid: 0.15}}\n\n{folds}"
                 f"{contract_yaml(self.contract)}\n{few}# What these rows ask for at least: more than knowing how often each answer occurs, and no wider gaps than in the labels. Raise the bars after a first run.\ngates:\n{rules}")
 
 # %% ../../nbs/12_operations/01_first_look.ipynb #f255cfce
