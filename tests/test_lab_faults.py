@@ -196,6 +196,6 @@ def test_a_head_that_is_taken_away_with_notice_says_so_and_its_training_is_taken
         with open(log := lab.share / "resumed.err", "w") as heard: resumed = lab.hosts.popen("laptop", "bash", "-c", f"cd ~/project && exec mlray train patients.yaml train.epochs={EPOCHS} train.patience={EPOCHS} --resume --on lab", variables=OPERATOR, stdout=subprocess.PIPE, stderr=heard)
         version = resumed.communicate(timeout=600)[0].split()
         assert resumed.returncode == 0 and version, log.read_text()[-3000:]
-        after = int(re.search(r"going on after epoch (\d+)", log.read_text())[1])
+        after = int(re.search(r"after epoch (\d+)", log.read_text())[1]) # with as many workers as before, or more, or fewer
         print(f"the last epoch that was told: {last}; taken up after epoch {after}, and ended as {version[-1]}")
         assert last <= after < EPOCHS, "of what was told, nothing was done again"
