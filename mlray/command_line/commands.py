@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..values.errors import ExplanationError, GateError, ServingError, SettingsError, SpecError, suggest
@@ -62,8 +63,7 @@ def tracker_of(settings: "Settings", quiet: "bool | Tracker" = False) -> "Tracke
     return Trackers((person, WandbTracker(settings.home / "runs", settings.project, settings.tracking)))
 
 
-def _at_once(text: str) -> None:
-    print(text, end="", file=sys.stderr, flush=True)
+def _at_once(text: str) -> None: print(text, end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -82,8 +82,6 @@ def backend_on(on: str, settings: "Settings") -> Iterator["Backend"]:
 # %% ../../nbs/13_command_line/01_commands.ipynb #b0aad257
 def propose_contract(path: str, overrides: Sequence[str], settings: "Settings") -> tuple[dict[str, Any], str, bool]:
     "A contract inferred from a spec's rows, as YAML too; added to the spec if it has none, and then True."
-    from pathlib import Path
-
     import yaml
 
     from mlray.learning.infer import contract_yaml, infer_contract
@@ -116,18 +114,16 @@ def train_run(spec: "RunSpec", settings: "Settings", on: str, resume: bool = Fal
     "One run, from rows to a version."
     from mlray.engines.trace_on_openlineage import traced_training
     with traced_training(lineage_to(settings), spec) as came:
-        came(run := _train(spec, settings, on, resume, quiet))
+        if spec.data.train.holders:
+            from mlray.engines.cluster_on_ray import cluster
+            with cluster(settings):
+                from mlray.engines.federate_on_ray import federate
+                run = federate(spec, settings, tracker_of(settings, quiet), resume=resume)
+        else:
+            from mlray.running.run import train
+            with backend_on(on, settings) as backend, supply_of(spec, settings, on) as supply: run = train(spec, settings, backend, tracker_of(settings, quiet), resume=resume, supply=supply)
+        came(run)
         return run
-
-
-def _train(spec: "RunSpec", settings: "Settings", on: str, resume: bool, quiet: "bool | Tracker") -> "Run":
-    if spec.data.train.holders:
-        from mlray.engines.cluster_on_ray import cluster
-        with cluster(settings):
-            from mlray.engines.federate_on_ray import federate
-            return federate(spec, settings, tracker_of(settings, quiet), resume=resume)
-    from mlray.running.run import train as run
-    with backend_on(on, settings) as backend, supply_of(spec, settings, on) as supply: return run(spec, settings, backend, tracker_of(settings, quiet), resume=resume, supply=supply)
 
 
 @contextmanager
@@ -174,8 +170,7 @@ def reproduce_version(reference: str, settings: "Settings") -> "Reproduction":
 def find_version(reference: str, settings: "Settings") -> tuple["Registry", "Version"]:
     "A version, and the registry it stands in."
     from mlray.governance.registry import open_registry, version
-    registry = open_registry(settings)
-    return registry, version(registry, reference)
+    return (registry := open_registry(settings)), version(registry, reference)
 
 
 def find_served(reference: str, settings: "Settings") -> tuple["Registry", "Version"]:

@@ -154,9 +154,7 @@ class Standing:
         if self.service.models: self.meters.of("changes").inc()
         self.service, self.openapi = service, openapi
 
-    def record_autoscaling_stats(self) -> dict[str, float]: # as Serve asks
-        "What its own count has not."
-        return {IN_FRONT: self.ahead.mean()}
+    def record_autoscaling_stats(self) -> dict[str, float]: return {IN_FRONT: self.ahead.mean()} # as Serve asks, for what its own count has not
 
     def check_health(self) -> None:
         "A healthy replica is one that can predict."
@@ -245,7 +243,6 @@ def _predictors(plan: Plan, kind: type[Predictor], settings: Settings) -> dict[s
 
 # %% ../../nbs/10_engines/09_serve_on_ray.ipynb #4f667e1b
 PATIENCE_S = 30.0 # until a service has to have answered
-
 
 def listed(settings: Settings, kind: Literal["http", "grpc"] = "http") -> bool:
     "Whether HAProxy knows the replicas; until then, it asks a proxy of Serve's, and is about to begin anew. On a host without HAProxy nobody can tell, and nobody waits."

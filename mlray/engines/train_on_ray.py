@@ -221,6 +221,17 @@ def _counted(each: dict[str, float]) -> int:
     gone = leaving()
     return sum(int(min(node["Resources"].get(what, 0) // much for what, much in each.items())) for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone)
 
+def _team(most: int, least: int, each: dict[str, float], without: Sequence[Node], note: Note) -> int | tuple[int, int]: # how many workers may be asked for now
+    "What there is room for, beside all else that runs there. Raises `Unavailable` where only nodes with a full disk are left."
+    if without: note(f"there is no room on the disk of {', '.join(n.name for n in without)}: no worker is put there")
+    if least == most and not without: return most
+    counted = _counted(each)
+    found = _room(min(most, counted), least, each, without)
+    if without and not found: raise Unavailable(f"There is no room on the disk of {', '.join(n.name for n in without)}, and elsewhere there is none for {least} worker{'s' * (least > 1)}. Make room there (`mlray doctor` says where), or ask for fewer with `workers`; then go on with `mlray train … --resume`.")
+    if 0 < found < counted: most = found # where nothing else runs, Ray Train finds as many by itself
+    return (least, most) if least < most else most
+
+
 _NEVER = 1e9 # seconds
 
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #89252969
@@ -236,7 +247,7 @@ class RayBackend:
     grow_every_s: float = 60        # a team that is smaller than it might be looks for room no more often, and grows no more often
 
     @property
-    def _fewer(self) -> int | None: return self.workers_min if self.workers_min and self.workers_min < self.workers else None # so many will do
+    def _least(self) -> int: return min(self.workers_min or self.workers, self.workers)
 
     def _each(self) -> dict[str, float]: return {"CPU": 1.0} | ({"GPU": 1.0} if self.gpu else {})
 
@@ -246,31 +257,22 @@ class RayBackend:
             _work, train_loop_config=config, torch_config=TorchConfig(timeout_s=self.collective_timeout_s),
             scaling_config=ScalingConfig(num_workers=team, elastic_resize_monitor_interval_s=_NEVER, use_gpu=self.gpu, resources_per_worker=self._each(), label_selector=_elsewhere(without)), # type: ignore[arg-type, call-arg]
             run_config=RunConfig(name=uuid4().hex[:8], **place_of(kept), callbacks=[_Announced(news)], # type: ignore[list-item]
-                                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if self._fewer else -1))) # type: ignore[call-arg]
+                                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if self._least < self.workers else -1))) # type: ignore[call-arg]
 
-    def _team(self, without: Sequence[Node], note: Note) -> int | tuple[int, int]: # how many workers may be asked for now
-        "What there is room for, beside all else that runs there. Raises `Unavailable` where only nodes with a full disk are left."
-        if without: note(f"there is no room on the disk of {', '.join(n.name for n in without)}: no worker is put there")
-        if not self._fewer and not without: return self.workers
-        least, counted = (self._fewer or self.workers), _counted(self._each())
-        found = _room(min(self.workers, counted), least, self._each(), without)
-        if without and not found: raise Unavailable(f"There is no room on the disk of {', '.join(n.name for n in without)}, and elsewhere there is none for {least} worker{'s' * (least > 1)}. Make room there (`mlray doctor` says where), or ask for fewer with `workers`; then go on with `mlray train … --resume`.")
-        most = found if 0 < found < counted else self.workers # where nothing else runs, Ray Train finds as many by itself
-        return (least, most) if least < most else most
+    def _apt(self, job: Job) -> "RayBackend":
+        "With no more workers than can be busy: one for what is fitted as a whole, and one for each of several networks. No estimator has use for a GPU."
+        most = 1 if job.model.estimator or job.mitigation else job.train.folds or self.workers
+        return replace(self, workers=min(self.workers, most), gpu=self.gpu and not job.model.estimator)
 
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
-        whole = job.model.estimator or job.mitigation # fitted as a whole, on one worker; no estimator has use for a GPU
-        if whole and (self.workers > 1 or (self.gpu and job.model.estimator)):
-            yield from replace(self, workers=1, workers_min=None, gpu=self.gpu and not job.model.estimator).train(job, name, home, resume, note)
-            return
-        if (folds := job.train.folds or self.workers) < self.workers: # no more can be busy than there are networks
-            yield from replace(self, workers=folds, workers_min=self.workers_min and min(self.workers_min, folds)).train(job, name, home, resume, note)
+        if (apt := self._apt(job)) != self:
+            yield from apt.train(job, name, home, resume, note)
             return
         kept = open_checkpoints((home / name).resolve(), self.checkpoints)
         if not resume: kept.forget()
         shared, newest, full, larger, lost = [ray.put(job)], None, list[Node](), None, 0
         while True:
-            attempt = _Attempt(partial(self._trainer, shared, kept, larger or self._team(full, note), full))
+            attempt = _Attempt(partial(self._trainer, shared, kept, larger or _team(self.workers, self._least, self._each(), full, note), full))
             try:
                 for said in attempt:
                     if isinstance(said, str): note(said)
@@ -279,8 +281,9 @@ class RayBackend:
                         newest = said
             finally: attempt.end()
             larger = attempt.larger
-            if attempt.error is None and larger is None: break
-            if attempt.error is None: continue
+            if attempt.error is None:
+                if larger: continue
+                break
             letter = _told(attempt.error)
             if not isinstance(letter, _Lost): raise letter
             if ray.get_runtime_context().get_node_id() in leaving(): raise Unavailable("The node that leads this run is taken away, and nothing new may start there. Its epochs are kept: when another has come in its place, go on with `mlray train … --resume`.")
