@@ -28,7 +28,7 @@ lab: $(VENV)/ready $(VENV)-lab/ready
 	$(VENV)-lab/bin/jupyter lab nbs
 
 $(VENV)/ready: pyproject.toml cluster/constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another, such as: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 7))' || { echo "Python 3.11.7 or newer is needed, for some packages at the versions pinned; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another, such as: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12"; exit 2; }
 	@echo "Making $(VENV): three to five minutes, mostly downloads, and once."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "1/2  PyTorch …"
