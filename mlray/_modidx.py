@@ -2774,6 +2774,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mlray.learning.network._dropout': ( '01_learning/network.html#_dropout',
                                                                              'mlray/learning/network.py'),
                                         'mlray.learning.network._mean': ('01_learning/network.html#_mean', 'mlray/learning/network.py'),
+                                        'mlray.learning.network._no_collection': ( '01_learning/network.html#_no_collection',
+                                                                                   'mlray/learning/network.py'),
                                         'mlray.learning.network.build': ('01_learning/network.html#build', 'mlray/learning/network.py'),
                                         'mlray.learning.network.fitted': ('01_learning/network.html#fitted', 'mlray/learning/network.py'),
                                         'mlray.learning.network.logits_of': ( '01_learning/network.html#logits_of',

@@ -318,3 +318,28 @@ def test_a_single_number_alone_is_itself_among_others():
     session = _open(to_onnx(network.eval(), features, task))
     together = _run(session, rows)
     assert [i for i in range(200) if _run(session, rows[i:i + 1]).tobytes() != together[i:i + 1].tobytes()] == []
+
+
+def test_what_is_collected_in_the_middle_of_an_export_does_not_break_it():
+    "Before Python 3.11.8 an `ast.parse` fails when another one ran in it, as it does when a traceback is shown in a `__del__`."
+    import ast
+    import gc
+
+    from mlray.learning.features import Features, Number
+    from mlray.learning.network import build, sensible, to_onnx
+    from mlray.values.recipe import Model, Train
+    features, collections = Features((Number("x", 0.0, (0.0, 1.0), (0.0, 1.0), ()),), ()), []
+    network, often = build(features, sensible(Model(network="linear"), Train(), 3000)[0], 0).eval(), gc.get_threshold()
+
+    def parsed(deeper: int) -> ast.AST: return parsed(deeper - 1) if deeper else ast.parse("collected = True")
+
+    def collected(phase: str, _: dict) -> None:
+        if phase == "start": collections.append(parsed(16))
+
+    before = to_onnx(network, features)
+    gc.callbacks.append(collected)
+    gc.set_threshold(50)
+    try: assert to_onnx(network, features) == before and collections and gc.isenabled()
+    finally:
+        gc.callbacks.remove(collected)
+        gc.set_threshold(*often)

@@ -10,9 +10,11 @@ __all__ = ['sensible', 'Network', 'build', 'logits_of', 'Score', 'scores', 'Mixe
 
 # %% ../../nbs/01_learning/12_network.ipynb #fd9d6f9d
 import functools
+import gc
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from tabm import LinearBatchEnsemble
@@ -178,6 +180,16 @@ class _Given(nn.Module):
         return self.score(*(next(rest) if there else none for there in self.there))
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    "Before Python 3.11.8 a collection that runs code, as any `__del__` may, in the middle of an `ast.parse` makes that parse fail, and the exporter parses every operation it knows."
+    collects = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if collects: gc.enable()
+
+
 def to_onnx(
     network: nn.Module, # fitted
     features: Features, # that it was fitted with
@@ -186,7 +198,7 @@ def to_onnx(
     "The network as an ONNX graph. Raises `TrainingError` for a network that cannot be one."
     names, rows = [n for n, width in features.widths.items() if width], torch.export.Dim("rows", min=1)
     example = tuple(torch.zeros(2, features.widths[n], dtype=torch.int64 if n in ("codes", "texts") else torch.float32) for n in names)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _no_collection():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try: made = torch.onnx.export(_Given(Score(network, task), features.widths).eval(), example, dynamo=True, verbose=False, external_data=False,
