@@ -42,7 +42,7 @@ from ..values.settings import Settings
 
 # %% ../../nbs/08_monitoring/10_monitor.ipynb #477a4612
 def latency_at(
-    counts: Sequence[int],  # on `mlray.judgement.rollout.EDGES`
+    counts: Sequence[int],  # on `mlray.judgement.arm.EDGES`
     share: float,           # in (0, 1)
 ) -> float: # seconds; NaN without requests, inf beyond the last edge
     "The bucket edge that so many requests were at most as slow as."
