@@ -9,7 +9,7 @@ nbs/
   00_values/        what is asked for, as data; and how any of it is shown
       a spec's parts    errors  column  data  decision  task  recipe  feature  behaviour  search_space  rollout_policy  serve_policy  imported  about
       the whole         spec  schema  settings
-      how it shows      display  vega  chart
+      how it shows      display  vega  chart  page
   01_learning/      rows to numbers to scores
       rows              contract  request  infer  table  point_in_time  made_columns  text
       features          features  declared  profile  summary
@@ -339,10 +339,11 @@ Modules:
 - `mlray.values.column`: What one column of a table may hold, and what it is for
 - `mlray.values.data`: Which rows: their sources, and how they are divided
 - `mlray.values.decision`: From a score to a decision: calibration, threshold and fairness, as intent
-- `mlray.values.display`: One table, three faces: a terminal, a notebook, Markdown
+- `mlray.values.display`: One table, three faces: a terminal, a notebook, Markdown; and a value as JSON has it
 - `mlray.values.errors`: One family of errors, each a short letter to a tired person
 - `mlray.values.feature`: How a column becomes numbers, and columns made from others
 - `mlray.values.imported`: What a spec names by where it is imported from
+- `mlray.values.page`: One look for every page: its colours, its tables, and a page that needs nothing else
 - `mlray.values.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
 - `mlray.values.rollout_policy`: How a new version takes over, and when one is wanted, as intent
 - `mlray.values.schema`: The JSON Schema of a spec, so that an editor completes and corrects while one writes

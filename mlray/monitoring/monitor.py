@@ -35,9 +35,10 @@ from .keeping import seen_through
 from .windows import Window, Windows, count_new, labels_in, together
 from ..running.evaluation import Evaluation, rules_of
 from ..shipping.bundle import Bundle
-from ..values.chart import DARK, Chart, line_chart
+from ..values.chart import Chart, line_chart
 from ..values.column import age_of
-from ..values.display import Displayed, Table, table
+from ..values.display import Displayed, Table, as_json, table
+from ..values.page import whole_page, wide
 from ..values.settings import Settings
 
 # %% ../../nbs/08_monitoring/10_monitor.ipynb #477a4612
@@ -182,9 +183,8 @@ class Watched(Displayed):
     def as_dict(self) -> dict[str, Any]:
         "JSON values; NaN becomes None."
         plain = lambda m: {"value": m.value, "low": m.low, "high": m.high} if isinstance(m, Measure) else m
-        def clean(v: Any) -> Any: return {k: clean(x) for k, x in v.items()} if isinstance(v, Mapping) else None if isinstance(v, float) and not math.isfinite(v) else v
         found = {n: {"evidence": k.evidence, **({"groups": {g: plain(m) for g, m in k.found.items()}} if isinstance(k.found, Mapping) else plain(k.found) if isinstance(k.found, Measure) else {"value": k.found})} for n, k in self.measures.items()}
-        return {"version": self.version, "since": self.since.isoformat(), "until": self.until.isoformat(), "said": list(self.sentences), "measures": clean(found), "moved": {s.column: s.what for s in self.drift.moved},
+        return {"version": self.version, "since": self.since.isoformat(), "until": self.until.isoformat(), "said": list(self.sentences), "measures": as_json(found), "moved": {s.column: s.what for s in self.drift.moved},
                 "answers_moved": {s.column: s.what for s in self.shift.moved} if self.shift else {}, "verdict": self.verdict.as_dict(), "waiting": list(self.waiting)}
 
 # %% ../../nbs/08_monitoring/10_monitor.ipynb #8f3414a0
@@ -236,8 +236,7 @@ def monitor(
     return watched(bundle, version, recent, every)
 
 # %% ../../nbs/08_monitoring/10_monitor.ipynb #1cf0bff5
-_STYLE = (":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;background:light-dark(#fff,#131518);color:light-dark(#1c2024,#eceef0);overflow-wrap:anywhere}h1{line-height:1.25}"
-          "table{border-collapse:collapse;margin:1rem 0}caption{margin-bottom:.3rem}td,th{padding:.2rem .6rem;border-bottom:1px solid #8884}.wide{overflow-x:auto}.charts{display:flex;flex-wrap:wrap;gap:1rem}p[role=alert]{border-left:.3em solid #c0392b;padding-left:.7em}")
+_STYLE = ".charts { display: flex; flex-wrap: wrap; gap: 1rem; } p[role=alert] { border-left: .3em solid var(--bad); padding-left: .7em; }"
 
 
 def page(
@@ -247,9 +246,8 @@ def page(
     "The report as a page that needs nothing else."
     told = "".join(f"<li>{escape(s)}</li>" for s in report.sentences)
     loud = "".join(f"<p role='alert'><b>{escape(a)}</b></p>" for a in alerts)
-    title = escape(f"{report.version}: how it fares")
-    tables = "".join(f"<div class='wide' tabindex='0' role='group' aria-label='{escape(t.title or 'table', quote=True)}'>{t._repr_html_()}</div>" for t in report.tables())
-    return f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><title>{title}</title><style>{_STYLE}{DARK}</style><main><h1>{title}</h1>{loud}<ul>{told}</ul><div class='charts'>{''.join(c.svg for c in report.charts())}</div>{tables}</main></html>"
+    title = f"{report.version}: how it fares"
+    return whole_page(title, f"<main><h1>{escape(title)}</h1>{loud}<ul>{told}</ul><div class='charts'>{''.join(c.svg for c in report.charts())}</div>{''.join(map(wide, report.tables()))}</main>", _STYLE)
 
 
 def gauges(report: Watched) -> str:
