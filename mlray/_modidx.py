@@ -4901,6 +4901,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mlray.running.run._own_code': ('07_running/run.html#_own_code', 'mlray/running/run.py'),
                                    'mlray.running.run._provenance': ('07_running/run.html#_provenance', 'mlray/running/run.py'),
                                    'mlray.running.run._same_question': ('07_running/run.html#_same_question', 'mlray/running/run.py'),
+                                   'mlray.running.run.judged': ('07_running/run.html#judged', 'mlray/running/run.py'),
                                    'mlray.running.run.make_bundle': ('07_running/run.html#make_bundle', 'mlray/running/run.py'),
                                    'mlray.running.run.make_job': ('07_running/run.html#make_job', 'mlray/running/run.py'),
                                    'mlray.running.run.moved_since': ('07_running/run.html#moved_since', 'mlray/running/run.py'),
