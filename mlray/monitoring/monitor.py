@@ -11,8 +11,8 @@ __all__ = ['FIRST', 'latency_at', 'Known', 'operations', 'first_windows', 'shift
 
 # %% ../../nbs/08_monitoring/10_monitor.ipynb #d27eb720
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from html import escape
 from typing import Any
@@ -114,7 +114,8 @@ def _gaps(bundle: Bundle, sums: GroupSums | None) -> tuple[GapReport, Scorecard]
     return None if sums is None else (gap_report_of(sums, bundle.spec.min_group, draws=200), Scorecard(0, {}, rates_by_group(sums)))
 
 
-def _of_groups(report: FairnessReport | GapReport, evidence: int, keep: Any, card: Scorecard | None = None) -> dict[str, Known]:
+def _of_groups(report: FairnessReport | GapReport | None, evidence: int, keep: Callable[[str], bool], card: Scorecard | None) -> dict[str, Known]:
+    if report is None: return {}
     measures = Evaluation(card or Scorecard(0, {}, {}), report).measures
     return {n: Known(m, evidence) for n, m in measures.items() if n != "personal_columns" and keep(n)}
 
@@ -182,8 +183,7 @@ class Watched(Displayed):
 
     def as_dict(self) -> dict[str, Any]:
         "JSON values; NaN becomes None."
-        plain = lambda m: {"value": m.value, "low": m.low, "high": m.high} if isinstance(m, Measure) else m
-        found = {n: {"evidence": k.evidence, **({"groups": {g: plain(m) for g, m in k.found.items()}} if isinstance(k.found, Mapping) else plain(k.found) if isinstance(k.found, Measure) else {"value": k.found})} for n, k in self.measures.items()}
+        found = {n: {"evidence": k.evidence, **({"groups": k.found} if isinstance(k.found, Mapping) else asdict(k.found) if isinstance(k.found, Measure) else {"value": k.found})} for n, k in self.measures.items()}
         return {"version": self.version, "since": self.since.isoformat(), "until": self.until.isoformat(), "said": list(self.sentences), "measures": as_json(found), "moved": {s.column: s.what for s in self.drift.moved},
                 "answers_moved": {s.column: s.what for s in self.shift.moved} if self.shift else {}, "verdict": self.verdict.as_dict(), "waiting": list(self.waiting)}
 
@@ -198,22 +198,19 @@ def watched(
     window = together(recent)
     drift = drift_report(seen_through(bundle.contract, bundle.profile), window.profile)
     shift, n = shift_of_answers(history, window), window.rows
-    known = operations(window) | {k: Known(v, n) for k, v in drift.values.items() if k != "unmatched_columns"} | ({k: Known(v, n) for k, v in shift.values.items() if "[" in k} if shift else {})
-    answered, labelled = window.answered, window.labelled
+    answered, labelled, labels = window.answered, window.labelled, labels_in(window)
     quality = scorecard_of_counts(labelled, draws=200) if labelled is not None and labelled.rows else None
-    labels = labels_in(window)
+    of_answers, of_labels, sums_of_answers, sums_of_labels = _fair(bundle, answered), _fair(bundle, labelled), _gaps(bundle, window.answered_sums), _gaps(bundle, window.labelled_sums)
+    known = operations(window) | {k: Known(v, n) for k, v in drift.values.items() if k != "unmatched_columns"} | ({k: Known(v, n) for k, v in shift.values.items() if "[" in k} if shift else {})
     if answered is not None and answered.bins and answered.rows: known |= {k: Known(m, n) for k, m in estimate_of_counts(answered).items()}
     if quality: known |= {k: Known(m, labels) for k, m in quality.overall.items()}
-    of_answers, of_labels = _fair(bundle, answered), _fair(bundle, labelled)
-    if of_answers: known |= _of_groups(of_answers, n, lambda name: not needs_labels(name))
-    if of_labels: known |= _of_groups(of_labels, labels, needs_labels)
-    if all_ := _gaps(bundle, window.answered_sums): known |= _of_groups(all_[0], n, lambda name: not needs_labels(name), all_[1])
-    if some := _gaps(bundle, window.labelled_sums): known |= _of_groups(some[0], labels, needs_labels, some[1])
+    for report, card in ((of_answers, None), sums_of_answers or (None, None)): known |= _of_groups(report, n, lambda name: not needs_labels(name), card)
+    for report, card in ((of_labels, None), sums_of_labels or (None, None)): known |= _of_groups(report, labels, needs_labels, card)
     verdict, waiting = judged_groups(bundle, known, labels, n)
     said = who_was_labelled(answered, labelled) if answered is not None and labelled is not None and answered.bins else None
     if said: known["labelled_share"] = Known(wilson(said.labels, max(said.answers, said.labels)), n)
     moment = lambda s: datetime.fromtimestamp(s, UTC)
-    return Watched(f"{bundle.name}/{version}", moment(window.start), moment(window.end), window, known, drift, shift, quality, said, of_labels or of_answers or (some or all_ or (None,))[0], verdict, waiting, tuple(history))
+    return Watched(f"{bundle.name}/{version}", moment(window.start), moment(window.end), window, known, drift, shift, quality, said, of_labels or of_answers or (sums_of_labels or sums_of_answers or (None,))[0], verdict, waiting, tuple(history))
 
 # %% ../../nbs/08_monitoring/10_monitor.ipynb #8126997c
 def monitor(

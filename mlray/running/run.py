@@ -259,10 +259,8 @@ class Run:
 
     def as_dict(self) -> dict[str, Any]:
         "JSON values, as `mlray train --json` prints them."
-        said = lambda m: {"value": m.value, "low": m.low, "high": m.high}
-        measures = {n: said(m) for n, m in {**self.evaluation.scorecard.overall, **self.evaluation.fairness.measures}.items()}
-        against = {n: {"production": d.theirs, "difference": said(d.difference), "p_value": d.p_value} for n, d in self.comparison.overall.items()} if self.comparison else None
-        return as_json({"version": str(self.version), "digest": self.version.digest, "measures": measures, "verdict": self.verdict.as_dict(),
+        against = {n: {"production": d.theirs, "difference": d.difference, "p_value": d.p_value} for n, d in self.comparison.overall.items()} if self.comparison else None
+        return as_json({"version": str(self.version), "digest": self.version.digest, "measures": {**self.evaluation.scorecard.overall, **self.evaluation.fairness.measures}, "verdict": self.verdict.as_dict(),
                 "drift": self.drift.as_dict() if self.drift else None, "comparison": against,
                 "made": {"spec": self.version.spec_id, "rows": self.version.rows_digest, "at": self.version.created, "by": self.version.actor}})
 

@@ -12,7 +12,7 @@ __all__ = ['cell', 'Table', 'table', 'as_json', 'Displayed']
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from html import escape
 from typing import Any
 
@@ -117,13 +117,14 @@ def _terminal(
 
 # %% ../../nbs/00_values/17_display.ipynb #0ecc9b30
 def as_json(
-    value: Any, # numbers (numpy's too), texts, and what holds them by name or in order
+    value: Any, # numbers (numpy's too), texts, and what holds them: by name, in order, as fields
 ) -> Any: # the same as JSON has it: dictionaries by text, lists
     "A value as every reader of JSON takes it."
     if isinstance(value, float): return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, str | int): return value
     if isinstance(value, Mapping): return {str(k): as_json(v) for k, v in value.items()}
     if isinstance(value, Iterable): return [as_json(v) for v in value]
+    if is_dataclass(value) and not isinstance(value, type): return {f.name: as_json(getattr(value, f.name)) for f in fields(value)}
     return as_json(value.item()) if hasattr(value, "item") else str(value)
 
 # %% ../../nbs/00_values/17_display.ipynb #7c49389d
