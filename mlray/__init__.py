@@ -1,5 +1,94 @@
 """From a notebook to a Ray Serve route, with the proof that the model may be there
 
+## What is where
+
+One noun, one notebook, one module; a chapter is a folder of notebooks and a package of that name: `nbs/04_shipping/02_bundle.ipynb` is `mlray.shipping.bundle`. A notebook imports only from the chapters before and from smaller numbers of its own, so reading order, dependency order and test order are one. Each chapter begins with a page that says what is in it, which is also `help(mlray.shipping)`; each module's sentence stands in `help(mlray)` and [`nbs/llms.txt`](nbs/llms.txt).
+
+```text
+nbs/
+  00_values/        what is asked for, as data; and how any of it is shown
+      a spec's parts    errors  column  data  decision  task  recipe  feature  behaviour  search_space  rollout_policy  serve_policy  imported  about
+      the whole         spec  schema  settings
+      how it shows      display  vega  chart  page
+  01_learning/      rows to numbers to scores
+      rows              contract  request  infer  table  point_in_time  made_columns  text
+      features          features  declared  profile  summary
+      networks          network_inputs  own_network  network  loss  fitting  fitting_privately  model  folds  pieces  shards
+      estimators        estimator_graph  mitigation  estimator  reduction
+      after training    calibration
+  02_measures/      how good, and how good for whom
+      how good          score  counts  rates  ranking  intervals  score_of_counts  moments  comparison  score_of_classes  score_of_numbers  paired
+      for whom          fairness  gaps  group_sums  slices  threshold
+  03_judgement/     why this answer, how fragile, how far the world has moved; and what follows: may it go out, does it stay out, must it be trained again
+      why               local_line  explain  shapley  counterfactual  explain_text  explain_image  importance  gradient  explain_row
+      how fragile       robust  adversarial  membership
+      what would flip   replay
+      how far moved     drift  estimate  leakage
+      may it go out     gate
+      does it stay out  mixture  live_gaps  arm  rollout
+      what comes next   retrain  work_list
+  04_shipping/      what is shipped: one graph with its contract, its encoders and its threshold
+      a bundle          harmless  bundle  answer
+      other forms of it optimise  export
+  05_governance/    who may do what, what was done, and how anybody can check it
+      who may           access  oidc  policy
+      what was done     audit  store  database  deed  standing  opened  reading  lease
+      who says so       signature  statement  attestation  proof  anchoring
+      versions          registry  ledger  outbox  release  catalogue  lineage
+      upkeep            garbage  triggers  backup
+  06_sources/       where rows come from, and which of them are accepted
+      reading           fetch  topic  source
+      checked           accepted  mirror  rows
+      growing, large    watermark  survey
+  07_running/       the story of a run: rows, training, evaluation, verdict, version, papers
+      judging a bundle  explanation  white_box  evaluation
+      a run             checkpoints  remote_checkpoints  tracking  progress  run  reproduce  optimised
+      a search          search  population  tuned
+      papers            card  data_sheet  runbook  compliance  gate_page  portrait
+  08_monitoring/    what production was asked, what it answered, and what became of it
+      what is kept      journal  keeping  archive  feedback  windows  replayed  beside  forgotten  whose
+      what it says      monitor  look  alert  delivery  error_analysis
+      what follows      rollout_run  rollout_step  believed  labelled  retraining
+  09_serving/       the story of a request: rows in, answers out, over any wire
+      a request         wire  served  traffic  routes  meters  service  plan  asgi  gathering  openapi  trial
+      beside the answer shadow  sunset
+      other wires       open_inference  arrow  mlflow  inference_messages
+      many at once      jobs  job_desk  batch  batch_run  batch_in_bucket
+      away from here    answer_pieces  answer_script  edge_folder  page_script  edge_page
+  10_engines/       what acts outside this process: one vendor, one file
+      a cluster         cluster_on_ray  nodes_on_ray  registry_on_ray  submit_on_ray
+      training          train_on_ray  stream_on_ray  tune_on_ray  federate_on_ray
+      serving           haproxy  scaling_on_ray  serve_on_ray  grpc_on_ray  predict_on_ray  front_on_ray  watch_on_ray  explain_on_ray
+      gates             gate_on_papermill  warm_kernels  gate_on_ray
+      who listens       track_on_wandb  mirror_on_mlflow  trace_on_openlineage  trace_on_opentelemetry
+  11_pages/         what people look at in a browser: the console, and what gates have found
+      the console       console_seal  console  console_live  console_look  console_pages  console_acts  console_alone
+      reports           gate_report  error_page
+  12_operations/    a project begun, a machine examined, a cluster planned
+      a new project     first_look  project  project_pages  project_folder
+      is it fit         doctor  examination
+      a cluster         cluster_plan  launcher  manifest  cluster_file  serve_manifest  schedule  place
+  13_command_line/  what each command does, with its vendors chosen
+      what commands do  commands  faces  vouching  noting  watching
+      in a notebook     lab  anywhere
+      the commands      release_cli  proof_cli  papers_cli  cluster_cli  serve_cli  batch_cli  export_cli  rollout_cli  delivery_cli  watch_cli  schedule_cli  console_cli  submit_cli  lab_cli  optimise_cli  backup_cli  region_cli
+      the first screen  first_screen
+  samples  sample_networks  client  cli
+                    what people name: rows to try things with; networks to try things with; ask a service, typed; the command `mlray`
+  gates/            notebooks that let a model out
+  reports/          notebooks about a version in production: its mistakes
+  tutorials/        from the first ten minutes to a season in production
+  explanations/     operating it; contributing; a glossary for two trades; mlray beside other tools; why these dependencies; what did not work
+  benchmarks/       mlray and its peers on the same work
+mlray/              the library, generated from nbs/, a package a chapter (edit the notebook, then nbdev-export); migrations/ are Alembic's
+configs/            run specs
+cluster/            launchers for `ray up` and KubeRay, alerts, a dashboard; constraints.txt: every package, at the version that was tested
+tests/              what does not teach: chapters, laws, faults, the command line, Ray, HTTP
+settings.ini        environments: local, staging, production
+```
+
+Start reading at [`nbs/07_running/10_run.ipynb`](nbs/07_running/10_run.ipynb), the story of a run in forty lines, or at [`nbs/09_serving/09_service.ipynb`](nbs/09_serving/09_service.ipynb), the story of a request.
+
 Modules:
 
 - `mlray.cli`: The door: `mlray` on the command line
@@ -250,10 +339,11 @@ Modules:
 - `mlray.values.column`: What one column of a table may hold, and what it is for
 - `mlray.values.data`: Which rows: their sources, and how they are divided
 - `mlray.values.decision`: From a score to a decision: calibration, threshold and fairness, as intent
-- `mlray.values.display`: One table, three faces: a terminal, a notebook, Markdown
+- `mlray.values.display`: One table, three faces: a terminal, a notebook, Markdown; and a value as JSON has it
 - `mlray.values.errors`: One family of errors, each a short letter to a tired person
 - `mlray.values.feature`: How a column becomes numbers, and columns made from others
 - `mlray.values.imported`: What a spec names by where it is imported from
+- `mlray.values.page`: One look for every page: its colours, its tables, and a page that needs nothing else
 - `mlray.values.recipe`: What is fitted, and how: the network or the estimator, the loss, the optimiser
 - `mlray.values.rollout_policy`: How a new version takes over, and when one is wanted, as intent
 - `mlray.values.schema`: The JSON Schema of a spec, so that an editor completes and corrects while one writes

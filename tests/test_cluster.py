@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,9 @@ def test_the_image_is_small_locked_and_not_root():
         installs = [x for x in lines if "pip install" in x]
         assert installs and all("-c /constraints.txt" in x and "--no-cache-dir" in x for x in installs)
     torch = next(x for x in (CLUSTER / "constraints.txt").read_text().splitlines() if x.startswith("torch=="))
+    copied = {x.split()[1] for x in final["wheel"].splitlines() if x.startswith("COPY") and len(x.split()) == 3}
+    packed = tomllib.loads((CLUSTER.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+    assert set(packed.values()) <= copied, "the wheel wants a folder that the image does not copy"
     assert torch in final["cpu"] and torch in final["gpu"] and pinned(stages[0].split("ARG BASE=")[1].strip()) and "latest" not in "".join(final.values())
 
 

@@ -29,6 +29,7 @@ from mlray.governance.registry import Policy, Registry, Version, add_evidence, b
 from mlray.governance.store import Store
 from mlray.shipping.bundle import load_bundle
 from mlray.values.errors import MlrayError, RegistryError, Unavailable
+from tests import buckets
 from tests.postgres import postgres
 from tests.test_registry import FAILED, GOLDEN, PASSED, POLICY, tiny
 
@@ -414,21 +415,7 @@ def test_registrations_race_with_collection(fresh, rounds):
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[tuple[str, Any]]:
     "The URL of a folder in a bucket, and a client to look at it."
-    pytest.importorskip("moto", reason="pip install 'mlray[dev]'")
-    import logging
-
-    import boto3
-    from moto.server import ThreadedMotoServer
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}.items(): environment.setenv(name, value)
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
-        client.create_bucket(Bucket="blobs")
-        yield "s3://blobs/models", client
-    server.stop()
+    with buckets.bucket("blobs") as (client, _): yield "s3://blobs/models", client
 
 
 def keys(client: Any) -> set[str]: return {o["Key"].removeprefix("models/") for o in client.list_objects_v2(Bucket="blobs").get("Contents", []) if not o["Key"].endswith("/")}

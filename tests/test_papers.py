@@ -65,8 +65,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        if tag not in ("meta", "br"): self.open.append(tag)
-        self.asks += [v for k, v in attrs if k in ("src", "href", "action", "srcset", "data") and not (v or "").startswith("#")]
+        if tag not in ("meta", "br", "link"): self.open.append(tag)
+        self.asks += [v for k, v in attrs if k in ("src", "href", "action", "srcset", "data") and not (v or "").startswith(("#", "data:,"))] # an empty icon, so that none is asked for
 
     def handle_endtag(self, tag): assert self.open.pop() == tag
 

@@ -2,13 +2,11 @@
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
@@ -21,48 +19,14 @@ from mlray.cli import app
 from mlray.command_line.first_screen import CHAPTERS
 from mlray.values.spec import RunSpec, parse_spec
 from tests.conftest import ROOT, free_port
+from tests.test_prose import commands
 
 MLRAY = str(Path(sys.executable).with_name("mlray"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "nbs/tutorials").glob("*.ipynb")), *sorted((ROOT / "nbs/explanations").glob("*.ipynb"))]
 
 
 def blocks(kind: str) -> list[str]:
     "What stands between fences of a kind."
     return re.findall(rf"^```{kind}\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-
-
-def commands(text: str) -> Iterator[list[str]]:
-    for line in text.splitlines():
-        words = shlex.split(line, comments=True)
-        if words[:1] == ["mlray"]: yield words[1:]
-
-
-def written_of(page: Path) -> str:
-    if page.suffix == ".md": return page.read_text()
-    return "\n".join("".join(c["source"]) for c in json.loads(page.read_text())["cells"] if c["cell_type"] == "markdown")
-
-
-def understood(words: list[str]) -> None:
-    "Parse a command to its last option, without doing it."
-    command = typer.main.get_command(app)
-    context = command.make_context("mlray", list(words), resilient_parsing=True)
-    while hasattr(command, "resolve_command"):
-        name, command, words = command.resolve_command(context, words)
-        assert command, f"there is no command {name}"
-        if not words and hasattr(command, "resolve_command"): break
-        context = command.make_context(name, list(words), parent=context, **({"resilient_parsing": True} if hasattr(command, "resolve_command") else {}))
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_commands_exist_with_their_options(page):
-    said = [words for block in re.findall(r"^```sh\n(.*?)^```", written_of(page), re.M | re.S) for words in commands(block)]
-    said += [words for span in re.findall(r"`(mlray [^`…]+)`", written_of(page)) for words in commands(span) if words]
-    assert said or page.suffix == ".ipynb", "no command was found, so nothing was tried"
-    for words in said:
-        try: understood(words)
-        except (Exception, SystemExit) as error:
-            spoken_of = type(error).__name__ == "MissingParameter" and len(words) <= 2 # `mlray train` in a sentence
-            if not spoken_of: raise AssertionError(f"{page.name}: mlray {shlex.join(words)}: {error}") from error
 
 
 def test_the_first_screen_has_every_command_in_one_chapter():

@@ -1,6 +1,5 @@
 """Checkpoints and journaled rows in a bucket, over the wire to an S3 that answers: the same promises as on a disk."""
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from mlray.values.errors import SettingsError, Unavailable
 from mlray.values.recipe import Train
 from mlray.values.settings import Settings, shipped
 from mlray.values.spec import RunSpec
+from tests import buckets
 from tests.test_federation import made as customers, spec_of as holders_of
 from tests.test_stream import SPEC as LOANS, table as rows_that_pass_by
 
@@ -37,18 +37,7 @@ pytest.importorskip("moto", reason="pip install 'mlray[dev]'")
 @pytest.fixture(scope="module")
 def s3() -> Iterator[tuple[Any, Any]]:
     "A client, and the server to stop."
-    import boto3
-    from moto.server import ThreadedMotoServer
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    url = "http://{}:{}".format(*server.get_host_and_port())
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {"AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}.items(): environment.setenv(name, value)
-        client = boto3.client("s3", endpoint_url=url)
-        client.create_bucket(Bucket="kept")
-        yield client, server
-    server.stop()
+    with buckets.bucket("kept") as (client, server): yield client, server
 
 
 def keys(client: Any, below: str) -> list[str]: return sorted(o["Key"] for o in client.list_objects_v2(Bucket="kept", Prefix=below).get("Contents", []) if not o["Key"].endswith("/"))

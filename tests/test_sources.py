@@ -24,6 +24,7 @@ from mlray.sources.watermark import accept, admission, next_batch
 from mlray.values.data import Csv, Kafka, Source, Sql
 from mlray.values.errors import DataError, Unavailable
 from mlray.values.spec import parse_spec
+from tests import buckets
 from tests.brokers import broker
 from tests.postgres import Postgres, postgres
 
@@ -235,20 +236,12 @@ def test_lost_messages_need_somebody_to_look(settings):
 @pytest.fixture(scope="module")
 def s3():
     "The environment that leads to a server with a bucket, and a client."
-    pytest.importorskip("moto", reason="pip install 'mlray[dev]'")
-    import logging
-
-    import boto3
-    from moto.server import ThreadedMotoServer
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environ = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "id-7391", "AWS_SECRET_ACCESS_KEY": "secret-7391", "AWS_REGION": "us-east-1"}
-    client = boto3.client("s3", endpoint_url=environ["AWS_ENDPOINT_URL"], aws_access_key_id="id", aws_secret_access_key="secret", region_name="us-east-1")
-    client.create_bucket(Bucket="rows")
-    yield environ, client
-    server.stop()
+    with buckets.amazon() as (url, _):
+        import boto3
+        environ = {"AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "id-7391", "AWS_SECRET_ACCESS_KEY": "secret-7391", "AWS_REGION": "us-east-1"}
+        client = boto3.client("s3", endpoint_url=url, aws_access_key_id="id", aws_secret_access_key="secret", region_name="us-east-1")
+        client.create_bucket(Bucket="rows")
+        yield environ, client
 
 
 def check_at(folder, source: dict, **environ: str) -> subprocess.CompletedProcess:

@@ -12,13 +12,13 @@ __all__ = ['STATEMENT', 'TEST_RESULT', 'MODEL_SIGNATURE', 'canonical', 'Conditio
 # %% ../../nbs/05_governance/04_statement.ipynb #203a62e1
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..judgement.gate import Verdict
 from ..shipping.bundle import strict_json
+from ..values.display import as_json
 from ..values.errors import BundleError, SignatureError
 
 # %% ../../nbs/05_governance/04_statement.ipynb #bf8bbbc4
@@ -27,16 +27,9 @@ TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
 MODEL_SIGNATURE = "https://model_signing/signature/v1.0"
 
 
-def _plain(value: Any) -> Any:
-    "JSON that every reader knows: what is no number becomes null."
-    if isinstance(value, float): return value if math.isfinite(value) else None
-    if isinstance(value, Mapping): return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
 def canonical(value: Any) -> bytes:
     "A JSON value as it is signed."
-    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
+    return json.dumps(as_json(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
 
 
 def _statement(name: str, digest: str, kind: str, predicate: Mapping[str, Any]) -> bytes:
@@ -125,7 +118,7 @@ def gate_claim_differs(
         if subject != digest: return f"it speaks of the bundle {subject[:12]}"
         if about["gate"] != gate: return f"it speaks of the gate {about['gate']}"
         if about["notebook"]["after"] != page: return "it speaks of another page"
-        if predicate["result"] != _result(verdict) or about["verdict"] != _plain(verdict.as_dict()): return f"it claims {predicate['result']} with other findings"
+        if predicate["result"] != _result(verdict) or about["verdict"] != as_json(verdict.as_dict()): return f"it claims {predicate['result']} with other findings"
     except (KeyError, TypeError) as error: raise SignatureError("The statement leaves out what a gate says.") from error
     return ""
 

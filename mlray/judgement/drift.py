@@ -20,7 +20,7 @@ import numpy as np
 
 from ..learning.profile import Histogram, Profile
 from ..measures.score import Measure
-from ..values.display import Displayed, Table, table
+from ..values.display import Displayed, Table, as_json, table
 
 # %% ../../nbs/03_judgement/14_drift.ipynb #876e9ae0
 def _shares(counts: np.ndarray) -> np.ndarray:
@@ -265,7 +265,7 @@ class DriftReport(Displayed):
 
     def as_dict(self) -> dict[str, Any]:
         "JSON values; NaN becomes None."
-        return {"rows": list(self.rows), "moved": {s.column: s.what for s in self.moved}, "unmatched": list(self.unmatched), "values": {n: v if v == v else None for n, v in self.values.items()}}
+        return as_json({"rows": self.rows, "moved": {s.column: s.what for s in self.moved}, "unmatched": self.unmatched, "values": self.values})
 
 # %% ../../nbs/03_judgement/14_drift.ipynb #32c58785
 def drift_report(

@@ -261,6 +261,16 @@ def _group(rule: Rule, fair: Fair, evidence: Evidence, alpha: float) -> list[Fin
 def _sentence(findings: Sequence[Finding]) -> str: return "; ".join(f"{f.metric}: {f.why}" for f in findings)
 
 
+def _findings(evidence: Evidence, policy: Rollout, promises: Sequence[Rule], steps: int) -> tuple[Finding, ...]:
+    "What each check of this step says; alpha is shared among steps, visits and checks."
+    checks, slower = policy.checks if evidence.share else policy.unheard, policy.latency if evidence.share or policy.start == "shadow" else None
+    weights = sum(c.weight for c in checks) + (slower.weight if slower else 0) + (policy.fairness.weight if promises else 0)
+    visits = evidence.visit * (evidence.visit + 1) if policy.rollback == "stepwise" else 1    # 1/2 + 1/6 + 1/12 + … = 1
+    alpha = policy.alpha / steps / visits / max(weights, 1e-300)
+    return (*(_mean(c, evidence, alpha * c.weight) for c in checks), *([_latency(slower, evidence, alpha * slower.weight)] if slower else []),
+            *(f for r in promises for f in _group(r, policy.fairness, evidence, alpha * policy.fairness.weight / len(promises))))
+
+
 def decide(
     evidence: Evidence,             # of one step, so far
     policy: Rollout,                # from the spec
@@ -270,19 +280,15 @@ def decide(
     "What to do with the canary now; at a share of 0 it is in shadow. Raises `SpecError` where the share is not a step, or a rule cannot be kept."
     steps = (0.0, *policy.steps) if policy.unheard else policy.steps
     if evidence.share not in steps: raise SpecError(f"{evidence.share:g} is not a step of this rollout. Steps: {', '.join(f'{s:g}' for s in steps)}.")
-    at, checks, slower = steps.index(evidence.share), policy.checks if evidence.share else policy.unheard, policy.latency if evidence.share or policy.start == "shadow" else None
     if evidence.share == 1: return Hold(1.0, "it has all requests; nothing is left to compare with", ())
     promises = [r for r in rules if r.by]
     for rule in promises if strict else ():
         if against := refused(rule): raise SpecError(f"Rule {rule.measure}: {against}")
-    weights = sum(c.weight for c in checks) + (slower.weight if slower else 0) + (policy.fairness.weight if promises else 0)
-    visits = evidence.visit * (evidence.visit + 1) if policy.rollback == "stepwise" else 1    # 1/2 + 1/6 + 1/12 + … = 1
-    alpha = policy.alpha / (len(steps) - 1) / visits / max(weights, 1e-300)
-    findings = tuple([*(_mean(c, evidence, alpha * c.weight) for c in checks), *([_latency(slower, evidence, alpha * slower.weight)] if slower else []),
-                      *(f for r in promises for f in _group(r, policy.fairness, evidence, alpha * policy.fairness.weight / len(promises)))])
+    findings, at = _findings(evidence, policy, promises, len(steps) - 1), steps.index(evidence.share)
     before = steps[at - 1] if policy.rollback == "stepwise" and at else 0.0
     if worse := [f for f in findings if f.verdict == "worse"]: return RollBack(before, _sentence(worse), findings)
-    if not (untold := [f for f in findings if f.verdict == "not judged"]) and not findings: return Hold(evidence.share, "the policy checks nothing", findings)
+    if not findings: return Hold(evidence.share, "the policy checks nothing", findings)
+    untold = [f for f in findings if f.verdict == "not judged"]
     if len(untold) == len(findings): return Hold(evidence.share, f"nothing that the policy checks can be told: {_sentence(untold)}", findings)
     if not (unmet := [f for f in findings if not f.met]): return Promote(steps[at + 1], "; ".join(["everything that was demanded is shown", *(f"{f.metric}: {f.why}" for f in untold)]), findings)
     if policy.limit and evidence.canary.requests >= policy.limit: return RollBack(before, f"not shown within {policy.limit} requests: {', '.join(f.metric for f in unmet)}", findings)

@@ -38,6 +38,18 @@ def _aliases(module: str) -> set[str]:
     return set(_ConfigAliases._get_all_param_aliases()) | set().union(*_ConfigAliases._get_all_param_aliases().values())
 
 # %% ../../nbs/01_learning/16_estimator.ipynb #b201b13d
+def _class(name: str) -> Any:
+    module, _, kind = name.partition(":")
+    try: found = importlib.import_module(module)
+    except ImportError as error:
+        missing = (error.name or module).split(".")[0]
+        if missing in _EXTRA: raise SpecError(f"model.estimator: {name} needs {missing}, which is not installed. Install it with: pip install 'mlray[estimators]'") from error
+        raise SpecError(f"model.estimator: {module!r} cannot be imported: {error}.") from error
+    made = getattr(found, kind, None)
+    if isinstance(made, type) and hasattr(made, "fit"): return made
+    raise SpecError(f"model.estimator: {module} has no estimator {kind!r}. {suggest(kind, [n for n, v in vars(found).items() if isinstance(v, type) and hasattr(v, 'predict') and not n.startswith('_')])}")
+
+
 def make_estimator(
     name: str,                      # module:Class
     parameters: Mapping[str, Any],  # of its constructor
@@ -46,16 +58,7 @@ def make_estimator(
     classes: tuple[str, ...] = ("false", "true"), # to tell apart; empty: a number is to be predicted
 ) -> Any: # unfitted
     "An estimator by its name. Raises `SpecError` when there is none, or none with such parameters."
-    module, _, kind = name.partition(":")
-    try: found = importlib.import_module(module)
-    except ImportError as error:
-        missing = (error.name or module).split(".")[0]
-        if missing in _EXTRA: raise SpecError(f"model.estimator: {name} needs {missing}, which is not installed. Install it with: pip install 'mlray[estimators]'") from error
-        raise SpecError(f"model.estimator: {module!r} cannot be imported: {error}.") from error
-    made = getattr(found, kind, None)
-    if not isinstance(made, type) or not hasattr(made, "fit"):
-        near = [n for n, v in vars(found).items() if isinstance(v, type) and hasattr(v, "predict") and not n.startswith("_")]
-        raise SpecError(f"model.estimator: {module} has no estimator {kind!r}. {suggest(kind, near)}")
+    made, (module, _, kind) = _class(name), name.partition(":")
     known = set(made().get_params())
     for parameter in parameters:
         if parameter not in known | _aliases(module): raise SpecError(f"model.parameters: {kind} has no parameter {parameter!r}. {suggest(parameter, known)}")

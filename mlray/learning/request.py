@@ -10,7 +10,7 @@ __all__ = ['row_type', 'json_schema', 'arrow_schema', 'typed', 'broken_rules']
 
 # %% ../../nbs/01_learning/02_request.ipynb #937bbd5a
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from math import ceil, floor
 from sys import float_info
@@ -103,19 +103,22 @@ def arrow_schema(
     return pa.schema([field.with_nullable(contract.columns[field.name].nullable) for field in plain])
 
 # %% ../../nbs/01_learning/02_request.ipynb #2d42d69b
+def _number(value: Any) -> bool: return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_IS: Mapping[str, Callable[[Any, Column], bool]] = {
+    "integer": lambda v, c: _number(v) and isinstance(v, int) and -2**63 <= v < 2**63, "number": lambda v, c: _number(v) and abs(v) <= float_info.max, "boolean": lambda v, c: isinstance(v, bool),
+    **{kind: lambda v, c, most=most: isinstance(v, str) and len(v) <= most for kind, most in LONGEST.items()}, "array": lambda v, c: isinstance(v, list) and len(v) == c.length} # type: ignore[misc]
+
+
 def _breaks(column: Column, value: Any) -> str | None:
     "The name of the first rule that a decoded value breaks."
     if value is None: return None if column.nullable else "missing"
     if column.type in ("date", "datetime", "duration"):
         try: return _limited(column, msgspec.convert(value, _value(column)))
         except msgspec.ValidationError: return "type"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if column.type == "integer" and not (number and isinstance(value, int) and -2**63 <= value < 2**63): return "type"
-    if column.type == "number" and not (number and abs(value) <= float_info.max): return "type"
-    if column.type in LONGEST and not (isinstance(value, str) and len(value) <= LONGEST[column.type]): return "type"
-    if column.type == "boolean" and not isinstance(value, bool): return "type"
+    if not _IS[column.type](value, column): return "type"
     if column.type == "array":
-        if not isinstance(value, list) or len(value) != column.length: return "type"
         each = column.model_copy(update={"type": "number", "length": None, "nullable": False})
         return next((rule if rule != "missing" else "type" for rule in ("missing", "type", "min", "max") if rule in {_breaks(each, v) for v in value}), None)
     low, high = bounds(column)

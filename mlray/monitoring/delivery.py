@@ -24,7 +24,7 @@ from ..governance.registry import Registry, versions
 from ..governance.standing import in_region, kept_as
 from ..measures.score import Measure, wilson
 from .archive import parts
-from ..values.display import Displayed, Table, table
+from ..values.display import Displayed, Table, as_json, table
 from ..values.settings import Settings
 
 # %% ../../nbs/08_monitoring/14_delivery.ipynb #c3da1dc1
@@ -96,9 +96,7 @@ class Delivery(Displayed):
 
     def as_dict(self) -> dict[str, Any]:
         "JSON values; NaN becomes None."
-        known = lambda v: None if isinstance(v, float) and math.isnan(v) else v
-        rate = {k: known(v) for k, v in asdict(self.failure_rate).items()}
-        return {k: known(v) for k, v in asdict(self).items()} | {"failure_rate": rate, "per_week": self.per_week}
+        return as_json({**asdict(self), "per_week": self.per_week})
 
 
 def _span(hours: float) -> str:

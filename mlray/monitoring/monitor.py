@@ -11,8 +11,8 @@ __all__ = ['FIRST', 'latency_at', 'Known', 'operations', 'first_windows', 'shift
 
 # %% ../../nbs/08_monitoring/10_monitor.ipynb #d27eb720
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from html import escape
 from typing import Any
@@ -35,14 +35,15 @@ from .keeping import seen_through
 from .windows import Window, Windows, count_new, labels_in, together
 from ..running.evaluation import Evaluation, rules_of
 from ..shipping.bundle import Bundle
-from ..values.chart import DARK, Chart, line_chart
+from ..values.chart import Chart, line_chart
 from ..values.column import age_of
-from ..values.display import Displayed, Table, table
+from ..values.display import Displayed, Table, as_json, table
+from ..values.page import whole_page, wide
 from ..values.settings import Settings
 
 # %% ../../nbs/08_monitoring/10_monitor.ipynb #477a4612
 def latency_at(
-    counts: Sequence[int],  # on `mlray.judgement.rollout.EDGES`
+    counts: Sequence[int],  # on `mlray.judgement.arm.EDGES`
     share: float,           # in (0, 1)
 ) -> float: # seconds; NaN without requests, inf beyond the last edge
     "The bucket edge that so many requests were at most as slow as."
@@ -113,7 +114,8 @@ def _gaps(bundle: Bundle, sums: GroupSums | None) -> tuple[GapReport, Scorecard]
     return None if sums is None else (gap_report_of(sums, bundle.spec.min_group, draws=200), Scorecard(0, {}, rates_by_group(sums)))
 
 
-def _of_groups(report: FairnessReport | GapReport, evidence: int, keep: Any, card: Scorecard | None = None) -> dict[str, Known]:
+def _of_groups(report: FairnessReport | GapReport | None, evidence: int, keep: Callable[[str], bool], card: Scorecard | None) -> dict[str, Known]:
+    if report is None: return {}
     measures = Evaluation(card or Scorecard(0, {}, {}), report).measures
     return {n: Known(m, evidence) for n, m in measures.items() if n != "personal_columns" and keep(n)}
 
@@ -181,10 +183,8 @@ class Watched(Displayed):
 
     def as_dict(self) -> dict[str, Any]:
         "JSON values; NaN becomes None."
-        plain = lambda m: {"value": m.value, "low": m.low, "high": m.high} if isinstance(m, Measure) else m
-        def clean(v: Any) -> Any: return {k: clean(x) for k, x in v.items()} if isinstance(v, Mapping) else None if isinstance(v, float) and not math.isfinite(v) else v
-        found = {n: {"evidence": k.evidence, **({"groups": {g: plain(m) for g, m in k.found.items()}} if isinstance(k.found, Mapping) else plain(k.found) if isinstance(k.found, Measure) else {"value": k.found})} for n, k in self.measures.items()}
-        return {"version": self.version, "since": self.since.isoformat(), "until": self.until.isoformat(), "said": list(self.sentences), "measures": clean(found), "moved": {s.column: s.what for s in self.drift.moved},
+        found = {n: {"evidence": k.evidence, **({"groups": k.found} if isinstance(k.found, Mapping) else asdict(k.found) if isinstance(k.found, Measure) else {"value": k.found})} for n, k in self.measures.items()}
+        return {"version": self.version, "since": self.since.isoformat(), "until": self.until.isoformat(), "said": list(self.sentences), "measures": as_json(found), "moved": {s.column: s.what for s in self.drift.moved},
                 "answers_moved": {s.column: s.what for s in self.shift.moved} if self.shift else {}, "verdict": self.verdict.as_dict(), "waiting": list(self.waiting)}
 
 # %% ../../nbs/08_monitoring/10_monitor.ipynb #8f3414a0
@@ -198,22 +198,19 @@ def watched(
     window = together(recent)
     drift = drift_report(seen_through(bundle.contract, bundle.profile), window.profile)
     shift, n = shift_of_answers(history, window), window.rows
-    known = operations(window) | {k: Known(v, n) for k, v in drift.values.items() if k != "unmatched_columns"} | ({k: Known(v, n) for k, v in shift.values.items() if "[" in k} if shift else {})
-    answered, labelled = window.answered, window.labelled
+    answered, labelled, labels = window.answered, window.labelled, labels_in(window)
     quality = scorecard_of_counts(labelled, draws=200) if labelled is not None and labelled.rows else None
-    labels = labels_in(window)
+    of_answers, of_labels, sums_of_answers, sums_of_labels = _fair(bundle, answered), _fair(bundle, labelled), _gaps(bundle, window.answered_sums), _gaps(bundle, window.labelled_sums)
+    known = operations(window) | {k: Known(v, n) for k, v in drift.values.items() if k != "unmatched_columns"} | ({k: Known(v, n) for k, v in shift.values.items() if "[" in k} if shift else {})
     if answered is not None and answered.bins and answered.rows: known |= {k: Known(m, n) for k, m in estimate_of_counts(answered).items()}
     if quality: known |= {k: Known(m, labels) for k, m in quality.overall.items()}
-    of_answers, of_labels = _fair(bundle, answered), _fair(bundle, labelled)
-    if of_answers: known |= _of_groups(of_answers, n, lambda name: not needs_labels(name))
-    if of_labels: known |= _of_groups(of_labels, labels, needs_labels)
-    if all_ := _gaps(bundle, window.answered_sums): known |= _of_groups(all_[0], n, lambda name: not needs_labels(name), all_[1])
-    if some := _gaps(bundle, window.labelled_sums): known |= _of_groups(some[0], labels, needs_labels, some[1])
+    for report, card in ((of_answers, None), sums_of_answers or (None, None)): known |= _of_groups(report, n, lambda name: not needs_labels(name), card)
+    for report, card in ((of_labels, None), sums_of_labels or (None, None)): known |= _of_groups(report, labels, needs_labels, card)
     verdict, waiting = judged_groups(bundle, known, labels, n)
     said = who_was_labelled(answered, labelled) if answered is not None and labelled is not None and answered.bins else None
     if said: known["labelled_share"] = Known(wilson(said.labels, max(said.answers, said.labels)), n)
     moment = lambda s: datetime.fromtimestamp(s, UTC)
-    return Watched(f"{bundle.name}/{version}", moment(window.start), moment(window.end), window, known, drift, shift, quality, said, of_labels or of_answers or (some or all_ or (None,))[0], verdict, waiting, tuple(history))
+    return Watched(f"{bundle.name}/{version}", moment(window.start), moment(window.end), window, known, drift, shift, quality, said, of_labels or of_answers or (sums_of_labels or sums_of_answers or (None,))[0], verdict, waiting, tuple(history))
 
 # %% ../../nbs/08_monitoring/10_monitor.ipynb #8126997c
 def monitor(
@@ -236,8 +233,7 @@ def monitor(
     return watched(bundle, version, recent, every)
 
 # %% ../../nbs/08_monitoring/10_monitor.ipynb #1cf0bff5
-_STYLE = (":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;background:light-dark(#fff,#131518);color:light-dark(#1c2024,#eceef0);overflow-wrap:anywhere}h1{line-height:1.25}"
-          "table{border-collapse:collapse;margin:1rem 0}caption{margin-bottom:.3rem}td,th{padding:.2rem .6rem;border-bottom:1px solid #8884}.wide{overflow-x:auto}.charts{display:flex;flex-wrap:wrap;gap:1rem}p[role=alert]{border-left:.3em solid #c0392b;padding-left:.7em}")
+_STYLE = ".charts { display: flex; flex-wrap: wrap; gap: 1rem; } p[role=alert] { border-left: .3em solid var(--bad); padding-left: .7em; }"
 
 
 def page(
@@ -247,9 +243,8 @@ def page(
     "The report as a page that needs nothing else."
     told = "".join(f"<li>{escape(s)}</li>" for s in report.sentences)
     loud = "".join(f"<p role='alert'><b>{escape(a)}</b></p>" for a in alerts)
-    title = escape(f"{report.version}: how it fares")
-    tables = "".join(f"<div class='wide' tabindex='0' role='group' aria-label='{escape(t.title or 'table', quote=True)}'>{t._repr_html_()}</div>" for t in report.tables())
-    return f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><title>{title}</title><style>{_STYLE}{DARK}</style><main><h1>{title}</h1>{loud}<ul>{told}</ul><div class='charts'>{''.join(c.svg for c in report.charts())}</div>{tables}</main></html>"
+    title = f"{report.version}: how it fares"
+    return whole_page(title, f"<main><h1>{escape(title)}</h1>{loud}<ul>{told}</ul><div class='charts'>{''.join(c.svg for c in report.charts())}</div>{''.join(map(wide, report.tables()))}</main>", _STYLE)
 
 
 def gauges(report: Watched) -> str:

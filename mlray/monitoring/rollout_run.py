@@ -27,7 +27,7 @@ from .monitor import needs_labels
 from .windows import Sum, Window, together
 from ..running.evaluation import rules_of
 from ..values.chart import Chart, line_chart
-from ..values.display import Displayed, Table, table
+from ..values.display import Displayed, Table, as_json, table
 from ..values.errors import DataError
 from ..values.rollout_policy import Rollout
 from ..values.spec import RunSpec
@@ -266,13 +266,7 @@ class Progress(Displayed):
         "JSON values."
         steps = [dict(zip(("at", "did", "share", "by", "why"), s, strict=True)) for s in self.steps]
         holds = {**asdict(self.held), "ends": self.held.ends, "sentence": self.held.sentence} if self.held else None
-        return {**asdict(self.standing), "steps": steps, "held": holds, "holder": self.holder, "looked": self.looked, "decision": _finite(self.decision.as_dict()) if self.decision is not None else None}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping): return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple): return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+        return {**asdict(self.standing), "steps": steps, "held": holds, "holder": self.holder, "looked": self.looked, "decision": as_json(self.decision.as_dict()) if self.decision is not None else None}
 
 # %% ../../nbs/08_monitoring/13_rollout_run.ipynb #d73f8f14
 def gauges(shown: Progress) -> str:

@@ -53,7 +53,7 @@ class Window:
     lost: int = 0               # answers that were given and could not be journaled
     invalid: int = 0            # of the errors, those where an answer was no number
     rows: int = 0
-    latency: tuple[int, ...] = ()   # requests on `mlray.judgement.rollout.EDGES`
+    latency: tuple[int, ...] = ()   # requests on `mlray.judgement.arm.EDGES`
     scoring: tuple[int, ...] = ()   # likewise, by what the model alone took of the processor; those of which that is known
     profile: Profile = field(default_factory=lambda: Profile(0, {}))    # features as the journal shows them
     answers: Profile = field(default_factory=lambda: Profile(0, {}))    # labels and scores, or the number

@@ -24,6 +24,7 @@ import polars as pl
 
 from ..governance.registry import Version, bundle_of, version, versions
 from ..judgement.drift import drift_report
+from ..measures.counts import Counts
 from ..measures.fairness import fairness_report
 from ..monitoring.archive import journaled
 from ..monitoring.keeping import pseudonyms, read_keys, seen_through
@@ -118,22 +119,26 @@ def recent_windows(settings: Settings, found: Version) -> Window | None: # None:
     return together(kept) if kept else None
 
 
+def _gaps(counted: Sequence[tuple[float, Counts]], rate: str, metric: str, min_group: int) -> dict[str, list[tuple[float, float]]]: # by sensitive columns
+    found = [(h, fairness_report(c, min_group, 1, rates=(rate,), draws=0).values) for h, c in counted if c.columns and len(c.classes) == 2]
+    names = dict.fromkeys(n for _, v in found for n in v if n.startswith(f"{metric}["))
+    return {n.partition("[")[2].rstrip("]"): [(h, v[n]) for h, v in found if n in v] for n in names}
+
+
 def over_time(
     bundle: Bundle,
     windows: Sequence[Window], # of one arm, oldest first
 ) -> tuple[Chart, ...]:
     "Requests, drift, fairness and quality, window by window."
     reference, rows = seen_through(bundle.contract, bundle.profile), _divided(windows)
-    at = lambda w: (w.end - windows[0].start) / 3600
-    drift = [(at(w), drift_report(reference, w.profile, draws=0).values) for w in rows if w.rows and w.profile.columns]
-    lines = {"requests": {"requests": [(at(w), float(w.requests)) for w in rows]}, "drift: share of columns that moved": {"moved": [(h, v["moved_share"]) for h, v in drift]}, "drift: largest stability index": {"index": [(h, v.get("population_stability_index", math.nan)) for h, v in drift]}}
-    for rate, metric in (("selection_rate", "demographic_parity_difference"), ("true_positive_rate", "equal_opportunity_difference")):
-        counted = [(at(w), c) for w in rows if (c := w.answered if rate == "selection_rate" else w.labelled) is not None and c.columns and len(c.classes) == 2 and c.rows]
-        found = [(h, fairness_report(c, bundle.spec.min_group, 1, rates=(rate,), draws=0).values) for h, c in counted]
-        names = dict.fromkeys(n for _, v in found for n in v if n.startswith(f"{metric}["))
-        if names: lines[f"fairness: {metric.replace('_', ' ')}"] = {n.partition("[")[2].rstrip("]"): [(h, v[n]) for h, v in found if n in v] for n in names}
-    labels = [(at(w), c) for w in rows if (c := w.labelled) is not None and c.rows]
-    if labels: lines["quality: accuracy on labels"] = {"accuracy": [(h, float(c.cells.filter(pl.col("label") == pl.col("decision"))["rows"].sum()) / c.rows) for h, c in labels]}
+    hours = [(w.end - windows[0].start) / 3600 for w in rows] if rows else []
+    drift = [(h, drift_report(reference, w.profile, draws=0).values) for h, w in zip(hours, rows, strict=True) if w.rows and w.profile.columns]
+    answered, labelled = ([(h, c) for h, c in zip(hours, of, strict=True) if c is not None and c.rows] for of in ([w.answered for w in rows], [w.labelled for w in rows]))
+    lines = {"requests": {"requests": [(h, float(w.requests)) for h, w in zip(hours, rows, strict=True)]}, "drift: share of columns that moved": {"moved": [(h, v["moved_share"]) for h, v in drift]},
+             "drift: largest stability index": {"index": [(h, v.get("population_stability_index", math.nan)) for h, v in drift]},
+             "fairness: demographic parity difference": _gaps(answered, "selection_rate", "demographic_parity_difference", bundle.spec.min_group),
+             "fairness: equal opportunity difference": _gaps(labelled, "true_positive_rate", "equal_opportunity_difference", bundle.spec.min_group),
+             "quality: accuracy on labels": {"accuracy": [(h, float(c.cells.filter(pl.col("label") == pl.col("decision"))["rows"].sum()) / c.rows) for h, c in labelled]}}
     shown = {title: {n: [(x, y) for x, y in points if math.isfinite(y)] for n, points in of.items()} for title, of in lines.items()}
     return tuple(line_chart(of, title, "hours", "") for title, of in shown.items() if any(of.values()))
 

@@ -23,13 +23,11 @@ from markupsafe import Markup
 from .console import HEADERS, Page, Session
 from ..serving.wire import Reply
 from ..values.chart import DARK, Chart
+from ..values.page import TONES
 from ..values.settings import Settings
 
 # %% ../../nbs/11_pages/05_console_look.ipynb #2ef4c1aa
-_CSS = """
-:root { color-scheme: light dark; --ink: light-dark(#1c2024, #eceef0); --soft: light-dark(#5a626b, #a9b1bb); --paper: light-dark(#f7f7f5, #131518); --card: light-dark(#ffffff, #1b1e23); --line: light-dark(#e1e3e6, #30353c);
-  --link: light-dark(#0b559f, #8dbdf5); --good: light-dark(#17643a, #86d6a3); --bad: light-dark(#a1231b, #ff9f95); --warn: light-dark(#7a4b00, #f2c46b); --tint: light-dark(#eef3f9, #1d2733); }
-* { box-sizing: border-box; }
+_CSS = TONES + """* { box-sizing: border-box; }
 html { scroll-behavior: smooth; } @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; overflow-wrap: anywhere; }
 h1, h2, h3 { line-height: 1.25; text-wrap: balance; letter-spacing: -0.01em; } h1 { font-size: 1.85rem; margin: 0 0 .25rem; font-weight: 650; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; font-weight: 620; } h3 { font-size: 1rem; margin: 1.25rem 0 .4rem; }
@@ -49,7 +47,7 @@ main { max-width: 74rem; margin: 0 auto; padding: 1.75rem 1.25rem 4rem; } .crumb
 th { color: var(--soft); font-weight: 560; font-size: .85rem; white-space: nowrap; } td.right, th.right { text-align: right; } .mono { font-family: ui-monospace, monospace; font-size: .86em; }
 svg.chart { max-width: 100%; height: auto; font: 12px system-ui, sans-serif; } .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); } figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem; }
 form.inline { display: inline; } .acts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); } label { display: block; font-weight: 560; font-size: .9rem; margin: .5rem 0 .2rem; }
-input, select, textarea { font: inherit; width: 100%; max-width: 30rem; padding: .45rem .6rem; color: inherit; background: var(--paper); border: 1px solid light-dark(#7f8891, #78818c); border-radius: 6px; } button { font: inherit; font-weight: 560; padding: .45rem .95rem; margin-top: .75rem; border-radius: 6px; border: 1px solid var(--link); background: var(--link); color: light-dark(#fff, #0d1420); cursor: pointer; }
+input, select, textarea { font: inherit; width: 100%; max-width: 30rem; padding: .45rem .6rem; color: inherit; background: var(--paper); border: 1px solid light-dark(#7f8891, #78818c); border-radius: 6px; } button { font: inherit; font-weight: 560; padding: .45rem .95rem; margin-top: .75rem; border-radius: 6px; border: 1px solid var(--link); background: var(--link); color: var(--on-link); cursor: pointer; }
 button:hover { filter: brightness(1.12); } button.plain { background: none; color: var(--link); margin: 0; padding: .15rem .6rem; font-size: .88rem; } button.danger { background: var(--bad); border-color: var(--bad); color: light-dark(#fff, #200806); }
 .said, .letter { border: 1px solid var(--line); border-left: 5px solid var(--good); background: var(--card); padding: .75rem 1.1rem; border-radius: 6px; margin: 0 0 1.5rem; max-width: 52rem; } .letter { border-left-color: var(--bad); } .letter h1 { font-size: 1.3rem; } .empty { border: 1px dashed light-dark(#b3b9c0, #4a515a); border-radius: 10px; padding: 1.25rem 1.5rem; color: var(--soft); max-width: 52rem; } .empty p { max-width: none; }
 pre { background: var(--tint); padding: .6rem .9rem; border-radius: 6px; overflow-x: auto; margin: .4rem 0; color: var(--ink); } details > summary { cursor: pointer; padding: .35rem 0; font-weight: 560; } ul.plain { padding-left: 1.1rem; margin: .4rem 0; } .live { font-size: .88rem; color: var(--soft); display: flex; gap: .75rem; align-items: center; }

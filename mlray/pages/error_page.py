@@ -10,7 +10,6 @@ __all__ = ['report_path', 'run_report']
 
 # %% ../../nbs/11_pages/06_error_page.ipynb #5502bedf
 import os
-from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +19,7 @@ import nbformat
 from ..engines.gate_on_papermill import check_parameters, environment_of, execute, kernels_with
 from ..running.gate_page import Needs, kept, known_to, nowhere, page_bytes, places, reached_by, secrets_in, unsaid
 from ..values.errors import GateError
+from ..values.page import whole_page
 from ..values.settings import Settings, shipped
 
 # %% ../../nbs/11_pages/06_error_page.ipynb #46e18f74
@@ -57,5 +57,4 @@ def run_report(
 def _html(page: Any, title: str) -> str:
     from nbconvert import HTMLExporter
     body, _ = HTMLExporter(template_name="basic", exclude_input=True).from_notebook_node(nbformat.from_dict(page))
-    style = "body{font:15px/1.5 system-ui,sans-serif;max-width:80em;margin:2em auto;padding:0 1em;color-scheme:light dark}pre{overflow:auto}td,th{padding:.2em .6em;text-align:left;vertical-align:top}"
-    return f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title><style>{style}</style>{body}</html>\n"
+    return whole_page(title, f"<main>{body}</main>")

@@ -24,8 +24,8 @@ import nbformat
 from ..engines.gate_on_papermill import GateRun
 from ..judgement.gate import MIME, Finding
 from ..running.gate_page import line_of
-from ..values.chart import DARK
 from ..values.display import table
+from ..values.page import whole_page, wide
 
 # %% ../../nbs/11_pages/02_gate_report.ipynb #3880a450
 def _plain(text: str) -> str:
@@ -119,13 +119,7 @@ def summary(
     return "\n".join([f"## {version}: {'✓ passed' if runs and all(r.verdict.passed for r in runs) else '✗ failed'}", "", head._repr_markdown_(), *more, ""])
 
 
-_STYLE = (":root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1.25rem;overflow-wrap:anywhere;background:light-dark(#fff,#131518);color:light-dark(#1c2024,#eceef0)}h1,h2{line-height:1.25}a{color:light-dark(#0b559f,#8dbdf5)}table{border-collapse:collapse;font-size:.9em}td,th{padding:.3em 1em .3em 0;border-bottom:1px solid #8886;vertical-align:top;text-align:left;overflow-wrap:normal}"
-          ".wide,pre,.output_html{overflow-x:auto}h1.passed,h1.failed{border-left:.3em solid;padding-left:.5em}h1.passed{border-color:#2a7d3f}h1.failed{border-color:#c0392b}.prompt{color:color-mix(in srgb,CanvasText 72%,Canvas);font-size:.8em}.input pre,.highlight pre{background:color-mix(in srgb,CanvasText 7%,Canvas);padding:.4em .7em;border-radius:6px;font-size:.8em}.anchor-link{display:none}")
-
-
-def _whole(title: str, body: str) -> str:
-    "A page that needs nothing else."
-    return f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'><title>{escape(title)}</title><style>{_STYLE}{DARK}</style></head><body>{body}</body></html>\n"
+_STYLE = "h1.passed, h1.failed { border-left: .3em solid var(--good); padding-left: .5em; } h1.failed { border-color: var(--bad); } .output_html { overflow-x: auto; } .prompt { color: var(--soft); font-size: .8em; } .input pre, .highlight pre { font-size: .8em; } .anchor-link { display: none; }"
 
 
 def page_html(
@@ -136,10 +130,10 @@ def page_html(
 ) -> str:
     "An executed notebook, to read: tables and plots as they were, code small beside them."
     from nbconvert import HTMLExporter
-    above = f"{f'<p>{escape(run.broken)}</p>' if run.broken else ''}<div class='wide' tabindex='0' role='group' aria-label='verdict'>{run.verdict.table()._repr_html_()}</div>" if run else ""
+    above = f"{f'<p>{escape(run.broken)}</p>' if run.broken else ''}{wide(run.verdict.table(), 'verdict')}" if run else ""
     body, _ = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True).from_notebook_node(nbformat.reads(page.decode(), as_version=4))
     body = re.sub(r"<(/?)h1\b", r"<\1h2", body).replace("<pre", "<pre tabindex='0'").replace("<div class=\"output_html", "<div tabindex='0' class=\"output_html")
-    return _whole(title, f"<nav aria-label='Up'>{f'<a href={chr(39)}{escape(back)}{chr(39)}>Back to its version</a>' if back else ''}</nav><main><h1>{escape(title)}</h1>{above}{body}</main>")
+    return whole_page(title, f"<nav aria-label='Up'>{f'<a href={chr(39)}{escape(back)}{chr(39)}>Back to its version</a>' if back else ''}</nav><main><h1>{escape(title)}</h1>{above}{body}</main>", _STYLE)
 
 
 def index(
@@ -148,8 +142,8 @@ def index(
 ) -> str: # HTML
     "The verdict on top, every finding below, the executed pages linked."
     passed = bool(runs) and all(r.verdict.passed for r in runs)
-    parts = [f"<h2><a href='{escape(r.gate)}.html'>{escape(r.gate)}</a>: {escape(_state(r))}</h2>{f'<p>{escape(r.broken)}</p>' if r.broken else ''}<div class='wide' tabindex='0' role='group' aria-label='{escape(r.gate)}'>{r.verdict.table()._repr_html_()}</div>" for r in runs]
-    return _whole(f"{version}: {'passed' if passed else 'failed'}", f"<main><h1 class='{'passed' if passed else 'failed'}'>{escape(version)}: {'✓ passed' if passed else '✗ failed'}</h1>{''.join(parts)}</main>")
+    parts = [f"<h2><a href='{escape(r.gate)}.html'>{escape(r.gate)}</a>: {escape(_state(r))}</h2>{f'<p>{escape(r.broken)}</p>' if r.broken else ''}{wide(r.verdict.table(), r.gate)}" for r in runs]
+    return whole_page(f"{version}: {'passed' if passed else 'failed'}", f"<main><h1 class='{'passed' if passed else 'failed'}'>{escape(version)}: {'✓ passed' if passed else '✗ failed'}</h1>{''.join(parts)}</main>", _STYLE)
 
 # %% ../../nbs/11_pages/02_gate_report.ipynb #276e6194
 def write_reports(

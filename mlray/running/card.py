@@ -10,9 +10,8 @@ __all__ = ['Section', 'Paper', 'Dossier', 'dossier', 'answers', 'measured', 'jud
            'small_groups', 'model_card']
 
 # %% ../../nbs/07_running/13_card.ipynb #ac44c17d
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
@@ -25,7 +24,8 @@ from ..governance.standing import moves_in
 from ..judgement.gate import Verdict
 from ..shipping.bundle import Bundle
 from ..values.about import About
-from ..values.display import Table, table
+from ..values.display import Table, as_json, table
+from ..values.page import whole_page, wide
 
 # %% ../../nbs/07_running/13_card.ipynb #c73d3304
 @dataclass(frozen=True)
@@ -39,15 +39,8 @@ class Section:
 
     def as_dict(self) -> dict[str, Any]:
         "JSON values."
-        shown = [{"title": t.title, "columns": list(t.columns), "rows": _json(t.rows)} for t in self.tables]
+        shown = [{"title": t.title, "columns": list(t.columns), "rows": as_json(t.rows)} for t in self.tables]
         return {"title": self.title, "text": list(self.text), "tables": shown, "commands": [{"for": why, "type": line} for why, line in self.commands], "missing": list(self.missing)}
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, float): return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int): return value
-    if isinstance(value, Mapping): return {str(k): _json(v) for k, v in value.items()}
-    return [_json(v) for v in value] if isinstance(value, Iterable) else str(value)
 
 
 def _plain(text: Any) -> str:
@@ -61,13 +54,8 @@ def _plain_table(shown: Table) -> str:
     return Table(tuple(map(_plain, shown.columns)), tuple(tuple(map(safe, r)) for r in shown.rows), _plain(shown.title) if shown.title else "")._repr_markdown_()
 
 # %% ../../nbs/07_running/13_card.ipynb #66845e9b
-_STYLE = """:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1.5rem; background: light-dark(#fff, #131518); color: light-dark(#1c2024, #eceef0); overflow-wrap: anywhere; }
-h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid GrayText; }
-div.wide { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9em; } th, td { padding: 0.25rem 0.75rem 0.25rem 0; border-bottom: 1px solid color-mix(in srgb, CanvasText 20%, Canvas); vertical-align: top; }
-pre { white-space: pre-wrap; border-radius: 6px; padding: 0.5rem 0.75rem; background: color-mix(in srgb, CanvasText 8%, Canvas); } nav a { margin-right: 1rem; } a { color: light-dark(#0b559f, #8dbdf5); }
-p.missing { border-left: 4px solid #b45309; padding-left: 0.75rem; }
-@media print { nav { display: none; } body { max-width: none; } }"""
+_STYLE = "body { max-width: 62rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); } pre { white-space: pre-wrap; } nav a { margin-right: 1rem; } p.missing { border-left: 4px solid var(--warn); padding-left: .75rem; }"
+_POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">"""
 
 
 @dataclass(frozen=True)
@@ -89,11 +77,11 @@ class Paper:
 
     def as_dict(self) -> dict[str, Any]:
         "JSON values."
-        return {"kind": self.kind, "title": self.title, "version": self.version, "digest": self.digest, "audit_row": self.row, "front": _json(self.front), "sections": [s.as_dict() for s in self.sections], "missing": list(self.missing)}
+        return {"kind": self.kind, "title": self.title, "version": self.version, "digest": self.digest, "audit_row": self.row, "front": as_json(self.front), "sections": [s.as_dict() for s in self.sections], "missing": list(self.missing)}
 
     def markdown(self) -> str:
         "As Markdown, with its front matter."
-        lines = [f"---\n{yaml.safe_dump(_json(self.front), sort_keys=False, allow_unicode=True)}---\n"] if self.front else []
+        lines = [f"---\n{yaml.safe_dump(as_json(self.front), sort_keys=False, allow_unicode=True)}---\n"] if self.front else []
         lines += [f"# {_plain(self.title)}", _plain(self.source)]
         for s in self.sections:
             lines += [f"## {_plain(s.title)}", *map(_plain, s.text), *map(_plain_table, s.tables), *(f"{_plain(why)}:\n\n```sh\n{line}\n```" for why, line in s.commands)]
@@ -106,10 +94,9 @@ class Paper:
         links = " ".join(f'<a href="#{k}">{escape(t)}</a>' for t, k in at.items())
         parts = [f"<h1>{escape(self.title)}</h1><p>{escape(self.source)}</p><nav>{links}</nav>"]
         for s in self.sections:
-            parts += [f'<h2 id="{at[s.title]}">{escape(s.title)}</h2>', *(f"<p>{escape(p)}</p>" for p in s.text), *(f'<div class="wide" tabindex="0" role="group" aria-label="{escape(t.title or s.title)}">{t._repr_html_()}</div>' for t in s.tables)]
+            parts += [f'<h2 id="{at[s.title]}">{escape(s.title)}</h2>', *(f"<p>{escape(p)}</p>" for p in s.text), *(wide(t, t.title or s.title) for t in s.tables)]
             parts += [f"<p>{escape(why)}:</p><pre>{escape(line)}</pre>" for why, line in s.commands] + [f'<p class="missing"><b>Missing:</b> {escape(m)}</p>' for m in s.missing]
-        head = """<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
-        return f'<!doctype html>\n<html lang="en"><head>{head}<title>{escape(self.title)}</title><style>{_STYLE}</style></head>\n<body><main>\n' + "\n".join(parts) + "\n</main></body></html>\n"
+        return whole_page(self.title, "<main>" + "\n".join(parts) + "</main>", _STYLE, _POLICY)
 
     def _repr_markdown_(self) -> str: return self.markdown().partition("---\n")[2].partition("---\n")[2] if self.front else self.markdown()
 

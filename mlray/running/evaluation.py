@@ -36,6 +36,7 @@ from ..measures.score_of_numbers import numbers_scorecard, quantiles_scorecard, 
 from .explanation import EXPLAINED, EXPOSED, SHAKEN, asked_for
 from ..shipping.bundle import Bundle, decide, predict
 from ..sources.rows import Inspection, Rows, inspect_rows, read_rows
+from ..values.display import as_json
 from ..values.errors import DataError
 from ..values.settings import Settings, read_settings
 from ..values.spec import Rule, RunSpec
@@ -250,12 +251,11 @@ def results_of(
     rows: Rows,
 ) -> dict[str, Any]: # JSON values; a number that does not exist is null
     "What a version keeps of its run."
-    finite = lambda x: float(x) if math.isfinite(x) else None
-    said = lambda found: {name: [finite(m.value), finite(m.low), finite(m.high)] for name, m in found.items()}
+    said = lambda found: {name: [m.value, m.low, m.high] for name, m in found.items()}
     gaps_ = {n: m for n, m in evaluation.fairness.measures.items() if "to_overall" not in n and "_mean_" not in n}
-    return {"values": {n: finite(v) for n, v in evaluation.scorecard.values.items()}, "verdict": verdict.as_dict(), "test_rows": evaluation.scorecard.rows, "min_group": evaluation.fairness.min_group,
+    return as_json({"values": evaluation.scorecard.values, "verdict": verdict.as_dict(), "test_rows": evaluation.scorecard.rows, "min_group": evaluation.fairness.min_group,
             "measures": said(evaluation.scorecard.overall), "fairness": said(gaps_), "groups": {group: said(found) for group, found in evaluation.scorecard.by_group.items()},
-            "checked": {part: {"good": c.good.height, "bad": c.bad.height, "problems": [{"column": p.column, "expected": p.expected, "rows": p.rows} for p in c.problems]} for part, c in rows.checked.items()}}
+            "checked": {part: {"good": c.good.height, "bad": c.bad.height, "problems": [{"column": p.column, "expected": p.expected, "rows": p.rows} for p in c.problems]} for part, c in rows.checked.items()}})
 
 # %% ../../nbs/07_running/03_evaluation.ipynb #e2d1c8b1
 @dataclass(frozen=True)

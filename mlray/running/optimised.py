@@ -18,14 +18,12 @@ from typing import Any
 from ..governance.deed import Ask
 from ..governance.lineage import lineage_of
 from ..governance.registry import open_registry, register
-from ..judgement.gate import Found, Verdict
+from ..judgement.gate import Verdict
 from ..learning.features import apply
-from .evaluation import Beside, Candidate, asks_of_rows, comparing, evaluate_beside, read_candidate, results_of, rules_of, verdict_of
-from .explanation import asked_for
-from .white_box import asked_of_network
+from .evaluation import Beside, Candidate, comparing, read_candidate, results_of, rules_of
+from .run import judged
 from ..shipping.bundle import Bundle
 from ..shipping.optimise import Cost, cost, optimise
-from ..sources.rows import inspect_rows
 from ..values.display import Displayed, Table, table
 from ..values.settings import Settings, read_settings
 from ..values.spec import Rule, RunSpec
@@ -76,12 +74,7 @@ def _ways(int8: bool, prune: float | None) -> str: return " and ".join([*([f"wit
 # %% ../../nbs/07_running/17_optimised.ipynb #32ff79f2
 def _judged(candidate: Candidate, small: Bundle) -> tuple[Beside, Verdict]:
     "What a smaller bundle measures, beside its parent, and whether that will do."
-    spec, rows, parent = held_to_parent(candidate.spec), candidate.parts, candidate.bundle
-    beside, asked = evaluate_beside(small, parent, rows.test), rules_of(spec)
-    def of(bundle: Bundle, rules: Sequence[Rule], incumbent: bool = False) -> dict[str, Found]:
-        return {**asked_for(bundle, rows.test, rules, asks=spec, members=rows.train), **asked_of_network(bundle, rows.test, rules, incumbent)}
-    data = {**(inspect_rows(candidate.rows, parent.profile).values if asks_of_rows(asked, beside.evaluation) else {}), **of(small, asked)}
-    verdict = verdict_of(spec, beside, data=data, before=of(parent, comparing(asked), True))
+    beside, verdict = judged(held_to_parent(candidate.spec), small, candidate.bundle, candidate.rows)
     return beside, _of_parent(verdict, str(candidate.version))
 
 

@@ -7,12 +7,12 @@ business and who listens a `Tracker`'s; neither is known here."""
 
 # %% auto #0
 __all__ = ['Note', 'Backend', 'LocalBackend', 'Supply', 'InMemory', 'run_name', 'make_job', 'make_bundle', 'moved_since', 'Run',
-           'train']
+           'judged', 'train']
 
 # %% ../../nbs/07_running/10_run.ipynb #5293e1b9
 import hashlib
 import platform
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib.metadata import packages_distributions, version as installed
@@ -45,7 +45,7 @@ from ..learning.profile import Profile, profile
 from ..measures.comparison import Comparison
 from ..measures.threshold import choose, choose_by_group, group_names
 from .checkpoints import Checkpoints, claimed
-from .evaluation import Evaluation, asks_of_rows, comparing, evaluate_beside, incumbent_of, results_of, rules_of, verdict_of
+from .evaluation import Beside, Evaluation, asks_of_rows, comparing, evaluate_beside, incumbent_of, results_of, rules_of, verdict_of
 from .explanation import asked_for
 from .remote_checkpoints import open_checkpoints
 from .tracking import NullTracker, Tracker
@@ -53,10 +53,11 @@ from .white_box import asked_of_network
 from ..shipping.bundle import PARITY, Bundle, pack
 from ..sources.rows import Rows, inspect_rows, read_rows
 from ..values.decision import Mitigation, Threshold
+from ..values.display import as_json
 from ..values.errors import BundleError, SpecError, TrainingError
 from ..values.imported import source_digest
 from ..values.settings import Settings, read_settings
-from ..values.spec import RunSpec
+from ..values.spec import Rule, RunSpec
 from ..values.task import Task, task_of
 
 # %% ../../nbs/07_running/10_run.ipynb #7e676f4b
@@ -258,19 +259,31 @@ class Run:
 
     def as_dict(self) -> dict[str, Any]:
         "JSON values, as `mlray train --json` prints them."
-        finite = lambda x: x if x == x else None
-        said = lambda m: {"value": finite(m.value), "low": finite(m.low), "high": finite(m.high)}
-        measures = {n: said(m) for n, m in {**self.evaluation.scorecard.overall, **self.evaluation.fairness.measures}.items()}
-        against = {n: {"production": finite(d.theirs), "difference": said(d.difference), "p_value": finite(d.p_value)} for n, d in self.comparison.overall.items()} if self.comparison else None
-        return {"version": str(self.version), "digest": self.version.digest, "measures": measures, "verdict": self.verdict.as_dict(),
+        against = {n: {"production": d.theirs, "difference": d.difference, "p_value": d.p_value} for n, d in self.comparison.overall.items()} if self.comparison else None
+        return as_json({"version": str(self.version), "digest": self.version.digest, "measures": {**self.evaluation.scorecard.overall, **self.evaluation.fairness.measures}, "verdict": self.verdict.as_dict(),
                 "drift": self.drift.as_dict() if self.drift else None, "comparison": against,
-                "made": {"spec": self.version.spec_id, "rows": self.version.rows_digest, "at": self.version.created, "by": self.version.actor}}
+                "made": {"spec": self.version.spec_id, "rows": self.version.rows_digest, "at": self.version.created, "by": self.version.actor}})
 
     def _repr_markdown_(self) -> str:
         parts = (f"**{self.version}**", self.verdict.table()._repr_markdown_(), self.comparison._repr_markdown_() if self.comparison else "", self.evaluation._repr_markdown_())
         return "\n\n".join(filter(None, parts))
 
 # %% ../../nbs/07_running/10_run.ipynb #42e6d51c
+def judged(
+    spec: RunSpec,              # whose rules
+    bundle: Bundle,
+    incumbent: Bundle | None,   # what it is to replace; None: nothing
+    rows: Rows,
+) -> tuple[Beside, Verdict]:
+    "What a bundle does with the test rows, beside the one it is to replace, and whether every rule is kept; nothing is measured that no rule asks for."
+    parts, asked = rows.parts, rules_of(spec)
+    def of(who: Bundle, rules: Sequence[Rule], before: bool = False) -> dict[str, Found]:
+        return {**asked_for(who, parts.test, rules, asks=spec, members=parts.train), **asked_of_network(who, parts.test, rules, before)}
+    beside = evaluate_beside(bundle, incumbent, parts.test)
+    data = {**(inspect_rows(rows, incumbent.profile if incumbent else None).values if asks_of_rows(asked, beside.evaluation) else {}), **of(bundle, asked)}
+    return beside, verdict_of(spec, beside, data=data, before=of(incumbent, comparing(asked), True) if incumbent and beside.incumbent else {})
+
+# %% ../../nbs/07_running/10_run.ipynb #b027f205
 def train(
     spec: RunSpec,                          # what to run
     settings: Settings | None = None,       # where; default: the environment of this folder
@@ -296,16 +309,10 @@ def train(
             job = supply.job(spec, rows, parent, kept.folder, tracker.note)
             bundle = make_bundle(spec, job, rows, backend, tracker, kept, Path(scratch) / "bundle", parent, resume)
             tracker.note(f"measuring on {rows.parts.test.height} test rows")
-            before = incumbent_of(registry, spec.name)
-            beside = evaluate_beside(bundle, before, rows.parts.test)
+            beside, verdict = judged(spec, bundle, incumbent_of(registry, spec.name), rows)
             if beside.lacking: tracker.note(f"no comparison with production, which asks for {', '.join(beside.lacking)}: with `role: ignored` in the contract both could answer")
-            evaluation, asked = beside.evaluation, rules_of(spec)
-            data: dict[str, Found] = {**(inspect_rows(rows, before.profile if before else None).values if asks_of_rows(asked, evaluation) else {}),
-                                      **asked_for(bundle, rows.parts.test, asked, members=rows.parts.train), **asked_of_network(bundle, rows.parts.test, asked)}
-            theirs = {**asked_for(before, rows.parts.test, comparing(asked), asks=spec, members=rows.parts.train), **asked_of_network(before, rows.parts.test, comparing(asked), incumbent=True)} if before and beside.incumbent else {}
-            verdict = verdict_of(spec, beside, data=data, before=theirs)
-            results, came = results_of(evaluation, verdict, rows), lineage_of(bundle, kept.folder.name, tracker.where(), settings.root)
-            run = Run(register(registry, bundle, results, came), rows, evaluation, verdict, drift, beside.comparison)
+            results, came = results_of(beside.evaluation, verdict, rows), lineage_of(bundle, kept.folder.name, tracker.where(), settings.root)
+            run = Run(register(registry, bundle, results, came), rows, beside.evaluation, verdict, drift, beside.comparison)
             for states in (open_checkpoints(kept.folder, settings.checkpoints), kept): states.clear() # finished: the same command would do it all again, and come to the same version
     except BaseException as error:
         tracker.finish({"error": f"{type(error).__name__}: {error}"})

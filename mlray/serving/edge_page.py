@@ -23,13 +23,11 @@ from typing import Any
 from .edge_folder import seal
 from .page_script import ANSWERS, FORM
 from ..values.errors import BundleError, Unavailable
+from ..values.page import TONES
 
 # %% ../../nbs/09_serving/27_edge_page.ipynb #9c5bfc50
-_STYLE = '''
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5a6472; --ground: #f6f7f9; --card: #fff; --line: #d6dae0; --accent: #0b57c2; --on-accent: #fff; --wrong: #b3261e; --track: #e3e7ec; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a3adba; --ground: #14171b; --card: #1d2127; --line: #39414b; --accent: #8ab4f8; --on-accent: #10151c; --wrong: #ff9a92; --track: #323a44; } }
-* { box-sizing: border-box; }
-body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); }
+_STYLE = TONES + '''* { box-sizing: border-box; }
+body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
 header, main, footer { max-width: 72rem; margin: 0 auto; padding: 0 1.5rem; }
 header { padding-top: 2.5rem; } h1 { margin: 0; font-size: 1.9rem; letter-spacing: -.01em; } h1 small { font-weight: 400; color: var(--soft); }
 header p { margin: .3rem 0 1.8rem; color: var(--soft); max-width: 60ch; }
@@ -38,17 +36,17 @@ main { display: grid; gap: 1.5rem; grid-template-columns: minmax(0, 1fr) 22rem; 
 form { display: grid; gap: 1.1rem 1.2rem; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
 .field { display: flex; flex-direction: column; gap: .25rem; min-width: 0; } .wide { grid-column: 1 / -1; }
 label { font-weight: 600; font-size: .92rem; overflow-wrap: anywhere; }
-input, select, textarea { font: inherit; color: inherit; background: var(--ground); border: 1px solid var(--line); border-radius: 8px; padding: .5rem .65rem; width: 100%; min-height: 2.75rem; }
+input, select, textarea { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: .5rem .65rem; width: 100%; min-height: 2.75rem; }
 textarea { min-height: 6rem; resize: vertical; }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 1px; }
-[aria-invalid=true] { border-color: var(--wrong); box-shadow: inset 0 0 0 1px var(--wrong); }
-.rule { font-size: .8rem; color: var(--soft); } .problem { font-size: .82rem; color: var(--wrong); font-weight: 600; } .problem:empty { display: none; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 1px; }
+[aria-invalid=true] { border-color: var(--bad); box-shadow: inset 0 0 0 1px var(--bad); }
+.rule { font-size: .8rem; color: var(--soft); } .problem { font-size: .82rem; color: var(--bad); font-weight: 600; } .problem:empty { display: none; }
 .actions { display: flex; gap: .8rem; flex-wrap: wrap; } button { font: inherit; font-weight: 600; border: 1px solid var(--line); border-radius: 8px; padding: .6rem 1.1rem; min-height: 2.75rem; background: transparent; color: inherit; cursor: pointer; }
-button[type=submit] { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button[type=submit] { background: var(--link); border-color: var(--link); color: var(--on-link); }
 aside { position: sticky; top: 1.5rem; } h2 { margin: 0 0 .6rem; font-size: .82rem; letter-spacing: .06em; text-transform: uppercase; color: var(--soft); }
 .said { font-size: 2.1rem; line-height: 1.2; font-weight: 650; overflow-wrap: anywhere; } .none { color: var(--soft); font-size: 1.1rem; font-weight: 400; }
 .bars { list-style: none; margin: 1rem 0 0; padding: 0; display: grid; gap: .7rem; font-variant-numeric: tabular-nums; } .bars li > div:first-child { display: flex; justify-content: space-between; gap: 1rem; font-size: .92rem; }
-.track { position: relative; height: .6rem; border-radius: .3rem; background: var(--track); margin-top: .25rem; } .fill { height: 100%; border-radius: .3rem; background: var(--accent); min-width: 2px; }
+.track { position: relative; height: .6rem; border-radius: .3rem; background: var(--tint); margin-top: .25rem; } .fill { height: 100%; border-radius: .3rem; background: var(--link); min-width: 2px; }
 .mark { position: absolute; top: -.25rem; bottom: -.25rem; width: 2px; background: var(--ink); }
 .about { margin: 1.2rem 0 0; font-size: .82rem; color: var(--soft); } footer { padding: 1.8rem 1.5rem 2.5rem; font-size: .82rem; color: var(--soft); overflow-wrap: anywhere; }
 @media (max-width: 60rem) { main { grid-template-columns: minmax(0, 1fr); } aside { position: static; } }
@@ -122,7 +120,7 @@ def add_page(
             held = files.extractfile(f"package/{name}")
             if held is None: raise BundleError(f"{archive} has no {name}. Delete it, and try again.")
             (target / "ort" / Path(name).name).write_bytes(held.read())
-    for name, text in {"answer.mjs": ANSWERS, "page.mjs": FORM, "page.css": _STYLE.lstrip(), "index.html": page(model)}.items(): (target / name).write_text(text, encoding="utf-8")
+    for name, text in {"answer.mjs": ANSWERS, "page.mjs": FORM, "page.css": _STYLE, "index.html": page(model)}.items(): (target / name).write_text(text, encoding="utf-8")
     for name in ("model.onnx", "model.json"): shutil.copyfile(folder / name, target / name)
     with open(folder / "README.md", "a", encoding="utf-8") as readme: readme.write("\n`page/` is the same model as a page that computes in the browser; any server of files can serve it, and `python answer.py --http 8080` does, at http://127.0.0.1:8080/.\n")
     return seal(folder)

@@ -45,7 +45,7 @@ def set_share(
     if not 0 <= canary <= 1: raise RegistryError(f"A share is from 0 % to 100 %; found {canary:.0%}.")
     def do(deed: Deed) -> dict[str, float]:
         if canary and not deed.connection.execute(ALIASES.select().where(ALIASES.c.name == name, ALIASES.c.alias == kept_as("canary", registry.region))).first():
-            raise RegistryError(f"There is no {name}@canary to give a share to. `mlray promote {name}/N --alias canary` makes one.")
+            raise RegistryError(f"There is no {name}@canary to give a share to. `mlray promote {name}/N canary` makes one.")
         deed.log("traffic", in_region(name, registry.region), canary=canary)
         return {"canary": canary}
     registry.act(Ask("traffic:set", name, name, {"canary": canary}), do)

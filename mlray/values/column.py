@@ -64,7 +64,7 @@ class Column(Part):
     description: str = ""               # for people
 
     @model_validator(mode="after")
-    def _agrees(self) -> Self:
+    def _holds(self) -> Self:
         for names, types in _BELONG.items():
             if self.type not in types and any(getattr(self, n) not in (None, (), {}) for n in names):
                 raise ValueError(f"{', '.join(names)}: for type {' or '.join(types)}, not for {self.type!r}")
@@ -77,6 +77,10 @@ class Column(Part):
         if self.pattern is not None:
             try: re.compile(f"^(?:{self.pattern})$")
             except re.error as error: raise ValueError(f"pattern {self.pattern!r} is no regular expression: {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _serves(self) -> Self:
         if self.role == "target" and self.type not in ("integer", "number", "category", "boolean"): raise ValueError(f"a target cannot be of type {self.type!r}. Answers in words are classes: {{type: category, values: [no, yes], role: target, positive: yes}}, each word in quotes")
         if self.role == "time" and self.type not in ("date", "datetime", "integer"): raise ValueError("a column with role 'time' is of type date, datetime or integer")
         if self.role == "target" and self.nullable: raise ValueError("a target is not nullable: nothing is learned from a row without a label, and such rows go to quarantine")
@@ -84,9 +88,12 @@ class Column(Part):
             raise ValueError("a column with role 'weight' is a number that is never missing nor negative: type number or integer, with a min of 0 or more")
         if self.positive is not None and self.type == "boolean": raise ValueError("of a boolean, true counts as 1, and positive is left out. To count the other way, make it {type: category, values: ['false', 'true'], role: target, positive: 'false'}")
         if self.positive is not None and self.values and self.positive not in self.values: raise ValueError(f"positive is {self.positive!r}, which is not among values")
+        return self
+
+    @model_validator(mode="after")
+    def _regards_people(self) -> Self:
         if self.sensitive and self.type not in ("integer", "number", "category", "boolean"): raise ValueError(f"no groups can be formed by type {self.type!r}")
-        if self.sensitive and self.type == "number" and not self.bands:
-            raise ValueError("a sensitive number needs bands, such as [40, 60], to form groups")
+        if self.sensitive and self.type == "number" and not self.bands: raise ValueError("a sensitive number needs bands, such as [40, 60], to form groups")
         if list(self.bands) != sorted(set(self.bands)): raise ValueError("bands must rise")
         if self.journal == "bucket" and self.type in ("text", "array", "duration"): raise ValueError(f"journal: a value of type {self.type!r} has no buckets; take pseudonym or drop")
         if self.journal == "pseudonym" and self.type not in ("integer", "category", "text"): raise ValueError(f"journal: a pseudonym stands for a name or a number of somebody, not for type {self.type!r}; take bucket or drop")

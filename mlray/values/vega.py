@@ -9,10 +9,11 @@ Everywhere else, and in every stored notebook, the same plot is a still drawing:
 __all__ = ['MIME', 'MOST', 'COLOURS', 'DASHES', 'in_lab', 'face', 'intervals', 'lines', 'front']
 
 # %% ../../nbs/00_values/18_vega.ipynb #f6f8775a
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from .display import as_json
 
 # %% ../../nbs/00_values/18_vega.ipynb #2f87d3cb
 MIME = "application/vnd.vegalite.v5+json"
@@ -41,11 +42,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9") # O
 DASHES = ("none", "6 3", "2 3", "8 3 2 3", "1 4", "10 2")
 
 
-def _known(value: float) -> float | None: return value if math.isfinite(value) else None # JSON has no NaN
-
-
 def _plot(title: str, width: float, height: Any, values: Sequence[Mapping[str, Any]], layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    return {"$schema": _SCHEMA, **({"title": {"text": title, "anchor": "start"}} if title else {}), "width": width, "height": height, "background": "transparent", "data": {"values": list(values)}, "layer": list(layers)}
+    return {"$schema": _SCHEMA, **({"title": {"text": title, "anchor": "start"}} if title else {}), "width": width, "height": height, "background": "transparent", "data": {"values": as_json(values)}, "layer": list(layers)}
 
 
 def _at(field: str, title: str | None = None, kind: str = "quantitative", **more: Any) -> dict[str, Any]:
@@ -70,7 +68,7 @@ def intervals(
     width: int = 640, # pixels
 ) -> dict[str, Any]: # Vega-Lite
     "Points on bars, one above the other."
-    values = [{"name": n, "value": _known(v), "low": _known(a), "high": _known(b)} for n, v, a, b in rows]
+    values = [{"name": n, "value": v, "low": a, "high": b} for n, v, a, b in rows]
     name = _at("name", kind="nominal", sort=None, axis={"labelLimit": 260})
     seen = [{"field": "name", "type": "nominal"}, *({"field": f, "type": "quantitative", "format": ".4~g"} for f in ("value", "low", "high"))]
     bars = {"mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.5, "color": COLOURS[0]}, "encoding": {"y": name, "x": _at("low"), "x2": {"field": "high"}, "tooltip": seen}}
@@ -90,7 +88,7 @@ def lines(
 ) -> dict[str, Any]: # Vega-Lite
     "Lines through points; a click on a name in the legend brings its line forward."
     names = list(each)
-    values = [{"of": n, "x": _known(x), "y": _known(y)} for n, points in each.items() for x, y in points]
+    values = [{"of": n, "x": x, "y": y} for n, points in each.items() for x, y in points]
     dashes = [[] if d == "none" else [int(p) for p in d.split()] for d in DASHES]
     shade = {"condition": {"param": "chosen", "value": 1}, "value": 0.15}
     of = {"field": "of", "type": "nominal", "title": None, "sort": None, "legend": {"orient": "top", "symbolType": "stroke", "labelLimit": 260} if len(names) > 1 else None}
@@ -101,7 +99,7 @@ def lines(
     dots = {"mark": {"type": "point", "filled": True, "size": 36 if len(values) <= 30 * max(len(names), 1) else 12}, "encoding": both | {"tooltip": seen}}
     known = [v for row in values for v in (row["x"], row["y"]) if isinstance(v, float | int)]
     equal = {"data": {"values": [{"x": end, "y": end} for end in ((min(known), max(known)) if known else ())]}, "mark": {"type": "line", "strokeDash": [4, 3], "opacity": 0.6, "color": "gray"}, "encoding": {"x": _at("x", across), "y": _at("y", up)}}
-    bars = {"data": {"values": [{"x": _known(x), "low": _known(a), "high": _known(b)} for x, a, b in spans]}, "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.4, "color": COLOURS[0]},
+    bars = {"data": {"values": as_json([{"x": x, "low": a, "high": b} for x, a, b in spans])}, "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.4, "color": COLOURS[0]},
             "encoding": {"x": _at("x", across), "y": _at("low", up), "y2": {"field": "high"}}}
     return _plot(title, size[0] - 80, size[1] - 72, values, [*([bars] if spans else []), *([equal] if diagonal else []), *([_across(mark)] if mark is not None else []), path, dots])
 
@@ -116,7 +114,7 @@ def front(
     size: tuple[int, int] = (640, 340), # pixels
 ) -> dict[str, Any]: # Vega-Lite
     "Points in the plane, and some of them in colour."
-    values = [*({"x": _known(x), "y": _known(y), "what": "", "best": False} for x, y in points), *({"x": _known(x), "y": _known(y), "what": w, "best": True} for x, y, w in best)]
+    values = [*({"x": x, "y": y, "what": "", "best": False} for x, y in points), *({"x": x, "y": y, "what": w, "best": True} for x, y, w in best)]
     where = {"x": _at("x", across, **(_LOG if log else {})), "y": _at("y", up)}
     seen = [{"field": "what", "type": "nominal", "title": "point"}, {"field": "x", "type": "quantitative", "title": across or "x", "format": ".4~g"}, {"field": "y", "type": "quantitative", "title": up or "y", "format": ".4~g"}]
     colour = {"condition": {"test": "datum.best", "value": COLOURS[0]}, "value": "gray"}
