@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from mlray.values.errors import SettingsError
 from mlray.values.imported import imported
 from mlray.values.settings import Settings, shipped
 from mlray.values.spec import read_spec
+from tests.conftest import ROOT
 
 CLUSTER = shipped("cluster")
 LAUNCHERS = ("local", "aws", "gcp", "azure")
@@ -231,6 +233,17 @@ def test_the_image_is_small_locked_and_not_root():
         assert installs and all("-c /constraints.txt" in x and "--no-cache-dir" in x for x in installs)
     torch = next(x for x in (CLUSTER / "constraints.txt").read_text().splitlines() if x.startswith("torch=="))
     assert torch in final["cpu"] and torch in final["gpu"] and pinned(stages[0].split("ARG BASE=")[1].strip()) and "latest" not in "".join(final.values())
+
+
+def test_the_image_is_built_of_all_that_a_wheel_carries():
+    wheel, packaged = (CLUSTER / "Dockerfile").read_text().split(" AS wheel")[1].split("FROM ")[0], tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+    assert {"mlray", *packaged.values()} <= {line.split()[1] for line in wheel.splitlines() if line.startswith("COPY")}
+
+
+def test_every_node_has_the_python_of_the_image():
+    "To the last number: Ray counts two that differ in it as two."
+    image = re.search(r"BASE=python:([\d.]+)-", (CLUSTER / "Dockerfile").read_text())[1]
+    assert {re.search(r"uv venv .*--python (\S+)", " ".join(launcher(name)["setup_commands"]))[1] for name in LAUNCHERS} == {image}
 
 
 def _names(text: str) -> set[str]: return set(re.findall(r"\b((?:ray|mlray)_[a-z_]+)\b", text))

@@ -33,6 +33,7 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
+from .cluster_on_ray import letter_in
 from .nodes_on_ray import Node, leaving, nodes_of
 from ..learning.folds import epochs_of
 from ..learning.model import Epoch, Job, State, dump_state, load_state, replayed
@@ -40,6 +41,7 @@ from ..running.checkpoints import Checkpoints
 from ..running.remote_checkpoints import open_checkpoints, place_of
 from ..running.run import Note
 from ..values.errors import MlrayError, TrainingError, Unavailable
+from ..values.settings import Settings
 
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #733c2250
 def _joint(number: int, world: int) -> int:
@@ -246,6 +248,11 @@ class RayBackend:
     checkpoints: str = ""           # where states are kept; empty: in `home`
     grow_every_s: float = 60        # a team that is smaller than it might be looks for room no more often, and grows no more often
 
+    @classmethod
+    def of(cls, settings: Settings) -> "RayBackend":
+        "The one that settings ask for."
+        return cls(settings.workers, settings.gpu, settings.failures, settings.collective_timeout_s, settings.workers_min, settings.checkpoints, settings.grow_every_s)
+
     @property
     def _least(self) -> int: return min(self.workers_min or self.workers, self.workers)
 
@@ -304,10 +311,6 @@ class _Lost(TrainingError): "A worker or a node went away; trying again may help
 def _told(error: BaseException) -> MlrayError:
     "The reason behind what Ray raised: a letter from a worker, or that one was lost."
     wrapped = [error, *getattr(error, "worker_failures", {}).values()]
-    for one in wrapped:
-        cause: BaseException | None = one
-        while cause is not None:
-            if isinstance(cause, MlrayError): return cause
-            cause = cause.__cause__ or getattr(cause, "cause", None)
+    if letter := next(filter(None, map(letter_in, wrapped)), None): return letter
     lines = str(wrapped[-1]).strip().splitlines() or [type(error).__name__]
     return _Lost(lines[-1])

@@ -30,7 +30,7 @@ class Listener:
 @dataclass(frozen=True)
 class Facts:
     "One machine, and the cluster it uses."
-    python: tuple[int, int] = (3, 11)
+    python: tuple[int, ...] = (3, 11, 7)
     packages: Mapping[str, str] = field(default_factory=dict)   # name → version
     requirements: tuple[str, ...] = ()                          # of mlray, as PEP 508 writes them
     memory_bytes: int = 8 * 2**30                               # that are free
@@ -70,8 +70,14 @@ class Complaint:
 Facts()
 
 # %% ../../nbs/12_operations/05_doctor.ipynb #7fd3962e
+_PYTHON = (3, 11, 7) # as the Makefile has it
+
+
+def _dotted(version: tuple[int, ...]) -> str: return ".".join(map(str, version))
+
+
 def _environment(f: Facts) -> Iterator[Complaint]:
-    if f.python < (3, 11): yield Complaint("python", f"Python {f.python[0]}.{f.python[1]}; mlray needs 3.11 or newer", "Make an environment with a newer Python: python3.11 -m venv .venv")
+    if f.python < _PYTHON: yield Complaint("python", f"Python {_dotted(f.python)}; the packages that mlray was tested with need {_dotted(_PYTHON)} or newer", "Make an environment with a newer Python: `make demo PYTHON=python3.12`, or `uv venv --python 3.12`")
     for text in f.requirements:
         needed = Requirement(text)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}): continue
@@ -98,7 +104,7 @@ def _machine(f: Facts) -> Iterator[Complaint]:
     if f.open_files < 4096: yield Complaint("open_files", f"a process may open {f.open_files} files", "ulimit -n 65536, or LimitNOFILE in the service's unit")
     if f.clock_behind_s > 86400: yield Complaint("clock", f"the clock is {f.clock_behind_s / 86400:.0f} days behind the files of this installation", "Set it: timedatectl set-ntp true")
     if f.filesystem in _SHARED: yield Complaint("filesystem", f"home lies on {f.filesystem}, where SQLite's locks do not hold", "Set `registry` in settings.ini to a PostgreSQL URL, or MLRAY_HOME to a local disk")
-    if f.journal_mode == "wal" and f.sqlite < (3, 51, 3): yield Complaint("sqlite", f"the registry uses a write-ahead log, with SQLite {'.'.join(map(str, f.sqlite))}, which can lose pages of it", "sqlite3 registry.db 'PRAGMA journal_mode=delete'")
+    if f.journal_mode == "wal" and f.sqlite < (3, 51, 3): yield Complaint("sqlite", f"the registry uses a write-ahead log, with SQLite {_dotted(f.sqlite)}, which can lose pages of it", "sqlite3 registry.db 'PRAGMA journal_mode=delete'")
     if f.registry_fault: yield Complaint("registry", f.registry_fault, "`mlray audit verify` says which row; restore it from a backup where bytes are lost")
 
 # %% ../../nbs/12_operations/05_doctor.ipynb #85121cf6

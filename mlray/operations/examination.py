@@ -115,7 +115,7 @@ def examine(
     sockets = [str(socket_of)] if socket_of.exists() and socket_of.stat().st_mode & 0o002 and not _hidden(socket_of.parent) else []
     shared = os.statvfs("/dev/shm") if Path("/dev/shm").exists() else None
     return Facts(
-        python=(sys.version_info.major, sys.version_info.minor), packages=installed, requirements=tuple(requires("mlray") or ()), memory_bytes=memory["MemAvailable"],
+        python=sys.version_info[:3], packages=installed, requirements=tuple(requires("mlray") or ()), memory_bytes=memory["MemAvailable"],
         shared_memory_bytes=shared.f_bavail * shared.f_frsize if shared else 0, open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0], disk_free_bytes=disk.free, disk_free_share=disk.free / disk.total,
         filesystem=_filesystem(home), home_writable=os.access(home, os.W_OK), readable=tuple(_private(settings.home, environ)), secrets_in_settings=_passwords(settings.root / "settings.ini"),
         sqlite=sqlite3.sqlite_version_info, journal_mode=mode, registry_fault=fault, clock_behind_s=max(newest - time.time(), 0.0), gpus=len(list(Path("/dev").glob("nvidia[0-9]*"))),

@@ -117,6 +117,7 @@ class Settings(Replicas):
     failures: Annotated[int, Field(ge=0)] = 3 # how often a training on Ray may lose workers or nodes and go on
     health_timeout_s: Annotated[int, Field(ge=5)] = 60 # a training process that says nothing for so long is given up
     collective_timeout_s: Annotated[int, Field(ge=5)] = 120 # training processes wait for each other for so long
+    grow_every_s: Annotated[float, Field(ge=1)] = 60 # with fewer processes than `workers` says, a training grows no more often, where there is room by then
     object_store_mb: Annotated[int, Field(ge=80)] = 512 # shared memory of a local Ray cluster
     host: str = "127.0.0.1"                 # HTTP
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
