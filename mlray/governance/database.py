@@ -72,7 +72,8 @@ def _on_connect(connection: Any, _: Any) -> None:
 def _engine(url: str) -> sa.Engine:
     kind, _, rest = url.partition("://")
     if kind == "sqlite" and rest.startswith("/"):
-        Path(rest[1:]).parent.mkdir(parents=True, exist_ok=True)
+        (path := Path(rest[1:])).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError): os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)) # who came with which key is nobody else's; where it cannot be made, SQLite says why
         engine, begin = sa.create_engine(url), "BEGIN IMMEDIATE"
         sa.event.listen(engine, "connect", _on_connect)
     elif kind in ("postgresql", "postgresql+psycopg"):

@@ -56,6 +56,12 @@ class Facts:
     tracking: str = "offline"
     wandb_key: bool = True
     nodes: tuple[Node, ...] = ()                                # of the cluster, where one was asked
+    unread: Mapping[str, str] = field(default_factory=dict)     # variables that nothing reads → what may have been meant
+    policy_fault: str = ""                                      # why what settings ask of a release is not understood
+    store_fault: str = ""                                       # why the store, behind a URL, cannot be used
+    certificate_fault: str = ""                                 # why HTTPS cannot be spoken with tls_cert and tls_key
+    certificate_days: float = 365.0                             # until the certificate ends
+    webhook_key: bool = True                                    # whether alerts can be signed, where they go to a webhook
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,16 @@ def _open(f: Facts) -> Iterator[Complaint]:
     for path in f.open_sockets: yield Complaint("socket", f"HAProxy's admin socket {path} can be written to by others", "Serve through mlray, which closes it; or chmod 600")
     if not f.proxy: yield Complaint("proxy", "the command mlray-haproxy is not beside this Python, so nothing can be served", "pip install mlray again, into this environment")
 
+# %% ../../nbs/12_operations/05_doctor.ipynb #e46d0551
+def _said(f: Facts) -> Iterator[Complaint]:
+    "What settings and variables say, and nobody would notice before it is needed."
+    for name, meant in f.unread.items(): yield Complaint("unread", f"{name} is set, and nothing reads it. {meant}", f"Correct its name, or `unset {name}`: a setting that is not read is the default", grave=False)
+    if f.policy_fault: yield Complaint("policy", f.policy_fault, "Correct it in settings.ini: until then every command that opens the registry is refused")
+    if f.store_fault: yield Complaint("store", f.store_fault, "Nothing can be registered, and no replica can start on a machine that has no copy; `store` in settings.ini says where it is")
+    if f.certificate_fault: yield Complaint("certificate", f.certificate_fault, "`tls_cert` and `tls_key` in settings.ini name files in PEM that belong together, the key without a password")
+    elif f.certificate_days < 21: yield Complaint("certificate", f"the certificate in tls_cert {f'ends in {f.certificate_days:.0f} days' if f.certificate_days > 0 else f'ended {-f.certificate_days:.0f} days ago'}", "Renew it, and deploy again: a service that runs keeps the one it began with", grave=f.certificate_days <= 0)
+    if not f.webhook_key: yield Complaint("webhook", "alerts go to a webhook, and MLRAY_WEBHOOK_KEY is not set: none is sent", "Set it to the secret that the receiver knows, where `mlray monitor` runs")
+
 # %% ../../nbs/12_operations/05_doctor.ipynb #410a609a
 def _nodes(f: Facts) -> Iterator[Complaint]:
     heard = [node for node in f.nodes if node.versions]
@@ -135,7 +151,7 @@ def _nodes(f: Facts) -> Iterator[Complaint]:
         if abs(node.seconds_ahead) > 2: yield Complaint("clock", f"the clock of {node.name} is {abs(node.seconds_ahead):.0f} s {'ahead' if node.seconds_ahead > 0 else 'behind'}", "timedatectl set-ntp true on that node")
 
 
-_CHECKS: tuple[Callable[[Facts], Iterator[Complaint]], ...] = (_environment, _machine, _open, _nodes)
+_CHECKS: tuple[Callable[[Facts], Iterator[Complaint]], ...] = (_environment, _machine, _said, _open, _nodes)
 
 
 @dataclass(frozen=True)
