@@ -348,6 +348,8 @@ def test_a_release_by_three_people(mlray, trained, project, tmp_path, monkeypatc
     letter(*as_("alan", "promote", "diabetes/1")[::2], "0 of 1 approvals")
     as_("grace", "approve", "diabetes/1", "--note", "seen twice")
     assert json.loads(as_("alan", "promote", "diabetes/1", "--once", "p1", "--json")[1])["generation"] == json.loads(as_("alan", "promote", "diabetes/1", "--once", "p1", "--json")[1])["generation"] == 1
+    letter(*as_("alan", "promote", "diabetes/1", "canary")[::2], "Take another version for a rollout")
+    assert json.loads(as_("alan", "show", "diabetes/1", "--json")[1])["aliases"] == ["production"], "what could not begin has moved nothing"
     letter(*as_("alan", "deprecate", "diabetes/1", "--why", "old", "--sunset", "soon")[::2], "Write it as 2026-12-31")
     assert as_("alan", "deprecate", "diabetes/1", "--why", "old", "--sunset", "2099-01-01")[0] == 0
     shown = json.loads(as_("alan", "show", "diabetes/1", "--json")[1])

@@ -181,7 +181,8 @@ class Database:
                 entry = connection.info.pop("sealed", None)
         except sa.exc.OperationalError as error:
             known = "Whether the change was kept is not known: `mlray audit` tells." if error.connection_invalidated else "Nothing was changed."
-            raise Unavailable(f"The registry did not take the change: {error.orig}. {known}") from error
+            what = "The registry did not take the change" if error.statement else f"The registry {self.shown} cannot be reached"
+            raise Unavailable(f"{what}: {' '.join(str(error.orig).split())}. {known}") from error
         except sa.exc.DatabaseError as error:
             raise RegistryError(f"{self.shown} is not a registry that can be read: {error.orig}.") from error
         except UnicodeEncodeError as error: raise RegistryError(f"{error.object[:80]!r} has a character that no text may have (half of a pair). Nothing was changed.") from error

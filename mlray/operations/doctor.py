@@ -44,7 +44,8 @@ class Facts:
     secrets_in_settings: tuple[str, ...] = ()                   # keys of settings.ini whose value has a password in it
     sqlite: tuple[int, ...] = (3, 45, 0)
     journal_mode: str = "delete"                                # of the registry, where it is SQLite
-    registry_fault: str = ""                                    # why the registry does not open; empty: it does
+    registry_fault: str = ""                                    # what is wrong with the registry
+    registry_opens: bool = True
     clock_behind_s: float = 0.0                                 # how far the clock is behind the newest file of the installation
     gpus: int = 0                                               # devices of NVIDIA that the kernel knows
     proxy: str = "haproxy"                                      # what stands in front of a service; empty: nothing is there
@@ -111,7 +112,7 @@ def _machine(f: Facts) -> Iterator[Complaint]:
     if f.clock_behind_s > 86400: yield Complaint("clock", f"the clock is {f.clock_behind_s / 86400:.0f} days behind the files of this installation", "Set it: timedatectl set-ntp true")
     if f.filesystem in _SHARED: yield Complaint("filesystem", f"home lies on {f.filesystem}, where SQLite's locks do not hold", "Set `registry` in settings.ini to a PostgreSQL URL, or MLRAY_HOME to a local disk")
     if f.journal_mode == "wal" and f.sqlite < (3, 51, 3): yield Complaint("sqlite", f"the registry uses a write-ahead log, with SQLite {_dotted(f.sqlite)}, which can lose pages of it", "sqlite3 registry.db 'PRAGMA journal_mode=delete'")
-    if f.registry_fault: yield Complaint("registry", f.registry_fault, "`mlray audit verify` says which row; restore it from a backup where bytes are lost")
+    if f.registry_fault: yield Complaint("registry", f.registry_fault, "`mlray audit verify` says which row; restore it from a backup where bytes are lost" if f.registry_opens else "See to `registry` in settings.ini, to its password (PGPASSWORD), and to whether the database runs and lets this machine in; a file that is no registry comes back out of a backup")
 
 # %% ../../nbs/12_operations/05_doctor.ipynb #85121cf6
 _RAY_PORTS = {6379: "Ray's head", 8265: "Ray's dashboard", 10001: "Ray's client", 52365: "Ray's agent", 8404: "HAProxy's statistics", 9101: "HAProxy's metrics"}

@@ -83,21 +83,21 @@ def _filesystem(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
     return kind
 
 
-def _registry(settings: Settings) -> tuple[str, str]: # journal mode, and what is wrong; empty: nothing
-    "How the registry is kept, and whether it opens."
+def _registry(settings: Settings) -> tuple[str, str, bool]: # journal mode; what is wrong; whether it opens
+    "How the registry is kept."
     path = settings.home / "registry.db"
-    if not settings.registry and not path.is_file(): return "delete", ""
+    if not settings.registry and not path.is_file(): return "delete", "", True
     from mlray.governance.ledger import audit
     from mlray.governance.registry import open_registry
     mode = "delete"
     if not settings.registry:
         head = path.read_bytes()[:20]
-        if not head.startswith(b"SQLite format 3\0"): return mode, "registry.db is no SQLite database"
+        if not head.startswith(b"SQLite format 3\0"): return mode, "registry.db is no SQLite database", False
         mode = "wal" if head[18:20] == b"\x02\x02" else "delete"
-        if mode == "wal": return mode, ""
+        if mode == "wal": return mode, "", True
     try: faults = audit(open_registry(settings)).faults
-    except (MlrayError, sqlite3.Error) as error: return mode, f"the registry does not open: {error}"
-    return mode, f"the audit has {len(faults)} faults" if faults else ""
+    except (MlrayError, sqlite3.Error) as error: return mode, f"the registry does not open: {error}", False
+    return mode, f"the audit has {len(faults)} faults" if faults else "", True
 
 # %% ../../nbs/12_operations/06_examination.ipynb #9fd3d617
 def _letter(do: Callable[[], object]) -> str:
@@ -144,7 +144,7 @@ def examine(
     installed = {d.name.lower().replace("_", "-"): d.version for d in distributions() if d.name}
     newest = max((p.stat().st_mtime for p in Path(str(files("mlray"))).rglob("*.py")), default=0.0)
     policy, store, (certificate, ends) = _policy(settings), _store(settings), _certificate(settings, time.time())
-    mode, fault = _registry(settings) if not (policy or store) else ("delete", "") # with them no registry opens
+    mode, fault, opens = _registry(settings) if not (policy or store) else ("delete", "", True) # with them no registry opens
     socket_of = Path(environ.get("RAY_SERVE_HAPROXY_SOCKET_PATH", "/tmp/haproxy-serve/admin.sock")) # where Ray Serve puts it
     sockets = [str(socket_of)] if socket_of.exists() and socket_of.stat().st_mode & 0o002 and not _hidden(socket_of.parent) else []
     shared = os.statvfs("/dev/shm") if Path("/dev/shm").exists() else None
@@ -152,7 +152,7 @@ def examine(
         python=sys.version_info[:3], packages=installed, requirements=tuple(requires("mlray") or ()), memory_bytes=memory["MemAvailable"],
         shared_memory_bytes=shared.f_bavail * shared.f_frsize if shared else 0, open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0], disk_free_bytes=disk.free, disk_free_share=disk.free / disk.total,
         filesystem=_filesystem(home), home_writable=os.access(home, os.W_OK), readable=tuple(_private(settings, environ)), secrets_in_settings=_passwords(settings.root / "settings.ini"),
-        sqlite=sqlite3.sqlite_version_info, journal_mode=mode, registry_fault=fault, clock_behind_s=max(newest - time.time(), 0.0), gpus=len(list(Path("/dev").glob("nvidia[0-9]*"))),
+        sqlite=sqlite3.sqlite_version_info, journal_mode=mode, registry_fault=fault, registry_opens=opens, clock_behind_s=max(newest - time.time(), 0.0), gpus=len(list(Path("/dev").glob("nvidia[0-9]*"))),
         proxy=shutil.which("mlray-haproxy", path=f"{Path(sys.executable).parent}:{environ.get('PATH', '')}") or "", open_sockets=tuple(sockets), listeners=listeners(), ray=settings.ray,
         ray_token=environ.get("RAY_AUTH_MODE") == "token", object_store_bytes=settings.object_store_mb * 2**20, tracking=settings.tracking,
         wandb_key=bool(environ.get("WANDB_API_KEY")) or Path.home().joinpath(".netrc").is_file(), nodes=_nodes(settings),
