@@ -110,6 +110,12 @@ BAD = { # file, complaint, what is done to it
     "container of no version": ("aws", "image", at("docker", value={"image": "rayproject/ray:latest", "container_name": "ray"})),
     "packages of any version": ("aws", "packages", lambda c: c["setup_commands"].append("pip install -U ray boto3")),
     "idle for ever": ("gcp", "idle", at("idle_timeout_minutes", value=10_000)),
+    "the operator's credentials go along": ("aws", "credentials", at("file_mounts", "~/.aws", value="~/.aws")),
+    "the registry goes along": ("gcp", "carried", at("rsync_exclude", value=["**/.git"])),
+    "a disk for nothing": ("aws", "disk", at(TYPES, "cpu", "node_config", "BlockDeviceMappings", 0, "Ebs", "VolumeSize", value=8)),
+    "a small disk": ("gcp", "disk", at(TYPES, "cpu", "node_config", "disks", 0, "initializeParams", "diskSizeGb", value=10)),
+    "workers that knock at another port": ("local", "address", rewritten("head_start_ray_commands", "--port=6379", "--port=6380")),
+    "a GPU that nobody may ask for": ("aws", "gpu", at(TYPES, "gpu", "resources", value={"CPU": 8})),
     "spot head": ("aws", "spot", at(TYPES, "head", "node_config", "InstanceMarketOptions", value={"MarketType": "spot"})),
 }
 

@@ -101,7 +101,7 @@ def test_a_certificate_that_has_ended_is_another_s_or_half_of_a_pair(tmp_path):
     good, old = certified(tmp_path, "good", 365), certified(tmp_path, "old", -12)
     said = lambda **given: [(c.what, c.found, c.grave) for c in diagnose(replace(WELL, **dict(zip(("certificate_fault", "certificate_days"), _certificate(settings_in(tmp_path, **given), time.time()), strict=True)))).complaints]
     assert said(**good) == [] and said(**old) == [("certificate", "the certificate in tls_cert ended 12 days ago", True)]
-    (what, found, grave), = said(tls_cert=good["tls_cert"], tls_key=old["tls_key"])
+    (_, found, grave), = said(tls_cert=good["tls_cert"], tls_key=old["tls_key"])
     assert "no certificate and the key that belongs to it" in found and grave
     assert said(tls_cert=good["tls_cert"]) == [("certificate", "tls_cert is set, and tls_key is not", True)]
     assert said(**certified(tmp_path, "soon", 9))[0][2] is False
