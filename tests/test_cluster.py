@@ -49,6 +49,7 @@ def test_every_start_has_the_token_the_keepalives_and_no_open_dashboard(name):
     assert len(starts) == 2
     for command in starts:
         assert command.index("RAY_AUTH_MODE=token") < command.index("ray start") and "0.0.0.0" not in command
+        assert all(f"{name}=" in command and name in (CLUSTER / "Dockerfile").read_text() for name in ("RAY_ROTATION_MAX_BYTES", "RAY_ROTATION_BACKUP_COUNT"))
         assert "RAY_grpc_client_keepalive_time_ms=10000" in command and "RAY_grpc_client_keepalive_timeout_ms=10000" in command
     assert "--dashboard-host=127.0.0.1" in starts[0]
 
@@ -100,6 +101,7 @@ BAD = { # file, complaint, what is done to it
     "no token": ("gcp", "token", rewritten("worker_start_ray_commands", "RAY_AUTH_MODE=token", "")),
     "no token file": ("aws", "token_file", at("file_mounts", "~/.ray/auth_token", drop=True)),
     "token for all to read": ("azure", "token_file", rewritten("setup_commands", "chmod 600", "chmod 644")),
+    "logs without end": ("azure", "logs", rewritten("worker_start_ray_commands", "RAY_ROTATION_MAX_BYTES=100000000 ", "")),
     "no keepalive": ("local", "keepalive", rewritten("head_start_ray_commands", "RAY_grpc_client_keepalive_timeout_ms=10000", "")),
     "a proxy that nobody misses": ("local", "proxy_health", rewritten("head_start_ray_commands", "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=1", "")),
     "workers that do not find the head": ("local", "address", rewritten("worker_start_ray_commands", "RAY_HEAD_IP", "RAY__IP")),
@@ -249,7 +251,7 @@ def test_the_image_is_built_of_all_that_a_wheel_carries():
 def test_every_node_has_the_python_of_the_image():
     "To the last number: Ray counts two that differ in it as two."
     image = re.search(r"BASE=python:([\d.]+)-", (CLUSTER / "Dockerfile").read_text())[1]
-    assert {re.search(r"uv venv .*--python (\S+)", " ".join(launcher(name)["setup_commands"]))[1] for name in LAUNCHERS} == {image}
+    assert {re.search(r"uv venv --quiet --python (\S+)", " ".join(launcher(name)["setup_commands"]))[1] for name in LAUNCHERS} == {image}
 
 
 def _names(text: str) -> set[str]: return set(re.findall(r"\b((?:ray|mlray)_[a-z_]+)\b", text))

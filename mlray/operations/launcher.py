@@ -113,6 +113,7 @@ def _doors(config: Mapping[str, Any]) -> Iterator[Complaint]:
     for who, command in _starts(config):
         if "RAY_AUTH_MODE=token" not in command: yield Complaint("token", f"{who}_start_ray_commands: `ray start` without RAY_AUTH_MODE=token: whoever reaches the port can run anything", "RAY_AUTH_MODE=token ray start …")
         elif not all(k in command for k in _KEEPALIVES): yield Complaint("keepalive", f"{who}_start_ray_commands: a node that falls silent would stop its callers for minutes", f"{' '.join(f'{k}=10000' for k in _KEEPALIVES)} ray start …")
+        if command and not re.search(r"RAY_ROTATION_MAX_BYTES=[1-9]", command): yield Complaint("logs", f"{who}_start_ray_commands: what workers print goes into files that have no end", "RAY_ROTATION_MAX_BYTES=100000000 RAY_ROTATION_BACKUP_COUNT=3 ray start …", grave=False)
         if "RAY_SERVE_ENABLE_HA_PROXY=1" in command and not re.search(r"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=[1-3]\b", command): yield Complaint("proxy_health", f"{who}_start_ray_commands: a proxy that dies is missed for half a minute", "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=1 ray start …")
         if who == "worker" and command and not re.search(r"--address[= ]\$\{?RAY_HEAD_IP\b", command): yield Complaint("address", "worker_start_ray_commands: no --address=$RAY_HEAD_IP:6379, by which a worker finds its head", "ray start --address=$RAY_HEAD_IP:6379 …")
         shown = re.search(r"--dashboard-host[= ](\S+)", command)
