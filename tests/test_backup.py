@@ -235,6 +235,21 @@ def test_by_the_door(laptop, tmp_path, monkeypatch):
     assert isinstance(run(team.home, "restore", "kept").exception, RegistryError) # a letter, and 2
 
 
+def test_a_copy_of_what_was_tampered_with_says_so(laptop, tmp_path, monkeypatch):
+    "It is made, as evidence; and its exit code says that it is no way back."
+    grown(laptop, tmp_path / "made", range(1))
+    monkeypatch.chdir(tmp_path)
+    run = lambda *words: CliRunner().invoke(app, ["registry", *words], env={"MLRAY_HOME": str(laptop.home), "MLRAY_GATES": "quality"})
+    assert json.loads(run("backup", "kept", "--json").stdout)["broken"] == ""
+    with sqlite3.connect(laptop.home / "registry.db") as database:
+        for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = 'events'").fetchall(): database.execute(f"DROP TRIGGER {name}")
+        database.execute("UPDATE events SET actor = 'nobody' WHERE seq = 1")
+    said = run("backup", "kept")
+    assert said.exit_code == 1 and "BROKEN" in said.output and "row 1: it is not as it was sealed" in said.output, said.output
+    assert len(json.loads(run("backup", "kept", "--list", "--json").stdout)) == 2
+    assert run("restore", "kept", "--check").exit_code != 0
+
+
 # --- by hand: another database, four writers, kill -9 ------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from mlray.values.errors import SettingsError
 from mlray.values.imported import imported
 from mlray.values.settings import Settings, shipped
 from mlray.values.spec import read_spec
+from tests.conftest import ROOT
 
 CLUSTER = shipped("cluster")
 LAUNCHERS = ("local", "aws", "gcp", "azure")
@@ -48,6 +49,7 @@ def test_every_start_has_the_token_the_keepalives_and_no_open_dashboard(name):
     assert len(starts) == 2
     for command in starts:
         assert command.index("RAY_AUTH_MODE=token") < command.index("ray start") and "0.0.0.0" not in command
+        assert all(f"{name}=" in command and name in (CLUSTER / "Dockerfile").read_text() for name in ("RAY_ROTATION_MAX_BYTES", "RAY_ROTATION_BACKUP_COUNT"))
         assert "RAY_grpc_client_keepalive_time_ms=10000" in command and "RAY_grpc_client_keepalive_timeout_ms=10000" in command
     assert "--dashboard-host=127.0.0.1" in starts[0]
 
@@ -99,6 +101,7 @@ BAD = { # file, complaint, what is done to it
     "no token": ("gcp", "token", rewritten("worker_start_ray_commands", "RAY_AUTH_MODE=token", "")),
     "no token file": ("aws", "token_file", at("file_mounts", "~/.ray/auth_token", drop=True)),
     "token for all to read": ("azure", "token_file", rewritten("setup_commands", "chmod 600", "chmod 644")),
+    "logs without end": ("azure", "logs", rewritten("worker_start_ray_commands", "RAY_ROTATION_MAX_BYTES=100000000 ", "")),
     "no keepalive": ("local", "keepalive", rewritten("head_start_ray_commands", "RAY_grpc_client_keepalive_timeout_ms=10000", "")),
     "a proxy that nobody misses": ("local", "proxy_health", rewritten("head_start_ray_commands", "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=1", "")),
     "workers that do not find the head": ("local", "address", rewritten("worker_start_ray_commands", "RAY_HEAD_IP", "RAY__IP")),
@@ -109,6 +112,12 @@ BAD = { # file, complaint, what is done to it
     "container of no version": ("aws", "image", at("docker", value={"image": "rayproject/ray:latest", "container_name": "ray"})),
     "packages of any version": ("aws", "packages", lambda c: c["setup_commands"].append("pip install -U ray boto3")),
     "idle for ever": ("gcp", "idle", at("idle_timeout_minutes", value=10_000)),
+    "the operator's credentials go along": ("aws", "credentials", at("file_mounts", "~/.aws", value="~/.aws")),
+    "the registry goes along": ("gcp", "carried", at("rsync_exclude", value=["**/.git"])),
+    "a disk for nothing": ("aws", "disk", at(TYPES, "cpu", "node_config", "BlockDeviceMappings", 0, "Ebs", "VolumeSize", value=8)),
+    "a small disk": ("gcp", "disk", at(TYPES, "cpu", "node_config", "disks", 0, "initializeParams", "diskSizeGb", value=10)),
+    "workers that knock at another port": ("local", "address", rewritten("head_start_ray_commands", "--port=6379", "--port=6380")),
+    "a GPU that nobody may ask for": ("aws", "gpu", at(TYPES, "gpu", "resources", value={"CPU": 8})),
     "spot head": ("aws", "spot", at(TYPES, "head", "node_config", "InstanceMarketOptions", value={"MarketType": "spot"})),
 }
 
@@ -235,6 +244,17 @@ def test_the_image_is_small_locked_and_not_root():
     packed = tomllib.loads((CLUSTER.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
     assert set(packed.values()) <= copied, "the wheel wants a folder that the image does not copy"
     assert torch in final["cpu"] and torch in final["gpu"] and pinned(stages[0].split("ARG BASE=")[1].strip()) and "latest" not in "".join(final.values())
+
+
+def test_the_image_is_built_of_all_that_a_wheel_carries():
+    wheel, packaged = (CLUSTER / "Dockerfile").read_text().split(" AS wheel")[1].split("FROM ")[0], tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+    assert {"mlray", *packaged.values()} <= {line.split()[1] for line in wheel.splitlines() if line.startswith("COPY")}
+
+
+def test_every_node_has_the_python_of_the_image():
+    "To the last number: Ray counts two that differ in it as two."
+    image = re.search(r"BASE=python:([\d.]+)-", (CLUSTER / "Dockerfile").read_text())[1]
+    assert {re.search(r"uv venv --quiet --python (\S+)", " ".join(launcher(name)["setup_commands"]))[1] for name in LAUNCHERS} == {image}
 
 
 def _names(text: str) -> set[str]: return set(re.findall(r"\b((?:ray|mlray)_[a-z_]+)\b", text))

@@ -336,8 +336,8 @@ def test_a_release_by_three_people(mlray, trained, project, tmp_path, monkeypatc
         monkeypatch.setenv("MLRAY_API_KEY", made[name]["key"]) if name else monkeypatch.delenv("MLRAY_API_KEY", raising=False)
         return mlray(*words)
 
-    letter(*as_("", "promote", "diabetes/1")[::2], "model:promote is for others than nobody")
-    letter(*as_("", "key", "create", "--role", "promoter")[::2], "key:create is for others than nobody")
+    letter(*as_("", "promote", "diabetes/1")[::2], "model:promote asks for a key of promoter or admin, and MLRAY_API_KEY is not set")
+    letter(*as_("", "key", "create", "--role", "promoter")[::2], "key:create asks for a key of admin, and MLRAY_API_KEY is not set")
     made["root"] = json.loads(as_("", "key", "create", "--role", "admin", "--owner", "root", "--json")[1])
     for name in ("grace", "alan"): made[name] = json.loads(as_("root", "key", "create", "--role", "promoter", "--owner", name, "--models", "diab*", "--expires", "30d", "--json")[1])
     letter(*as_("root", "key", "create", "--expires", "soon")[::2], "Write 30d")
@@ -348,16 +348,18 @@ def test_a_release_by_three_people(mlray, trained, project, tmp_path, monkeypatc
     letter(*as_("alan", "promote", "diabetes/1")[::2], "0 of 1 approvals")
     as_("grace", "approve", "diabetes/1", "--note", "seen twice")
     assert json.loads(as_("alan", "promote", "diabetes/1", "--once", "p1", "--json")[1])["generation"] == json.loads(as_("alan", "promote", "diabetes/1", "--once", "p1", "--json")[1])["generation"] == 1
+    letter(*as_("alan", "promote", "diabetes/1", "canary")[::2], "Take another version for a rollout")
+    assert json.loads(as_("alan", "show", "diabetes/1", "--json")[1])["aliases"] == ["production"], "what could not begin has moved nothing"
     letter(*as_("alan", "deprecate", "diabetes/1", "--why", "old", "--sunset", "soon")[::2], "Write it as 2026-12-31")
     assert as_("alan", "deprecate", "diabetes/1", "--why", "old", "--sunset", "2099-01-01")[0] == 0
     shown = json.loads(as_("alan", "show", "diabetes/1", "--json")[1])
     assert [(a["actor"], bool(a["spent"])) for a in shown["approvals"]] == [("grace", False), ("grace", True)] and shown["sunset"] == "2099-01-01" and len(shown["lineage"]["environment"]) == 64 and shown["lineage"]["run"].startswith("diabetes-")
     status, out, _ = as_("alan", "show", "diabetes/1")
     assert status == 0 and "seen twice" in out and "came from" in out
-    letter(*as_("alan", "key", "revoke", made["grace"]["id"], "--why", "no")[::2], "key:revoke is for others than promoter")
+    letter(*as_("alan", "key", "revoke", made["grace"]["id"], "--why", "no")[::2], "key:revoke is for others than promoter: for admin")
     assert as_("root", "key", "revoke", made["grace"]["id"], "--why", "left")[0] == 0
     assert [k["state"].split()[0] for k in json.loads(as_("root", "key", "list", "--json")[1]) if k["owner"] == "grace"] == ["revoked"]
-    letter(*as_("grace", "approve", "diabetes/1")[::2], "model:approve is for others than nobody")
+    letter(*as_("grace", "approve", "diabetes/1")[::2], f"mlr_{made['grace']['id']}_… of MLRAY_API_KEY was revoked on 20")
     told, = json.loads(as_("alan", "registry", "mirror", "--json")[1])
     assert told["target"] == "mlflow" and len(told["delivered"]) == 2 and (tmp_path / "copy/mirrors/mlflow/diabetes/1/MLmodel").is_file()
     assert as_("alan", "registry", "export", "diabetes@production", str(tmp_path / "out"))[0] == 0 and (tmp_path / "out/MLmodel").read_bytes() == (tmp_path / "copy/mirrors/mlflow/diabetes/1/MLmodel").read_bytes()
@@ -398,7 +400,7 @@ def test_a_check_does_not_hang_on_the_registry(mlray, project, monkeypatch):
     spec = write(project / "s.yaml", data={"train": {"file": "rows.csv"}})
     monkeypatch.setenv("MLRAY_ACCESS", "keys")
     status, said, err = mlray("check", spec, "--json")
-    assert status == 0 and json.loads(said)["train"]["good"] == 60 and "not noted in the catalogue" in err and "data:note is for others than nobody" in err
+    assert status == 0 and json.loads(said)["train"]["good"] == 60 and "not noted in the catalogue" in err and "data:note asks for a key of trainer or admin" in err
 
 
 @pytest.mark.parametrize(("statement", "words"), [("UPDATE readings SET rows=1", "it tells of reading"), ("DELETE FROM readings", "it tells of reading"), ("INSERT INTO readings SELECT 9, source, model, part, digest, rows, bad, source_version, about, created, actor FROM readings", "no row tells of reading"),

@@ -351,7 +351,7 @@ def test_a_node_lost_for_good_leaves_fewer_workers(nodes, diabetes, tmp_path):
 @pytest.mark.parametrize("room", ["a node comes", "a neighbour goes"])
 def test_a_smaller_team_grows_between_two_epochs(nodes, diabetes, tmp_path, room):
     "It began with one worker, for want of a node or beside something else; the second joins without a failure, and each part is to the bit what a team of its size makes of it."
-    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
     from mlray.engines.train_on_ray import RayBackend
     most = 3 * LONG # a node takes its time to come
@@ -363,10 +363,16 @@ def test_a_smaller_team_grows_between_two_epochs(nodes, diabetes, tmp_path, room
         nodes.remove_node(next(iter(nodes.worker_nodes)))
         nodes.wait_for_nodes(60)
     notes, reached, began = list[str](), 0, time.monotonic()
+    asked, lasted = dict[str, float](), 0.0 # places that nobody has, since when; and how long the oldest has been asked for
     for epoch in RayBackend(2, failures=0, workers_min=1, grow_every_s=1).train(long, "run", tmp_path / "grown", note=notes.append):
-        if epoch.number == 5 and room == "a node comes": nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)
-        if epoch.number == 5 and room == "a neighbour goes": remove_placement_group(neighbour)
+        if lasted < 3: # a cluster that brings up nodes looks every few seconds at what is missing
+            asked = {id: asked.get(id, time.monotonic()) for id, place in placement_group_table().items() if place["state"] == "PENDING"}
+            lasted = max((time.monotonic() - since for since in asked.values()), default=0.0)
+            if lasted >= 3 and room == "a node comes": nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+            if lasted >= 3 and room == "a neighbour goes": remove_placement_group(neighbour)
         reached = epoch.number
+    assert lasted >= 3, "what is missing goes on being asked for while the team works"
+    assert not [p for p in placement_group_table().values() if p["state"] == "PENDING"], "and by nobody afterwards"
     grown, seconds = epoch.state, time.monotonic() - began
     alone = grown.workers.count(1)
     assert reached == most and 5 <= alone < most and grown.workers == (1,) * alone + (2,) * (most - alone), (grown.workers, notes)

@@ -39,6 +39,7 @@ from mlray.shipping.bundle import decide, predict
 from mlray.sources.rows import read_rows
 from mlray.values.errors import Conflict, DataError, SettingsError
 from mlray.values.rollout_policy import Guard, Retrain
+from mlray.values.settings import shipped
 from mlray.values.spec import parse_spec
 from tests.conftest import ROOT
 from tests.postgres import postgres
@@ -421,6 +422,34 @@ def test_each_scheduler_takes_it(what, tmp_path):
     assert command == job.line and ("'out dir'" in command) == (what == "predict")
 
 
+def test_what_is_scheduled_on_kubernetes_has_the_volume_and_the_user_that_ship():
+    theirs = next(d for d in yaml.safe_load_all((shipped("cluster") / "kuberay/scheduled.yaml").read_text()) if d["metadata"]["name"] == "mlray-monitor")
+    ours = yaml.safe_load(schedule(job_of("monitor", "adult", "hourly", image="r.example.org/m:1"), "kubernetes"))
+    pods = [d["spec"]["jobTemplate"]["spec"]["template"]["spec"] for d in (theirs, ours)]
+    assert pods[0]["volumes"] == pods[1]["volumes"] and pods[0]["securityContext"] == pods[1]["securityContext"] and pods[0]["containers"][0]["volumeMounts"] == pods[1]["containers"][0]["volumeMounts"]
+
+
+def test_each_environment_has_a_lock_and_a_name_of_its_own():
+    "Else the second of two would be passed over, or written over the first, without a word."
+    one, two = (job_of("monitor", "adult", "hourly", env) for env in ("staging", "production"))
+    assert one.title != two.title and schedule(one, "cron").split(" -n ")[1].split()[0] != schedule(two, "cron").split(" -n ")[1].split()[0]
+    names = {job_of("monitor", "a-model-with-a-name-that-is-longer-than-anybody-needs-" + end, "hourly").title for end in ("x", "y")}
+    assert len(names) == 2 and all(len(n) <= 52 for n in names)
+
+
+def test_cron_is_told_where_and_by_which_path(tmp_path, monkeypatch):
+    "It begins at home, and knows no environment of Python's."
+    from mlray.command_line.schedule_cli import schedule_app
+    (folder := tmp_path / "my loans").mkdir()
+    (folder / "settings.ini").write_text("[production]\n")
+    monkeypatch.chdir(folder)
+    said = CliRunner().invoke(schedule_app, ["monitor", "adult", "--env", "production"]).output
+    line = said.splitlines()[-1]
+    assert f"cd '{folder}' && flock" in line and f" {Path(sys.executable).with_name('mlray')} monitor adult --env production" in line, said
+    wrong = CliRunner().invoke(schedule_app, ["monitor", "adult", "--env", "prodution"])
+    assert isinstance(wrong.exception, SettingsError) and "Did you mean 'production'" in str(wrong.exception)
+
+
 def test_a_broken_manifest_would_be_found():
     manifest = yaml.safe_load(schedule(job_of("retrain", "adult", "hourly", image="r.example.org/m:1"), "kubernetes"))
     manifest["spec"]["concurrencyPolicies"] = manifest["spec"].pop("concurrencyPolicy")
@@ -447,7 +476,7 @@ print(json.dumps([b.import_errors, {{d: [[t.task_id, t.bash_command, str(x.sched
     errors, found = json.loads(done.stdout.strip().splitlines()[-1])
     print(f"\nAirflow read {found}")
     assert [Path(p).name for p in errors] == ["broken.py"] and "missing keyword argument 'bash_command'" in next(iter(errors.values())), "what is wrong is found, and nothing else"
-    assert {d: [(task, times) for task, _, times in tasks] for d, tasks in found.items()} == {f"mlray-{w}-adult": [(w, "5 3 * * 1-5")] for w in given} and "'out dir'" in found["mlray-predict-adult"][0][1]
+    assert {d: [(task, times) for task, _, times in tasks] for d, tasks in found.items()} == {f"mlray-{w}-adult" + "-production" * bool(more): [(w, "5 3 * * 1-5")] for w, more in given.items()} and "'out dir'" in found["mlray-predict-adult-production"][0][1]
 
 
 @pytest.mark.chaos

@@ -10,16 +10,28 @@ __all__ = ['backup_app', 'Folder', 'registry_backup', 'registry_restore']
 
 # %% ../../nbs/13_command_line/22_backup_cli.ipynb #9a237e6f
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .commands import settings_of
 from .release_cli import Env, Json, shown
+from ..values.errors import RegistryError
+
+if TYPE_CHECKING:
+    from mlray.governance.opened import Registry
 
 # %% ../../nbs/13_command_line/22_backup_cli.ipynb #1711d0fe
 backup_app = typer.Typer(rich_markup_mode=None)
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Of the backups of one registry.")]
+
+
+def _broken(registry: "Registry") -> str:
+    "A sentence where the audit does not hold; empty where it does, or its key is not here."
+    from mlray.governance.ledger import audit
+    try: faults = audit(registry).faults
+    except RegistryError: return "" # who has no key can make a copy, and looks at none
+    return f"The audit of this registry is BROKEN, and so is the one in this copy: row {faults[0].seq}: {faults[0].why}. `mlray audit verify` says more; the newest copy before that is the last one that comes back." if faults else ""
 
 
 @backup_app.command("backup")
@@ -32,8 +44,10 @@ def registry_backup(folder: Folder, with_keys: Annotated[bool, typer.Option("--w
         known = backups(folder)
         return shown(as_json, [b.as_dict() for b in known], table(["backup", "of", "versions", "rows", "keys"], [(b.name, b.source, b.versions, b.rows, "in it" if b.keys else "") for b in known]))
     from mlray.governance.registry import open_registry
-    made = backup(open_registry(settings_of(env)), folder, with_keys)
-    shown(as_json, made.as_dict(), made.table())
+    made = backup(registry := open_registry(settings_of(env)), folder, with_keys)
+    broken = _broken(registry) # a copy of what was tampered with is evidence, and no way back
+    shown(as_json, made.as_dict() | {"broken": broken}, made.table(), *([broken] if broken else []))
+    if broken: raise typer.Exit(1)
 
 # %% ../../nbs/13_command_line/22_backup_cli.ipynb #7a9fc61a
 @backup_app.command("restore")

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def backend_on(on: str, settings: "Settings") -> Iterator["Backend"]:
         from mlray.engines.cluster_on_ray import cluster
         with cluster(settings):
             from mlray.engines.train_on_ray import RayBackend
-            yield RayBackend(settings.workers, settings.gpu, settings.failures, settings.collective_timeout_s, settings.workers_min, settings.checkpoints)
+            yield RayBackend.of(settings)
     else: raise SpecError(f"--on {on!r} is not understood. {suggest(on, ['local', 'ray'])}")
 
 # %% ../../nbs/13_command_line/01_commands.ipynb #b0aad257
@@ -145,7 +146,7 @@ def tune_run(spec: "RunSpec", settings: "Settings", on: str, quiet: "bool | Trac
         from mlray.engines.train_on_ray import RayBackend
         from mlray.engines.tune_on_ray import tune
         from mlray.running.tuned import told_trials
-        each = RayBackend(spec.search.workers, settings.gpu, settings.failures, settings.collective_timeout_s) if spec.search.workers > 1 else None
+        each = replace(RayBackend.of(settings), workers=spec.search.workers, workers_min=None, checkpoints="") if spec.search.workers > 1 else None
         say: Callable[[str], None] = lambda text: None if seen else stderr().print(f"  {text}", markup=False)
         return tune(spec, settings, backend, tracker_of(settings, quiet), say=say, each=each, seen=seen or (told_trials(_at_once) if os.environ.get("MLRAY_TOLD") else lambda trials, most: None))
 

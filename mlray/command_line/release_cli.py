@@ -77,8 +77,11 @@ def promote(version: Reference, alias: Annotated[str, typer.Argument(help="What 
     from mlray.governance.registry import generation, promote as move
     settings = settings_of(env)
     registry, found = find_version(version, settings)
+    if rolls := alias == "canary" and not by_hand:
+        from mlray.monitoring.rollout_step import startable
+        startable(registry, found)
     new = move(registry, found, alias, settings.gates, generation(registry, found.name, alias), override, once)
-    begun = None if alias != "canary" or by_hand else begin_rollout(registry, found, once)
+    begun = begin_rollout(registry, found, once) if rolls else None
     told = [] if begun is None else [f"its rollout begins: {'in shadow' if not begun.share else f'{begun.share:.4g} of the requests'}; `mlray rollout status {found.name}` shows it" + ("" if settings.journal else ". Nothing is journaled in this environment (`journal = on`), so that nothing will be decided")]
     shown(as_json, {"version": str(found), "alias": alias, "generation": new, **({"rollout": {"share": begun.share, "champion": f"{begun.name}/{begun.champion}"}} if begun else {})}, f"{found.name}@{alias} is {found} (generation {new})", *told)
 

@@ -9,12 +9,16 @@ Times are read and files are written by `mlray.operations.schedule`."""
 __all__ = ['schedule_app', 'schedule']
 
 # %% ../../nbs/13_command_line/16_schedule_cli.ipynb #820148e4
+import shutil
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .proof_cli import Json, shown
 from ..operations.schedule import job_of, schedule as write
+from ..values.settings import environments, read_settings
 
 # %% ../../nbs/13_command_line/16_schedule_cli.ipynb #868b5044
 schedule_app = typer.Typer(rich_markup_mode=None)
@@ -27,6 +31,7 @@ def schedule(what: Annotated[str, typer.Argument(metavar="WHAT", help="monitor, 
              zone: Annotated[str, typer.Option("--zone", help="On whose clock, such as Europe/Berlin.")] = "Etc/UTC", image: Annotated[str, typer.Option("--image", help="For Kubernetes: what runs, by version or digest.")] = "",
              env: Annotated[str | None, typer.Option("--env", help="Section of settings.ini that the command is to use.")] = None, as_json: Json = False) -> None:
     "Write a job for the scheduler you have: a line, a manifest, a workflow, a DAG."
-    job = job_of(what, name, when, env, more or (), zone, image)
+    here = read_settings(env) if as_ == "cron" or environments() else None # an environment that is not there is told now, and not in the night
+    job = job_of(what, name, when, env, more or (), zone, image, str(here.root) if here else "", shutil.which("mlray", path=str(Path(sys.executable).parent)) or "mlray")
     text = write(job, as_)
     shown(as_json, {"job": job.title, "cron": job.when, "command": list(job.command), "as": as_, "text": text}, text.rstrip("\n"))

@@ -11,7 +11,7 @@ __all__ = ['RayBackend']
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #f7a4d46a
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,11 +28,12 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2.api.exceptions import PreemptionError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
+from .cluster_on_ray import letter_in
 from .nodes_on_ray import Node, leaving, nodes_of
 from ..learning.folds import epochs_of
 from ..learning.model import Epoch, Job, State, dump_state, load_state, replayed
@@ -40,6 +41,7 @@ from ..running.checkpoints import Checkpoints
 from ..running.remote_checkpoints import open_checkpoints, place_of
 from ..running.run import Note
 from ..values.errors import MlrayError, TrainingError, Unavailable
+from ..values.settings import Settings
 
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #733c2250
 def _joint(number: int, world: int) -> int:
@@ -93,22 +95,42 @@ def _work(config: dict[str, Any]) -> None:
         for text in _of_the_team(world, config["workers"], start): news.put(text)
         for epoch in replayed(start): news.put((epoch.number, epoch.metrics))
     parallel = (lambda n: n) if world == 1 else _sharded if job.train.parallel == "fsdp" else _averaged
-    began = looked = time.monotonic()
+    growing = _Growing(config["workers"] - world, config["each"], config["without"], config["grow_every_s"])
     for count, epoch in enumerate(epochs_of(job.shard(rank, world), start, rank, world, parallel, get_device(), _together), 1):
         if rank == 0 and epoch.state: kept.save(epoch.state)
         ray.train.report({"epoch": epoch.number, **epoch.metrics})
         if rank == 0: news.put((epoch.number, epoch.metrics)) # plain: who carries the news would load torch to know an `Epoch`
         if world == config["workers"]: continue
-        more, now = 0, time.monotonic()
-        if rank == 0 and epoch.state and epoch.state.goes_on(job.train) and _looks(now - looked, ((job.train.epochs or 1) - epoch.number) * (now - began) / count, config["grow_every_s"]):
-            more, looked = _room(config["workers"] - world, 1, config["each"], config["without"], patience_s=1), time.monotonic()
-            if more: news.put(world + more)
+        more = growing.more(count, (job.train.epochs or 1) - epoch.number) if rank == 0 and epoch.state and epoch.state.goes_on(job.train) else 0
+        if more: news.put(world + more)
         if _joint(more, world): return # all of them after the same epoch
 
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #745f78c4
-def _looks(since_s: float, left_s: float, every_s: float) -> bool: # since the team began or last looked; until it ends at its pace
-    "Whether a team looks for room after this epoch. Who would not look again does not: to begin anew takes time, too."
+def _looks(since_s: float, left_s: float, every_s: float) -> bool: # since the team began; until it ends at its pace
+    "Whether a team looks for room after this epoch. Who would end before it looks again does not: to begin anew takes time, too."
     return since_s >= every_s and left_s >= every_s
+
+
+class _Growing:
+    "What a team that is smaller than it might be does for more of them."
+
+    def __init__(self, missing: int, each: dict[str, float], without: Sequence[Node], every_s: float):
+        self.missing, self.each, self.without, self.every_s = missing, each, without, every_s
+        self.began, self.places = time.monotonic(), dict[ray.ObjectRef, PlacementGroup]()
+
+    def more(self, epochs: int, left: int) -> int: # done by this team, and to go → how many may join; 0: none
+        "Places that there are, of those that are asked for from the first look on; who gives this team up asks for none."
+        taken = time.monotonic() - self.began
+        if not _looks(taken, left * taken / epochs, self.every_s): return self._leave()
+        if first := not self.places: self.places = _places(self.missing, self.each, self.without)
+        found = _ready(self.places, 1 if first else 0)
+        if found: self._leave()
+        return found
+
+    def _leave(self) -> int:
+        for place in self.places.values(): remove_placement_group(place)
+        self.places = {}
+        return 0
 
 
 def _of_the_team(world: int, wanted: int, start: State | None) -> list[str]:
@@ -206,13 +228,21 @@ _PATIENCE = 20 # seconds for an orderly end
 def _elsewhere(without: Sequence[Node]) -> dict[str, str] | None: return {"ray.io/node-id": f"!in({','.join(n.id for n in without)})"} if without else None
 
 
+def _places(count: int, each: dict[str, float], without: Sequence[Node]) -> dict[ray.ObjectRef, PlacementGroup]: # by what is ready when the place is
+    "Ask for a place for each; they end with who asked."
+    there = _elsewhere(without)
+    return {place.ready(): place for place in (placement_group([each], bundle_label_selector=[there] if there else None) for _ in range(count))}
+
+
+def _ready(places: Mapping[ray.ObjectRef, PlacementGroup], patience_s: float) -> int: return len(ray.wait(list(places), num_returns=len(places), timeout=patience_s)[0]) # of them there are so many
+
+
 def _room(most: int, least: int, each: dict[str, float], without: Sequence[Node] = (), patience_s: float = 5) -> int: # 0: not for so few
     "For how many workers there is room now, by reserving a place for each."
-    there = _elsewhere(without)
-    places = [placement_group([each], bundle_label_selector=[there] if there else None) for _ in range(most)]
-    try: found = len(ray.wait([place.ready() for place in places], num_returns=most, timeout=patience_s)[0])
+    places = _places(most, each, without)
+    try: found = _ready(places, patience_s)
     finally:
-        for place in places: remove_placement_group(place)
+        for place in places.values(): remove_placement_group(place)
     return found if found >= least else 0
 
 
@@ -245,6 +275,11 @@ class RayBackend:
     workers_min: int | None = None  # so many will do where there is no room for all; None: all or none
     checkpoints: str = ""           # where states are kept; empty: in `home`
     grow_every_s: float = 60        # a team that is smaller than it might be looks for room no more often, and grows no more often
+
+    @classmethod
+    def of(cls, settings: Settings) -> "RayBackend":
+        "The one that settings ask for."
+        return cls(settings.workers, settings.gpu, settings.failures, settings.collective_timeout_s, settings.workers_min, settings.checkpoints, settings.grow_every_s)
 
     @property
     def _least(self) -> int: return min(self.workers_min or self.workers, self.workers)
@@ -304,10 +339,6 @@ class _Lost(TrainingError): "A worker or a node went away; trying again may help
 def _told(error: BaseException) -> MlrayError:
     "The reason behind what Ray raised: a letter from a worker, or that one was lost."
     wrapped = [error, *getattr(error, "worker_failures", {}).values()]
-    for one in wrapped:
-        cause: BaseException | None = one
-        while cause is not None:
-            if isinstance(cause, MlrayError): return cause
-            cause = cause.__cause__ or getattr(cause, "cause", None)
+    if letter := next(filter(None, map(letter_in, wrapped)), None): return letter
     lines = str(wrapped[-1]).strip().splitlines() or [type(error).__name__]
     return _Lost(lines[-1])

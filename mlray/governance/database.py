@@ -72,7 +72,8 @@ def _on_connect(connection: Any, _: Any) -> None:
 def _engine(url: str) -> sa.Engine:
     kind, _, rest = url.partition("://")
     if kind == "sqlite" and rest.startswith("/"):
-        Path(rest[1:]).parent.mkdir(parents=True, exist_ok=True)
+        (path := Path(rest[1:])).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError): os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)) # who came with which key is nobody else's; where it cannot be made, SQLite says why
         engine, begin = sa.create_engine(url), "BEGIN IMMEDIATE"
         sa.event.listen(engine, "connect", _on_connect)
     elif kind in ("postgresql", "postgresql+psycopg"):
@@ -180,7 +181,8 @@ class Database:
                 entry = connection.info.pop("sealed", None)
         except sa.exc.OperationalError as error:
             known = "Whether the change was kept is not known: `mlray audit` tells." if error.connection_invalidated else "Nothing was changed."
-            raise Unavailable(f"The registry did not take the change: {error.orig}. {known}") from error
+            what = "The registry did not take the change" if error.statement else f"The registry {self.shown} cannot be reached"
+            raise Unavailable(f"{what}: {' '.join(str(error.orig).split())}. {known}") from error
         except sa.exc.DatabaseError as error:
             raise RegistryError(f"{self.shown} is not a registry that can be read: {error.orig}.") from error
         except UnicodeEncodeError as error: raise RegistryError(f"{error.object[:80]!r} has a character that no text may have (half of a pair). Nothing was changed.") from error

@@ -92,7 +92,7 @@ def act(
         try:
             with c.begin_nested(): # what a refusal has begun is undone, and its row stays
                 if not caller.may(ask.action, ask.model):
-                    raise Refused(f"{caller.name} may not do this: {ask.action} is for others than {' and '.join(caller.roles) or 'nobody'}" + (f" of {' '.join(caller.models)}" if ask.model else "") + ". Ask somebody who may, or an admin for a key.")
+                    raise Refused(f"{caller.name} may not do this: {caller.refusal(ask.action, ask.model)}. Ask somebody who may, or an admin for a key.")
                 if old := _overtaken(c, lease): raise Refused(f"{old}.")
                 result = dict(do(Deed(c, log)))
                 if ask.once and sealed: c.execute(REQUESTS.insert().values(key=ask.once, asked=ask.digest(caller), result=result, seq=sealed[-1].seq))

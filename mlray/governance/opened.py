@@ -12,12 +12,12 @@ __all__ = ['user_here', 'Registry', 'add_key', 'revoke_key', 'keys', 'open_regis
 import getpass
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .access import Caller, Key, recognise
+from .access import Caller, Key, recognise, why_dead
 from .attestation import Attestor
 from .database import KEYS, Connection, Database
 from .deed import Ask, Deed, Lease, act
@@ -121,6 +121,16 @@ def policy_of(settings: Settings) -> Policy:
 
 def _bearer(registry: Registry, settings: Settings, presented: str) -> Caller:
     "Who bears a key or a token; the user of this process without any role where nobody does."
-    found = recognise(presented, keys(registry), registry._now())
+    there = keys(registry)
+    found = recognise(presented, there, registry._now())
     if not found and not presented.startswith("mlr_") and (issuer := issuer_of(settings)): found = issuer.caller(presented)
-    return found or Caller(registry.actor, ())
+    return found or Caller(registry.actor, (), lacks=_lacking(presented, there, registry._now()))
+
+
+def _lacking(presented: str, there: Iterable[Key], now: datetime) -> str:
+    "Why nobody is known by what was presented. Whether an id is known is no secret: it is in the list of keys."
+    if not presented: return "MLRAY_API_KEY is not set"
+    if not presented.startswith("mlr_"): return "the token in MLRAY_API_KEY is nobody's"
+    named = presented.split("_")[1]
+    ended = next((said for key in there if key.id == named and (said := why_dead(key, now))), "is not known here")
+    return f"the key mlr_{named}_… of MLRAY_API_KEY {ended}"

@@ -39,8 +39,10 @@ class Window:
 
 
 def _minute(text: str) -> int:
-    day, clock = text.split()
-    at = datetime.strptime(clock, "%H:%M")
+    day, _, clock = text.partition(" ")
+    if day not in _DAYS: raise ValueError(f"{day!r} is no day of {' '.join(_DAYS)}")
+    try: at = datetime.strptime(clock.strip(), "%H:%M")
+    except ValueError: raise ValueError(f"{clock.strip()!r} is no time such as 16:00") from None
     return _DAYS.index(day) * 1440 + at.hour * 60 + at.minute
 
 

@@ -258,5 +258,5 @@ def open_store(
     if not url: return Store(folder)
     if "://" not in url: return Store(Path(url))
     bucket = Bucket(url)
-    _ = bucket.place # is understood, or says why it is not
+    with reaching(url): _ = bucket.place # is understood, or says why it is not; S3 is asked for the bucket's region, where the URL has none
     return RemoteStore(folder, bucket, owner)

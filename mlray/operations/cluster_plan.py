@@ -121,6 +121,7 @@ def sizes(
         if g.machine and machine is None: yield Complaint("machine", f"{g.name}: {g.machine} is not in the table of prices, so neither its size nor its price is known", "Add a line to prices.yaml, with what it has and costs", grave=False)
         for kind in ("CPU", "GPU"):
             said, has = (g.resources or {}).get(kind, 0), machine.resources.get(kind, 0) if machine else float("inf")
+            if g.resources and kind == "GPU" and machine and has and not said: yield Complaint("gpu", f"{g.name}: {g.machine} has {has:g} GPU, which is paid for, and its resources name none: nothing will ever ask for it", f"GPU: {has:g} in its resources, or a machine without", grave=False)
             if said > has: yield Complaint("size", f"{g.name}: {kind}: {said:g}, and {g.machine} has {has:g}", f"Say {kind}: {has:g}, or take a larger machine")
     least = sum(g.least for g in groups if not g.head)
     if least > most and all(g.least <= g.most for g in groups): yield Complaint("bounds", f"the kinds have at least {least} workers together, and max_workers is {most}", "Raise max_workers")

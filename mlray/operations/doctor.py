@@ -30,7 +30,7 @@ class Listener:
 @dataclass(frozen=True)
 class Facts:
     "One machine, and the cluster it uses."
-    python: tuple[int, int] = (3, 11)
+    python: tuple[int, ...] = (3, 11, 7)
     packages: Mapping[str, str] = field(default_factory=dict)   # name → version
     requirements: tuple[str, ...] = ()                          # of mlray, as PEP 508 writes them
     memory_bytes: int = 8 * 2**30                               # that are free
@@ -44,7 +44,8 @@ class Facts:
     secrets_in_settings: tuple[str, ...] = ()                   # keys of settings.ini whose value has a password in it
     sqlite: tuple[int, ...] = (3, 45, 0)
     journal_mode: str = "delete"                                # of the registry, where it is SQLite
-    registry_fault: str = ""                                    # why the registry does not open; empty: it does
+    registry_fault: str = ""                                    # what is wrong with the registry
+    registry_opens: bool = True
     clock_behind_s: float = 0.0                                 # how far the clock is behind the newest file of the installation
     gpus: int = 0                                               # devices of NVIDIA that the kernel knows
     proxy: str = "haproxy"                                      # what stands in front of a service; empty: nothing is there
@@ -56,6 +57,12 @@ class Facts:
     tracking: str = "offline"
     wandb_key: bool = True
     nodes: tuple[Node, ...] = ()                                # of the cluster, where one was asked
+    unread: Mapping[str, str] = field(default_factory=dict)     # variables that nothing reads → what may have been meant
+    policy_fault: str = ""                                      # why what settings ask of a release is not understood
+    store_fault: str = ""                                       # why the store, behind a URL, cannot be used
+    certificate_fault: str = ""                                 # why HTTPS cannot be spoken with tls_cert and tls_key
+    certificate_days: float = 365.0                             # until the certificate ends
+    webhook_key: bool = True                                    # whether alerts can be signed, where they go to a webhook
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,14 @@ class Complaint:
 Facts()
 
 # %% ../../nbs/12_operations/05_doctor.ipynb #7fd3962e
+_PYTHON = (3, 11, 7) # as the Makefile has it
+
+
+def _dotted(version: tuple[int, ...]) -> str: return ".".join(map(str, version))
+
+
 def _environment(f: Facts) -> Iterator[Complaint]:
-    if f.python < (3, 11): yield Complaint("python", f"Python {f.python[0]}.{f.python[1]}; mlray needs 3.11 or newer", "Make an environment with a newer Python: python3.11 -m venv .venv")
+    if f.python < _PYTHON: yield Complaint("python", f"Python {_dotted(f.python)}; the packages that mlray was tested with need {_dotted(_PYTHON)} or newer", "Make an environment with a newer Python: `make demo PYTHON=python3.12`, or `uv venv --python 3.12`")
     for text in f.requirements:
         needed = Requirement(text)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}): continue
@@ -98,8 +111,8 @@ def _machine(f: Facts) -> Iterator[Complaint]:
     if f.open_files < 4096: yield Complaint("open_files", f"a process may open {f.open_files} files", "ulimit -n 65536, or LimitNOFILE in the service's unit")
     if f.clock_behind_s > 86400: yield Complaint("clock", f"the clock is {f.clock_behind_s / 86400:.0f} days behind the files of this installation", "Set it: timedatectl set-ntp true")
     if f.filesystem in _SHARED: yield Complaint("filesystem", f"home lies on {f.filesystem}, where SQLite's locks do not hold", "Set `registry` in settings.ini to a PostgreSQL URL, or MLRAY_HOME to a local disk")
-    if f.journal_mode == "wal" and f.sqlite < (3, 51, 3): yield Complaint("sqlite", f"the registry uses a write-ahead log, with SQLite {'.'.join(map(str, f.sqlite))}, which can lose pages of it", "sqlite3 registry.db 'PRAGMA journal_mode=delete'")
-    if f.registry_fault: yield Complaint("registry", f.registry_fault, "`mlray audit verify` says which row; restore it from a backup where bytes are lost")
+    if f.journal_mode == "wal" and f.sqlite < (3, 51, 3): yield Complaint("sqlite", f"the registry uses a write-ahead log, with SQLite {_dotted(f.sqlite)}, which can lose pages of it", "sqlite3 registry.db 'PRAGMA journal_mode=delete'")
+    if f.registry_fault: yield Complaint("registry", f.registry_fault, "`mlray audit verify` says which row; restore it from a backup where bytes are lost" if f.registry_opens else "See to `registry` in settings.ini, to its password (PGPASSWORD), and to whether the database runs and lets this machine in; a file that is no registry comes back out of a backup")
 
 # %% ../../nbs/12_operations/05_doctor.ipynb #85121cf6
 _RAY_PORTS = {6379: "Ray's head", 8265: "Ray's dashboard", 10001: "Ray's client", 52365: "Ray's agent", 8404: "HAProxy's statistics", 9101: "HAProxy's metrics"}
@@ -115,6 +128,16 @@ def _open(f: Facts) -> Iterator[Complaint]:
     for path in f.open_sockets: yield Complaint("socket", f"HAProxy's admin socket {path} can be written to by others", "Serve through mlray, which closes it; or chmod 600")
     if not f.proxy: yield Complaint("proxy", "the command mlray-haproxy is not beside this Python, so nothing can be served", "pip install mlray again, into this environment")
 
+# %% ../../nbs/12_operations/05_doctor.ipynb #e46d0551
+def _said(f: Facts) -> Iterator[Complaint]:
+    "What settings and variables say, and nobody would notice before it is needed."
+    for name, meant in f.unread.items(): yield Complaint("unread", f"{name} is set, and nothing reads it. {meant}", f"Correct its name, or `unset {name}`: a setting that is not read is the default", grave=False)
+    if f.policy_fault: yield Complaint("policy", f.policy_fault, "Correct it in settings.ini: until then every command that opens the registry is refused")
+    if f.store_fault: yield Complaint("store", f.store_fault, "Nothing can be registered, and no replica can start on a machine that has no copy; `store` in settings.ini says where it is")
+    if f.certificate_fault: yield Complaint("certificate", f.certificate_fault, "`tls_cert` and `tls_key` in settings.ini name files in PEM that belong together, the key without a password")
+    elif f.certificate_days < 21: yield Complaint("certificate", f"the certificate in tls_cert {f'ends in {f.certificate_days:.0f} days' if f.certificate_days > 0 else f'ended {-f.certificate_days:.0f} days ago'}", "Renew it, and deploy again: a service that runs keeps the one it began with", grave=f.certificate_days <= 0)
+    if not f.webhook_key: yield Complaint("webhook", "alerts go to a webhook, and MLRAY_WEBHOOK_KEY is not set: none is sent", "Set it to the secret that the receiver knows, where `mlray monitor` runs")
+
 # %% ../../nbs/12_operations/05_doctor.ipynb #410a609a
 def _nodes(f: Facts) -> Iterator[Complaint]:
     heard = [node for node in f.nodes if node.versions]
@@ -129,7 +152,7 @@ def _nodes(f: Facts) -> Iterator[Complaint]:
         if abs(node.seconds_ahead) > 2: yield Complaint("clock", f"the clock of {node.name} is {abs(node.seconds_ahead):.0f} s {'ahead' if node.seconds_ahead > 0 else 'behind'}", "timedatectl set-ntp true on that node")
 
 
-_CHECKS: tuple[Callable[[Facts], Iterator[Complaint]], ...] = (_environment, _machine, _open, _nodes)
+_CHECKS: tuple[Callable[[Facts], Iterator[Complaint]], ...] = (_environment, _machine, _said, _open, _nodes)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import resource
 import shutil
 import socket
 import sqlite3
+import ssl
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from configparser import ConfigParser
 from importlib.metadata import distributions, requires
 from importlib.resources import files
@@ -28,7 +29,7 @@ from ..engines.cluster_on_ray import cluster
 from ..engines.nodes_on_ray import Node, nodes_of
 from .doctor import Facts, Listener
 from ..values.errors import MlrayError
-from ..values.settings import Settings
+from ..values.settings import Settings, unread
 
 # %% ../../nbs/12_operations/06_examination.ipynb #45f96cdf
 def listeners(
@@ -49,13 +50,14 @@ def listeners(
     return tuple(sorted(found, key=lambda at: (at.port, at.address)))
 
 
-def _private(home: Path, environ: Mapping[str, str]) -> Iterator[str]:
-    "Private files that others may read."
-    token = Path(environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    for path in (token, *home.glob("*.key"), home / "registry.db"):
+def _private(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
+    "Private files that others may read; a key of TLS may be a group's, as Debian has it."
+    home, token = settings.home, Path(environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    ours = (token, *home.glob("*.key"), *(settings.signers or home / "signers").glob("*.key"), home / "journal" / "keys.json", home / "registry.db")
+    for path, others in (*((p, 0o044) for p in ours), *((p.expanduser(), 0o004) for p in (settings.tls_key,) if p)):
         try: mode = path.stat().st_mode
         except OSError: continue
-        if mode & 0o044 and not _hidden(path.parent): yield str(path)
+        if mode & others and not _hidden(path.absolute().parent): yield str(path)
 
 
 def _hidden(folder: Path) -> bool:
@@ -81,21 +83,52 @@ def _filesystem(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
     return kind
 
 
-def _registry(settings: Settings) -> tuple[str, str]: # journal mode, and what is wrong; empty: nothing
-    "How the registry is kept, and whether it opens."
+def _registry(settings: Settings) -> tuple[str, str, bool]: # journal mode; what is wrong; whether it opens
+    "How the registry is kept."
     path = settings.home / "registry.db"
-    if not settings.registry and not path.is_file(): return "delete", ""
+    if not settings.registry and not path.is_file(): return "delete", "", True
     from mlray.governance.ledger import audit
     from mlray.governance.registry import open_registry
     mode = "delete"
     if not settings.registry:
         head = path.read_bytes()[:20]
-        if not head.startswith(b"SQLite format 3\0"): return mode, "registry.db is no SQLite database"
+        if not head.startswith(b"SQLite format 3\0"): return mode, "registry.db is no SQLite database", False
         mode = "wal" if head[18:20] == b"\x02\x02" else "delete"
-        if mode == "wal": return mode, ""
+        if mode == "wal": return mode, "", True
     try: faults = audit(open_registry(settings)).faults
-    except (MlrayError, sqlite3.Error) as error: return mode, f"the registry does not open: {error}"
-    return mode, f"the audit has {len(faults)} faults" if faults else ""
+    except (MlrayError, sqlite3.Error) as error: return mode, f"the registry does not open: {error}", False
+    return mode, f"the audit has {len(faults)} faults" if faults else "", True
+
+# %% ../../nbs/12_operations/06_examination.ipynb #9fd3d617
+def _letter(do: Callable[[], object]) -> str:
+    "What is wrong, of something that is only tried."
+    try: do()
+    except MlrayError as error: return str(error)
+    return ""
+
+
+def _policy(settings: Settings) -> str:
+    from mlray.governance.opened import policy_of
+    return _letter(lambda: policy_of(settings))
+
+
+def _store(settings: Settings) -> str:
+    "A store behind a URL is asked, and nothing is written there."
+    from mlray.governance.store import RemoteStore, open_store
+    def ask() -> None:
+        if isinstance(there := open_store(settings.home / "store", settings.store), RemoteStore): there.neighbours()
+    return _letter(ask) if "://" in settings.store else ""
+
+
+def _certificate(settings: Settings, now: float) -> tuple[str, float]: # what is wrong, and days until it ends
+    "The certificate of the service, as HAProxy would read it."
+    if not (settings.tls_cert or settings.tls_key): return "", 365.0
+    if not (settings.tls_cert and settings.tls_key): return f"{'tls_cert' if settings.tls_cert else 'tls_key'} is set, and {'tls_key' if settings.tls_cert else 'tls_cert'} is not", 365.0
+    cert, key = settings.tls_cert.expanduser(), settings.tls_key.expanduser()
+    try: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
+    except (OSError, ValueError) as error: return f"{cert} and {key} are no certificate and the key that belongs to it: {getattr(error, 'strerror', '') or error}", 365.0
+    from cryptography.x509 import load_pem_x509_certificate
+    return "", (load_pem_x509_certificate(cert.read_bytes()).not_valid_after_utc.timestamp() - now) / 86400
 
 # %% ../../nbs/12_operations/06_examination.ipynb #9a947e10
 def _existing(path: Path) -> Path: return next(p for p in (path, *path.parents) if p.exists())
@@ -110,18 +143,20 @@ def examine(
     disk, memory = shutil.disk_usage(home), {line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()}
     installed = {d.name.lower().replace("_", "-"): d.version for d in distributions() if d.name}
     newest = max((p.stat().st_mtime for p in Path(str(files("mlray"))).rglob("*.py")), default=0.0)
-    mode, fault = _registry(settings)
+    policy, store, (certificate, ends) = _policy(settings), _store(settings), _certificate(settings, time.time())
+    mode, fault, opens = _registry(settings) if not (policy or store) else ("delete", "", True) # with them no registry opens
     socket_of = Path(environ.get("RAY_SERVE_HAPROXY_SOCKET_PATH", "/tmp/haproxy-serve/admin.sock")) # where Ray Serve puts it
     sockets = [str(socket_of)] if socket_of.exists() and socket_of.stat().st_mode & 0o002 and not _hidden(socket_of.parent) else []
     shared = os.statvfs("/dev/shm") if Path("/dev/shm").exists() else None
     return Facts(
-        python=(sys.version_info.major, sys.version_info.minor), packages=installed, requirements=tuple(requires("mlray") or ()), memory_bytes=memory["MemAvailable"],
+        python=sys.version_info[:3], packages=installed, requirements=tuple(requires("mlray") or ()), memory_bytes=memory["MemAvailable"],
         shared_memory_bytes=shared.f_bavail * shared.f_frsize if shared else 0, open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0], disk_free_bytes=disk.free, disk_free_share=disk.free / disk.total,
-        filesystem=_filesystem(home), home_writable=os.access(home, os.W_OK), readable=tuple(_private(settings.home, environ)), secrets_in_settings=_passwords(settings.root / "settings.ini"),
-        sqlite=sqlite3.sqlite_version_info, journal_mode=mode, registry_fault=fault, clock_behind_s=max(newest - time.time(), 0.0), gpus=len(list(Path("/dev").glob("nvidia[0-9]*"))),
+        filesystem=_filesystem(home), home_writable=os.access(home, os.W_OK), readable=tuple(_private(settings, environ)), secrets_in_settings=_passwords(settings.root / "settings.ini"),
+        sqlite=sqlite3.sqlite_version_info, journal_mode=mode, registry_fault=fault, registry_opens=opens, clock_behind_s=max(newest - time.time(), 0.0), gpus=len(list(Path("/dev").glob("nvidia[0-9]*"))),
         proxy=shutil.which("mlray-haproxy", path=f"{Path(sys.executable).parent}:{environ.get('PATH', '')}") or "", open_sockets=tuple(sockets), listeners=listeners(), ray=settings.ray,
         ray_token=environ.get("RAY_AUTH_MODE") == "token", object_store_bytes=settings.object_store_mb * 2**20, tracking=settings.tracking,
-        wandb_key=bool(environ.get("WANDB_API_KEY")) or Path.home().joinpath(".netrc").is_file(), nodes=_nodes(settings))
+        wandb_key=bool(environ.get("WANDB_API_KEY")) or Path.home().joinpath(".netrc").is_file(), nodes=_nodes(settings),
+        unread=unread(environ), policy_fault=policy, store_fault=store, certificate_fault=certificate, certificate_days=ends, webhook_key=not settings.alert_webhook or bool(environ.get("MLRAY_WEBHOOK_KEY")))
 
 
 def _nodes(settings: Settings) -> tuple[Node, ...]:

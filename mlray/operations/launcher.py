@@ -113,6 +113,7 @@ def _doors(config: Mapping[str, Any]) -> Iterator[Complaint]:
     for who, command in _starts(config):
         if "RAY_AUTH_MODE=token" not in command: yield Complaint("token", f"{who}_start_ray_commands: `ray start` without RAY_AUTH_MODE=token: whoever reaches the port can run anything", "RAY_AUTH_MODE=token ray start …")
         elif not all(k in command for k in _KEEPALIVES): yield Complaint("keepalive", f"{who}_start_ray_commands: a node that falls silent would stop its callers for minutes", f"{' '.join(f'{k}=10000' for k in _KEEPALIVES)} ray start …")
+        if command and not re.search(r"RAY_ROTATION_MAX_BYTES=[1-9]", command): yield Complaint("logs", f"{who}_start_ray_commands: what workers print goes into files that have no end", "RAY_ROTATION_MAX_BYTES=100000000 RAY_ROTATION_BACKUP_COUNT=3 ray start …", grave=False)
         if "RAY_SERVE_ENABLE_HA_PROXY=1" in command and not re.search(r"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=[1-3]\b", command): yield Complaint("proxy_health", f"{who}_start_ray_commands: a proxy that dies is missed for half a minute", "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=1 ray start …")
         if who == "worker" and command and not re.search(r"--address[= ]\$\{?RAY_HEAD_IP\b", command): yield Complaint("address", "worker_start_ray_commands: no --address=$RAY_HEAD_IP:6379, by which a worker finds its head", "ray start --address=$RAY_HEAD_IP:6379 …")
         shown = re.search(r"--dashboard-host[= ](\S+)", command)
@@ -127,6 +128,24 @@ def _doors(config: Mapping[str, Any]) -> Iterator[Complaint]:
     if config["provider"]["type"] == "aws":
         head = (config.get("available_node_types") or {}).get(config.get("head_node_type") or "", {}).get("node_config") or {}
         if head and not head.get("IamInstanceProfile"): yield Complaint("role", "the head has no IamInstanceProfile: Ray would make one that may do all of EC2 and S3", "IamInstanceProfile: {Name: …}, with cluster/aws-policy.json")
+
+# %% ../../nbs/12_operations/08_launcher.ipynb #6ee07c62
+_CREDENTIALS = re.compile(r"(^|/)(\.aws|\.ssh|\.azure|\.kube|\.netrc|\.git-credentials|\.config/gcloud|id_(rsa|ecdsa|ed25519))(/|$)")
+_LEAST_DISK = 30 # GB: the packages of a GPU node take ten, and Ray's session and what it spills lie there, too
+
+
+def _carried(config: Mapping[str, Any]) -> Iterator[Complaint]:
+    "What goes along to every node, and where it lands."
+    mounts, left = config.get("file_mounts") or {}, " ".join(map(str, config.get("rsync_exclude") or ()))
+    for source in map(str, mounts.values()):
+        if _CREDENTIALS.search(source): yield Complaint("credentials", f"file_mounts: {source} is copied to every node, and whoever runs a job there is the operator", "Give the nodes a role of their own that may no more than they must, such as cluster/aws-policy.json")
+        if source.rstrip("/") in (".", "$PWD") and ".mlray" not in left: yield Complaint("carried", "file_mounts: the project goes to every node with its .mlray: registry, journal, and the key of the audit", 'rsync_exclude: ["**/.mlray", "**/.mlray/**", "**/.venv", "**/.venv/**", …]')
+    for name, node in _types(config):
+        sizes = [*((d.get("Ebs") or {}).get("VolumeSize") for d in node.get("BlockDeviceMappings") or ()), *((d.get("initializeParams") or {}).get("diskSizeGb") for d in node.get("disks") or ())]
+        for size in sizes:
+            if size is not None and float(size) < _LEAST_DISK: yield Complaint("disk", f"{name}: a disk of {size} GB, which is full before anything has run", f"{_LEAST_DISK} GB at the least; 140 is usual")
+    said = {who: int(found[1]) for who, command in _starts(config) if (found := re.search(r"--port[= ](\d+)" if who == "head" else r"--address[= ]\S+?:(\d+)", command))}
+    if len(set(said.values())) > 1: yield Complaint("address", f"the head listens at {said['head']}, and workers look for it at {said['worker']}: none would ever join", f"--address=$RAY_HEAD_IP:{said['head']}")
 
 # %% ../../nbs/12_operations/08_launcher.ipynb #a21299ec
 def pinned(
@@ -147,7 +166,7 @@ def _tomorrow(config: Mapping[str, Any]) -> Iterator[Complaint]:
     for key in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
         for command in config.get(key) or ():
             for asked in re.findall(r"pip3? install ([^|;&)]*)", command):
-                names = [w for w in asked.split() if not w.startswith("-")]
+                names = [w for w in re.sub(r"--(python|torch-backend|index-url|extra-index-url)[= ]\S+", "", asked).split() if not w.startswith("-")]
                 if names and not re.search(r"(^|\s)(-c|--constraint|-r|--require-hashes)\b", asked) and not all("==" in n or "@" in n for n in names): yield Complaint("packages", f"{key}: `pip install {asked.strip()}` brings other versions tomorrow", "--constraint cluster/constraints.txt")
 
 
@@ -158,7 +177,7 @@ def _costs(config: Mapping[str, Any]) -> Iterator[Complaint]:
         if name == config.get("head_node_type") and _machine(kind, node)[1]: yield Complaint("spot", f"{name} is a spot machine and the head: when it is taken away, the cluster is", "Let the head be on demand")
 
 
-_CHECKS: tuple[Callable[[Mapping[str, Any]], Iterable[Complaint]], ...] = (_accepted, _doors, _tomorrow, _costs)
+_CHECKS: tuple[Callable[[Mapping[str, Any]], Iterable[Complaint]], ...] = (_accepted, _doors, _carried, _tomorrow, _costs)
 
 
 def broken(

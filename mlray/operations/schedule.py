@@ -9,6 +9,7 @@ It starts nothing. What the command does when its time comes is for the command:
 __all__ = ['WRITERS', 'cron_of', 'Job', 'job_of', 'as_cron', 'as_kubernetes', 'as_github', 'as_airflow', 'schedule']
 
 # %% ../../nbs/12_operations/12_schedule.ipynb #db7b0b41
+import hashlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -90,10 +91,16 @@ class Job:
     command: tuple[str, ...]
     zone: str = "Etc/UTC"           # on whose clock
     image: str = ""                 # for Kubernetes: by version or digest
-    secrets: tuple[str, ...] = ("MLRAY_API_KEY",) # variables that come from the team's own secrets
+    env: str = ""                   # section of settings.ini
+    folder: str = ""                # for cron, which begins at home: where settings.ini is
+    program: str = "mlray"          # for cron, which knows no environment of Python's: where the command is
+    secrets: tuple[str, ...] = ("MLRAY_API_KEY", "MLRAY_AUDIT_KEY", "MLRAY_REGISTRY") # variables that come from the team's own secrets
 
     @property
-    def title(self) -> str: return re.sub(r"[^a-z0-9]+", "-", f"mlray-{self.what}-{self.name}".lower()).strip("-")[:52] # Kubernetes adds eleven characters
+    def title(self) -> str:
+        "Another one for each environment, for a lock and a name in Kubernetes are held by one."
+        said = re.sub(r"[^a-z0-9]+", "-", f"mlray-{self.what}-{self.name}-{self.env}".lower()).strip("-")
+        return said if len(said) <= 52 else f"{said[:43]}-{hashlib.blake2s(said.encode(), digest_size=4).hexdigest()}" # Kubernetes adds eleven characters
     @property
     def line(self) -> str: return shlex.join(self.command)
 
@@ -106,35 +113,40 @@ def job_of(
     more: Sequence[str] = (),       # arguments and options of the command
     zone: str = "Etc/UTC",
     image: str = "",
+    folder: str = "",
+    program: str = "mlray",
 ) -> Job:
     "A job of a model. Raises `SettingsError`."
     if what not in _WHAT: raise SettingsError(f"`mlray schedule {what}` is not understood. {suggest(what, _WHAT)}")
     if what == "predict" and len(more) < 2: raise SettingsError("`mlray schedule predict NAME` needs what to read and where to write: `mlray schedule predict adult -- s3://in/*.parquet s3://out/`.")
     if not re.fullmatch(r"[A-Za-z0-9._@/-]{1,100}", name): raise SettingsError(f"{name!r} is no name of a model.")
-    return Job(what, name, cron_of(when), ("mlray", what, name, *more, *(("--env", env) if env else ()), "--json"), zone, image)
+    return Job(what, name, cron_of(when), ("mlray", what, name, *more, *(("--env", env) if env else ()), "--json"), zone, image, env or "", folder, program)
 
 # %% ../../nbs/12_operations/12_schedule.ipynb #b4588341
 def as_cron(job: Job) -> str:
     "A line of a crontab, for a folder with settings.ini."
-    folder = "cd \"${MLRAY_PROJECT:-$HOME}\""
-    said = f"{folder} && flock -n /tmp/{job.title}.lock {job.line} 2>&1 | logger -t {job.title}".replace("%", "\\%") # cron reads % as the end of the line
-    return f"CRON_TZ={job.zone}\n# {_WHAT[job.what]}\n{job.when} {said}\n"
+    there, line = f"cd {shlex.quote(job.folder)} && " if job.folder else "", shlex.join((job.program, *job.command[1:]))
+    said = f"{there}flock -n /tmp/{job.title}.lock {line} 2>&1 | logger -t {job.title}".replace("%", "\\%") # cron reads % as the end of the line
+    return f"# {_WHAT[job.what]}; cronie goes by CRON_TZ, Debian's cron by the clock of the machine, whatever stands here\nCRON_TZ={job.zone}\n{job.when} {said}\n"
 
 # %% ../../nbs/12_operations/12_schedule.ipynb #c223231f
+_HOME = "/home/mlray/.mlray" # as in cluster/kuberay, whose volume it is
+
+
 def as_kubernetes(job: Job) -> str:
     "A CronJob (batch/v1). Raises `SettingsError` without an image."
     from mlray.operations.launcher import pinned  # brings a validator of schemas along
     if not pinned(job.image): raise SettingsError("--image names what runs, by version or digest: registry.example.org/mlray:1.4.2. Without one it would be another image tomorrow.")
     container: dict[str, Any] = {
         "name": job.what, "image": job.image, "command": list(job.command), "envFrom": [{"secretRef": {"name": "mlray", "optional": True}}, {"configMapRef": {"name": "mlray", "optional": True}}],
-        "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "8Gi"}}, "volumeMounts": [{"name": "home", "mountPath": "/var/mlray"}], "env": [{"name": "MLRAY_HOME", "value": "/var/mlray"}],
+        "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "8Gi"}}, "volumeMounts": [{"name": "home", "mountPath": _HOME}], "env": [{"name": "MLRAY_HOME", "value": _HOME}],
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}}
-    pod = {"restartPolicy": "Never", "automountServiceAccountToken": False, "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}, "containers": [container],
-           "volumes": [{"name": "home", "persistentVolumeClaim": {"claimName": "mlray"}}]}
+    pod = {"restartPolicy": "Never", "automountServiceAccountToken": False, "securityContext": {"runAsNonRoot": True, "runAsUser": 1000, "fsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}}, "containers": [container],
+           "volumes": [{"name": "home", "persistentVolumeClaim": {"claimName": "mlray-home"}}]}
     labels = {"app.kubernetes.io/name": "mlray", "app.kubernetes.io/component": job.what}
     failing = {"rules": [{"action": "FailJob", "onExitCodes": {"containerName": job.what, "operator": "In", "values": [1, 2]}}]} # 3 is tried again, a verdict is not
     spec = {"schedule": job.when, "timeZone": job.zone, "concurrencyPolicy": "Forbid", "startingDeadlineSeconds": 3600, "successfulJobsHistoryLimit": 3, "failedJobsHistoryLimit": 5,
-            "jobTemplate": {"spec": {"backoffLimit": 3, "podFailurePolicy": failing, "template": {"metadata": {"labels": labels}, "spec": pod}}}}
+            "jobTemplate": {"spec": {"backoffLimit": 3, "podFailurePolicy": failing, "template": {"metadata": {"labels": {**labels}}, "spec": pod}}}}
     return yaml.safe_dump({"apiVersion": "batch/v1", "kind": "CronJob", "metadata": {"name": job.title, "labels": labels}, "spec": spec}, sort_keys=False)
 
 # %% ../../nbs/12_operations/12_schedule.ipynb #a5b95d27
@@ -143,7 +155,7 @@ def as_github(job: Job) -> str:
     if job.zone not in ("UTC", "Etc/UTC"): raise SettingsError(f"GitHub's schedules are in UTC; --zone {job.zone} cannot be kept. Give the time in UTC.")
     steps: list[dict[str, Any]] = [
         {"uses": "actions/checkout@v4"}, {"uses": "actions/setup-python@v5", "with": {"python-version": "3.12"}}, {"run": "python -m pip install ."},
-        {"name": _WHAT[job.what], "run": job.line, "env": {s: f"${{{{ secrets.{s} }}}}" for s in (*job.secrets, "MLRAY_REGISTRY")}}]
+        {"name": _WHAT[job.what], "run": job.line, "env": {s: f"${{{{ secrets.{s} }}}}" for s in job.secrets}}]
     flow = {"name": job.title, "on": {"schedule": [{"cron": job.when}], "workflow_dispatch": {}}, "permissions": {"contents": "read"}, "concurrency": {"group": job.title, "cancel-in-progress": False},
             "jobs": {job.what: {"runs-on": "ubuntu-latest", "timeout-minutes": 360, "steps": steps}}}
     return yaml.safe_dump(flow, sort_keys=False).replace("'on':", "on:", 1)

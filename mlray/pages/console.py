@@ -283,7 +283,7 @@ class Console:
         model, who = visit.parts.get("model"), visit.caller
         if not who.may(visit.route.action, model):
             if sent.method == "POST": visit.registry.act(Ask(visit.route.action, model or visit.route.name, model)) # refuses, and the audit has it
-            raise Refused(f"{who.name} may not see this: {visit.route.action} is for others than {' and '.join(who.roles) or 'nobody'} of {' '.join(who.models)}. Ask an admin for a key that may.")
+            raise Refused(f"{who.name} may not see this: {who.refusal(visit.route.action, model)}. Ask an admin for a key that may.")
         made = self.pages[visit.route.name](visit)
         if isinstance(made, Reply): return made
         if isinstance(made, Elsewhere): return self.jar.onward(made.path, said=made.said)
