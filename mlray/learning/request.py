@@ -33,6 +33,9 @@ _INT64 = {"ge": -2**63, "le": 2**63 - 1}
 def _meta(limits: Mapping[str, Any]) -> msgspec.Meta: return msgspec.Meta(**{k: v for k, v in limits.items() if v is not None})
 
 
+def _whole(pattern: str) -> dict[str, Any]: return {"pattern": rf"^(?:{pattern})\Z", "extra_json_schema": {"pattern": f"^(?:{pattern})$"}} # Python's $ lets a newline follow, that of JSON Schema and of polars does not
+
+
 def _value(column: Column) -> Any:
     "The msgspec type of one value that is there."
     low, high = bounds(column)
@@ -41,7 +44,7 @@ def _value(column: Column) -> Any:
     if column.type == "array": return Annotated[list[Annotated[float, _meta({"ge": low, "le": high})]], msgspec.Meta(min_length=column.length, max_length=column.length)]
     if column.type == "datetime": return Annotated[datetime, msgspec.Meta(tz=column.time_zone is not None)]
     if column.values: return Literal[column.values]
-    if column.type in LONGEST: return Annotated[str, _meta({"max_length": LONGEST[column.type], "pattern": None if column.pattern is None else f"^(?:{column.pattern})$"})]
+    if column.type in LONGEST: return Annotated[str, _meta({"max_length": LONGEST[column.type], **(_whole(column.pattern) if column.pattern is not None else {})})]
     return _KINDS[column.type]
 
 
@@ -121,7 +124,7 @@ def _breaks(column: Column, value: Any) -> str | None:
     low, high = bounds(column)
     if low is not None and value < low: return "min"
     if high is not None and value > high: return "max"
-    if column.pattern is not None and not re.search(f"^(?:{column.pattern})$", value): return "pattern"
+    if column.pattern is not None and not re.fullmatch(column.pattern, value): return "pattern"
     return "values" if column.values and value not in column.values else None
 
 
