@@ -2928,7 +2928,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mlray.learning.request._meta': ('01_learning/request.html#_meta', 'mlray/learning/request.py'),
                                         'mlray.learning.request._shown': ('01_learning/request.html#_shown', 'mlray/learning/request.py'),
                                         'mlray.learning.request._value': ('01_learning/request.html#_value', 'mlray/learning/request.py'),
-                                        'mlray.learning.request._whole': ('01_learning/request.html#_whole', 'mlray/learning/request.py'),
                                         'mlray.learning.request.arrow_schema': ( '01_learning/request.html#arrow_schema',
                                                                                  'mlray/learning/request.py'),
                                         'mlray.learning.request.broken_rules': ( '01_learning/request.html#broken_rules',

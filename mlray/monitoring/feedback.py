@@ -30,7 +30,7 @@ from ..values.errors import ServingError
 from ..values.task import Task
 
 # %% ../../nbs/08_monitoring/04_feedback.ipynb #ab3e50fe
-_Token = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z", extra_json_schema={"pattern": "^[A-Za-z0-9._-]{1,64}$"})] # Python's $ lets a newline follow
+_Token = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
 class Sent(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -64,6 +64,7 @@ def feedback_of(
         more = f" ({what[0].lower()}{what[1:]})" if what.startswith("Expected") else "" # other words of the decoder's repeat what was sent
         raise ServingError(f'Send {{"feedback": [{{"request_id": "…", "value": …}}]}}: {where or "the body"} is not as expected{more}.') from error
     moment = time.time() if now is None else now
+    if any(word.endswith("\n") for s in sent for word in (s.request_id, s.kind)): raise ServingError("A request_id or a kind ends with a newline, which is not as expected.") # Python's $ lets one follow
     if any(isinstance(s.value, float) and not math.isfinite(s.value) for s in sent): raise ServingError("A value is not a finite number.")
     said = lambda s: {"text": s.value} if isinstance(s.value, str) else {"number": float(s.value)}
     return [Feedback(s.request_id, int(min(s.time if s.time is not None else moment, moment) * 1e6) * 1000, s.row, s.kind, source=s.source, key=s.key, caller=caller, **said(s)) for s in sent]

@@ -102,7 +102,7 @@ def _operation(route: Route, name: str, schemas: Mapping[str, tuple[Any, Any, An
     if "{version}" in route.path: parameters.append({"name": "version", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[0-9]{1,9}$"}})
     if "{job}" in route.path: parameters.append({"name": "job", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"}})
     if route.name == "submit": parameters.append({"name": "idempotency-key", "in": "header", "required": False, "schema": {"type": "string"}, "description": "The same key, the same job"})
-    if route.name == "invoke": parameters.append({"name": "model", "in": "query", "required": len(service.models) > 1, "schema": {"enum": sorted(service.models)}})
+    if route.name == "invoke": parameters.append({"name": "model", "in": "query", "required": len(schemas) > 2, "schema": {"enum": sorted(n for n in schemas if n)}})
     if parameters: made["parameters"] = parameters
     if posts and line: made["requestBody"] = _body(route, batch if route.name == "submit" else sent, line.production.bundle.contract)
     return made
