@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from .haproxy import ONGOING, servers_up
-from .registry_on_ray import at_hand, watcher_of
+from .registry_on_ray import at_hand, card_of, watcher_of
 from .scaling_on_ray import IN_FRONT, Ongoing, gateways, predictors
 from ..governance.oidc import issuer_of
 from ..monitoring.journal import Feedback, Journal
@@ -35,7 +35,7 @@ from ..serving.asgi import Headers, Receive, Scope, asked_of, headers_of, header
 from ..serving.gathering import Gathering, Sending
 from ..serving.job_desk import Tally, Worker, minded
 from ..serving.meters import Meters, carried
-from ..serving.openapi import describe
+from ..serving.openapi import PAGE_HEADERS, describe, page_of
 from ..serving.plan import Model, Plan, loaded
 from ..serving.routes import PUBLIC, Routes
 from ..serving.served import Served
@@ -135,7 +135,7 @@ class Standing:
         recorder, issuer = open_recorder(settings), issuer_of(settings)
         self.shadow = Shadow(self.meters, settings.shadow_queued, self.scoring.listening, recorder)
         feedback = Journal[Feedback](settings.home / "journal" / "feedback" / "segments", sync_s=settings.journal_sync_s) if recorder else None
-        self.service = Service({}, (), recorder, feedback, issuer.caller if issuer else None, self.scoring, self.shadow, self.meters, Rates(settings.rate / settings.most_replicas if settings.rate else None), desk=self.desk)
+        self.service = Service({}, (), recorder, feedback, issuer.caller if issuer else None, self.scoring, self.shadow, self.meters, Rates(settings.rate / settings.most_replicas if settings.rate else None), desk=self.desk, cards=lambda model, version: card_of(settings, model, version))
         self.use(plan)
         if references:
             self.watcher = watcher_of(settings, references, plan.seq, self.use, self.meters.of("unheard").set)
@@ -186,30 +186,29 @@ class Gateway(Standing):
 
     async def reply(self, scope: Scope, headers: Headers, receive: Receive, request_id: str) -> Reply:
         "Which route, and what it says."
-        route, parts, methods = self.routes.find(scope["method"], self.path_of(scope))
-        if route is None and methods: raise Refused(405, "wrong_method", f"Use {' or '.join(methods)}.", headers={"Allow": ", ".join(methods)})
-        if route is None: raise Refused(404, "no_route", "There is nothing here.")
+        route, parts, methods = self.routes.find("GET" if scope["method"] == "HEAD" else scope["method"], self.path_of(scope)) # whoever asks for the head only is told it by the server
+        if route is None and methods: raise Refused(405, "wrong_method", f"Use {' or '.join(methods)}.", headers={"Allow": ", ".join([*methods, *["HEAD"] * ("GET" in methods)])})
+        if route is None: raise Refused(404, "no_route", f"There is no such route. {self.prefix}/openapi.json lists those that there are; none ends in a slash.")
         if route.action == PUBLIC: return Reply(200, b'{"status":"ok"}')
-        asked = await asked_of(scope, headers, receive, route, parts, request_id)
+        asked = await asked_of(scope, headers, receive, route, parts, request_id, self.service.known)
         return _page(self.service, self.openapi, asked, self.prefix) if route.name in ("openapi", "docs") else await self.said(asked)
 
     async def said(self, asked: Asked) -> Reply:
         "What the service says; what takes long, it says in a thread."
         service = self.service
-        if asked.route in ("explain", "feedback", *DEFERRED): return await asyncio.to_thread(lambda: at_once(service.reply(asked)))
+        if asked.route in ("explain", "feedback", "card", *DEFERRED): return await asyncio.to_thread(lambda: at_once(service.reply(asked)))
         if len(asked.body) > LARGE and not self.scoring.handles: return await asyncio.to_thread(lambda: at_once(_here(service).reply(asked)))
         return await service.reply(asked)
 
 # %% ../../nbs/10_engines/09_serve_on_ray.ipynb #31cd762b
 def _page(service: Service, openapi: bytes, asked: Asked, prefix: str) -> Reply:
     "The description; a browser is let ask for the key."
-    try: admitted(service, asked)
+    try: caller = admitted(service, asked)
     except Refused as no:
         if no.status == 401: no.headers = {"WWW-Authenticate": 'Basic realm="mlray: any user, the API key as password"'}
         raise
-    if asked.route == "openapi": return Reply(200, openapi)
-    from fastapi.openapi.docs import get_swagger_ui_html
-    return Reply(200, bytes(get_swagger_ui_html(openapi_url=f"{prefix}/openapi.json", title="mlray").body), {"content-type": "text/html"})
+    told = openapi if caller.models == ("*",) else json.dumps(describe(service, lambda model: caller.may(asked.action, model))).encode()
+    return Reply(200, told) if asked.route == "openapi" else Reply(200, page_of(json.loads(told), prefix).encode(), PAGE_HEADERS)
 
 
 def _here(service: Service) -> Service:

@@ -72,15 +72,18 @@ def row_type(
     required = [(f, _value(c)) for f, _, c in named if not c.nullable]
     optional = [(f, Optional[_value(c)], None) for f, _, c in named if c.nullable]  # noqa: UP045 (a Literal made at run time takes no `|`)
     limited = [(f, n, c) for f, n, c in named if c.type in ("date", "datetime", "duration") and (c.min, c.max) != (None, None)]
+    written = [(f, n) for f, n, c in named if c.pattern is not None]
     crossed = any(set(needed) <= set(names) for needed, _ in crossing(contract).values())
 
     def checked(row: Any) -> None:
         for f, n, c in limited:
             if _limited(c, getattr(row, f)): raise ValueError(f"{n} is out of its limits")
+        for f, n in written: # Python's $ lets a newline follow; that of polars and of JSON Schema does not
+            if (getattr(row, f) or "").endswith("\n"): raise ValueError(f"{n} has a line too many")
         if crossed and (rule := _crossed(contract, names, {n: getattr(row, f) for f, n, _ in named})): raise ValueError(f"{rule} is broken")
 
     return msgspec.defstruct(name, [*required, *optional], rename={f: n for f, n, _ in named}, forbid_unknown_fields=True, kw_only=True, gc=False,
-                             namespace={"__post_init__": checked} if limited or crossed else None)
+                             namespace={"__post_init__": checked} if limited or written or crossed else None)
 
 # %% ../../nbs/01_learning/02_request.ipynb #89b7ee14
 def json_schema(
@@ -124,7 +127,7 @@ def _breaks(column: Column, value: Any) -> str | None:
     low, high = bounds(column)
     if low is not None and value < low: return "min"
     if high is not None and value > high: return "max"
-    if column.pattern is not None and not re.search(f"^(?:{column.pattern})$", value): return "pattern"
+    if column.pattern is not None and (value.endswith("\n") or not re.search(f"^(?:{column.pattern})$", value)): return "pattern"
     return "values" if column.values and value not in column.values else None
 
 

@@ -40,7 +40,7 @@ class Sent(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     row: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
     kind: _Token = "label"
     source: Annotated[str, msgspec.Meta(max_length=64)] = ""
-    time: float | None = None   # seconds since 1970; None: now
+    time: Annotated[float, msgspec.Meta(ge=0)] | None = None # seconds since 1970; None: now
     key: Annotated[str, msgspec.Meta(max_length=128)] = ""
 
 
@@ -59,8 +59,12 @@ def feedback_of(
 ) -> list[Feedback]:
     "Feedback as it was sent. Raises `ServingError`, which names the place and never the value."
     try: sent = _decode(body).feedback
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error: raise ServingError(f'Send {{"feedback": [{{"request_id": "…", "value": …}}]}}: {str(error).split(" - at ")[-1] if " - at " in str(error) else "the body is not JSON"} is not as expected.') from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        what, _, where = str(error).partition(" - at ")
+        more = f" ({what[0].lower()}{what[1:]})" if what.startswith("Expected") else "" # other words of the decoder's repeat what was sent
+        raise ServingError(f'Send {{"feedback": [{{"request_id": "…", "value": …}}]}}: {where or "the body"} is not as expected{more}.') from error
     moment = time.time() if now is None else now
+    if any(word.endswith("\n") for s in sent for word in (s.request_id, s.kind)): raise ServingError("A request_id or a kind ends with a newline, which is not as expected.") # Python's $ lets one follow
     if any(isinstance(s.value, float) and not math.isfinite(s.value) for s in sent): raise ServingError("A value is not a finite number.")
     said = lambda s: {"text": s.value} if isinstance(s.value, str) else {"number": float(s.value)}
     return [Feedback(s.request_id, int(min(s.time if s.time is not None else moment, moment) * 1e6) * 1000, s.row, s.kind, source=s.source, key=s.key, caller=caller, **said(s)) for s in sent]

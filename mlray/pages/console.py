@@ -150,7 +150,7 @@ class Door:
 # %% ../../nbs/11_pages/03_console.ipynb #fb46f02a
 HEADERS = {"content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'", "x-content-type-options": "nosniff", "x-frame-options": "DENY", "referrer-policy": "same-origin",
             "cross-origin-opener-policy": "same-origin", "cache-control": "no-store", "content-type": "text/html; charset=utf-8"}
-_MOST = 2**16 # bytes of a form
+_MOST, _PATIENCE_S = 2**16, 10 # bytes of a form, and how long it may take to come
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,9 @@ class Sent:
     @property
     def ours(self) -> bool:
         "Whether nothing says that it comes from another site."
-        return (not self.origin or urlsplit(self.origin).netloc == self.host) and self.site in ("", "same-origin", "none")
+        try: host = urlsplit(self.origin).netloc
+        except ValueError: return False # no address at all
+        return (not self.origin or host == self.host) and self.site in ("", "same-origin", "none")
 
 
 class Look(Protocol):
@@ -183,14 +185,18 @@ class Look(Protocol):
 
 async def sent_by(
     request: Request,
-) -> Sent | None: # None: its form is too large
+    prefix: str = "",   # of the console's own paths
+) -> Sent | int: # the status where its form is too large, or too slow
     "A request without HTTP."
     body, size = [], 0
-    async for piece in request.stream():
-        body.append(piece)
-        if (size := size + len(piece)) > _MOST: return None
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            async for piece in request.stream():
+                body.append(piece)
+                if (size := size + len(piece)) > _MOST: return 413
+    except TimeoutError: return 408
     read, form = request.headers.get, dict(parse_qsl(b"".join(body).decode("utf-8", "replace"), keep_blank_values=True))
-    return Sent(request.method, request.url.path, dict(request.query_params), form, request.cookies, read("host", ""), read("origin", ""), read("sec-fetch-site", ""))
+    return Sent(request.method, request.scope["path"].removeprefix(prefix), dict(request.query_params), form, request.cookies, read("host", ""), read("origin", ""), read("sec-fetch-site", ""))
 
 # %% ../../nbs/11_pages/03_console.ipynb #843a9306
 @dataclass(frozen=True)
@@ -199,10 +205,11 @@ class Jar:
     name: str       # of the cookie
     secure: bool    # whether it goes over HTTPS alone
     door: Door
+    prefix: str = "" # of the console's own paths
 
     def kept(self, what: str, value: str, age: int) -> str:
         "A cookie that no script reads and no other site sends along."
-        return f"{self.name}{what}={value}; Path=/console; HttpOnly; SameSite=Strict; Max-Age={age}" + "; Secure" * self.secure
+        return f"{self.name}{what}={value}; Path={self.prefix}/console; HttpOnly; SameSite=Strict; Max-Age={age}" + "; Secure" * self.secure
 
     def onward(
         self,
@@ -238,6 +245,12 @@ def _come_what_may(console: "Console", sent: Sent) -> Reply:
         _LOG.exception("No answer to %s %s (%s)", sent.method, sent.path, word)
         return console.look.letter(500, _TITLES[500], f"It is no fault of yours. What it was stands in the log of this service, under {word}; tell whoever runs it.")
 
+# %% ../../nbs/11_pages/03_console.ipynb #conscd01
+def _below(page: bytes, prefix: str) -> bytes:
+    "A page whose links stay below a prefix."
+    for quote_ in (b'="', b"='") if prefix else (): page = page.replace(quote_ + b"/console", quote_ + prefix.encode() + b"/console")
+    return page
+
 # %% ../../nbs/11_pages/03_console.ipynb #6d8ef312
 class Console:
     "The pages of one environment."
@@ -252,13 +265,15 @@ class Console:
     ):
         self.settings, self.pages, self.look, self.door, self.routes = settings, pages, look, Door(settings, local, sealed=sealed), Routes(CONSOLE)
         if missing := {r.name for r in CONSOLE if r.action != PUBLIC} - set(pages): raise RegistryError(f"The console has routes without a page: {', '.join(sorted(missing))}.")
-        self.jar = Jar(f"mlray_console_{settings.port}", bool(settings.tls_cert), self.door)
+        self.prefix = settings.route.rstrip("/")
+        self.jar = Jar(f"mlray_console_{settings.port}", bool(settings.tls_cert), self.door, self.prefix)
 
     async def __call__(self, request: Request) -> Response:
         "For whoever has HTTP."
-        sent = await sent_by(request)
-        reply = await asyncio.to_thread(_come_what_may, self, sent) if sent else self.look.letter(413, "This is too much", f"A form may have {_MOST} bytes.")
-        return Response(reply.body, reply.status, dict(reply.headers))
+        sent = await sent_by(request, self.prefix)
+        if isinstance(sent, int): reply = self.look.letter(sent, *{413: ("This is too much", f"A form may have {_MOST} bytes."), 408: ("This takes too long", f"A form has {_PATIENCE_S} seconds to come.")}[sent])
+        else: reply = await asyncio.to_thread(_come_what_may, self, sent)
+        return Response(_below(reply.body, self.prefix) if reply.headers.get("content-type", "").startswith("text/html") else reply.body, reply.status, {**reply.headers, **({"connection": "close"} if isinstance(sent, int) else {}), **({"location": self.prefix + reply.headers["location"]} if "location" in reply.headers else {})})
 
     def reply(self, sent: Sent) -> Reply:
         "What goes back."

@@ -23,7 +23,7 @@ from ..values.settings import Settings
 # %% ../../nbs/11_pages/08_console_acts.ipynb #309bedee
 def _generation(visit: Visit) -> int | None:
     text = visit.form.get("expect", "")
-    return int(text) if text.isascii() and text.isdigit() else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
 
 
 def promote(visit: Visit) -> Elsewhere:

@@ -59,7 +59,7 @@ def serve_alone(
     "The console until Ctrl-C. Raises `ServingError`."
     import uvicorn
     listener, local = listening(port), open_registry(settings).caller
-    console = console_of(settings.model_copy(update={"port": listener.getsockname()[1], "tls_cert": None}), local if local.roles else None)
+    console = console_of(settings.model_copy(update={"port": listener.getsockname()[1], "tls_cert": None, "route": "/"}), local if local.roles else None)
     address = f"http://127.0.0.1:{console.settings.port}/console" + f"/enter?link={console.door.link}" * bool(local.roles)
     say(address)
     if browse: threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()

@@ -237,7 +237,7 @@ ROWS = 100 # of the audit on a page
 def audit_page(visit: Visit) -> Page:
     "Who did what, newest first, the chain verified now."
     whole, about, globs = audit(visit.registry), visit.query.get("about", "").strip(), visit.caller.models
-    before = int(visit.query["before"]) if visit.query.get("before", "").isdigit() else None
+    before = int(text) if (text := visit.query.get("before", "")).isascii() and text.isdigit() and len(text) < 16 else None
     mine = [e for e in whole.entries if globs == ("*",) or visit.may("audit:read", e.object.rpartition("/")[0] or e.object.partition("@")[0])]
     rows = [e for e in reversed(mine) if (before is None or e.seq < before) and (not about or about in (e.object, e.action, e.actor) or e.object.startswith(f"{about}/"))]
     said = lambda v: v[:12] if isinstance(v, str) and re.fullmatch(r"[0-9a-f]{64}", v) else cell(v)

@@ -28,9 +28,9 @@ from .arrow import ARROW, frame_of_stream, stream_of
 from .jobs import PART, Job, Shelf, State, claimed, end, job_id, keep, put, sweep
 from .plan import Model, Plan, loaded
 from .served import MOST_ROWS, Served, frame_of, instances_of, rows_of_frame, rows_of_records
-from .service import Form, Service, answered, caller_name, line_of, worded
+from .service import Form, Service, answered, line_of, worded
 from .traffic import Choice, Traffic, choose
-from .wire import Asked, Refused, Reply, Rows, at_once, encode
+from .wire import Asked, Refused, Reply, Rows, at_once, encode, named
 from ..values.errors import MlrayError
 from ..values.settings import Settings
 
@@ -91,7 +91,7 @@ class Desk:
         served = line.versions[choice.version]
         if served.bundle.spec.contract != first.bundle.spec.contract: rows = _rows(served, asked)
         traffic = _pinned(choice, line.traffic.model)
-        job = Job(job_id(caller.name, asked.once or asked.request_id), caller.name, caller_name(asked), rows.count, traffic, tuple(self.models[line.versions[v].bundle.digest] for v in traffic.versions if v in line.versions),
+        job = Job(job_id(caller.name, asked.once or asked.request_id), caller.name, named(asked.presented or ""), rows.count, traffic, tuple(self.models[line.versions[v].bundle.digest] for v in traffic.versions if v in line.versions),
                   hashlib.sha256(asked.body).hexdigest(), time.time(), rows.subject, asked.wanted)
         kept = put(self.shelf, job, frame_of(served, rows))
         self.wake()

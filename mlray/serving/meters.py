@@ -9,8 +9,9 @@ address are two series and not one that jumps. No label ever holds anything that
 __all__ = ['TEXT', 'Meters', 'mark', 'carried', 'carrying', 'marked']
 
 # %% ../../nbs/09_serving/08_meters.ipynb #8f1c6c04
+import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -23,6 +24,7 @@ from .traffic import Traffic
 # %% ../../nbs/09_serving/08_meters.ipynb #702d18dd
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
+_OF = re.compile(rb'[{,]model="([^"]+)"')
 
 
 class Meters:
@@ -60,7 +62,10 @@ class Meters:
             for role in ("production", "canary", "shadow", "previous"):
                 if version := getattr(t, role): self.of("info", t.model, version, role).set(1)
 
-    def text(self) -> bytes: return generate_latest(self.kept)
+    def text(self, may: Callable[[str], bool] = lambda model: True) -> bytes: # whose figures may be told
+        "The figures, as Prometheus reads them."
+        lines = generate_latest(self.kept).split(b"\n")
+        return b"\n".join(line for line in lines if not (model := _OF.search(line)) or may(model[1].decode()))
 
 # %% ../../nbs/09_serving/08_meters.ipynb #e0c7830c
 _MARKS: ContextVar[list[tuple[str, float]] | None] = ContextVar("marks", default=None)

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..learning.contract import Contract
 from .served import Served, bounded, rows_of_records
-from .wire import Refused, Rows, encode, wrong_shape
+from .wire import Rows, encode, not_json, said_once, wrong_shape
 from ..values.column import Column
 from ..values.task import Task
 
@@ -134,6 +134,12 @@ def rows_of_columns(
     return rows_of_records(served, [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)], echo=echo, outputs=outputs)
 
 
+def _surely_once(head: bytes, tensors: int) -> bool:
+    "Whether counting tells that no name stands twice: in a request of tensors with data, and nothing beside them."
+    if b"\\" in head or b'"parameters"' in head or b'"outputs"' in head: return False
+    return head.count(b'"inputs"') == 1 and head.count(b'"id"') < 2 and all(head.count(n) == tensors for n in (b'"name"', b'"shape"', b'"datatype"', b'"data"'))
+
+
 def rows_of_tensors(
     served: Served,
     body: bytes,
@@ -144,7 +150,8 @@ def rows_of_tensors(
     try: sent = _decode(head)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if isinstance(error, msgspec.ValidationError): raise wrong_shape("Send {\"inputs\": [{\"name\", \"shape\", \"datatype\", \"data\"}, …]}.") from None
-        raise Refused(400, "not_json", "The body is not JSON in UTF-8.") from None
+        raise not_json(error) from None
+    if not _surely_once(head, len(sent.inputs)): said_once(head)
     tensors = list[tuple[Tensor, bytes | None]]()
     for tensor in sent.inputs:
         size = tensor.parameters.get("binary_data_size")

@@ -53,7 +53,7 @@ ROUTES = (
     Route("model_ready", "GET", f"{_OF}/versions/{{version}}/ready", "model:read", "Whether the version answers"),
     Route("metrics", "GET", "/metrics", "metrics:read", "Prometheus text, of the replica that answers"),
     Route("openapi", "GET", "/openapi.json", "docs:read", "This description"),
-    Route("docs", "GET", "/docs", "docs:read", "This description, to try out"),
+    Route("docs", "GET", "/docs", "docs:read", "This description, as a page"),
     *(Route("live", "GET", path, PUBLIC, "The process lives") for path in ("/healthz", "/v2/health/live", "/ping", "/health")),
     *(Route("ready", "GET", path, PUBLIC, "The models are loaded") for path in ("/readyz", "/v2/health/ready")),
 )
