@@ -2667,6 +2667,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mlray.learning.loss': { 'mlray.learning.loss._by_class': ('01_learning/loss.html#_by_class', 'mlray/learning/loss.py'),
                                      'mlray.learning.loss._fits': ('01_learning/loss.html#_fits', 'mlray/learning/loss.py'),
                                      'mlray.learning.loss._imported': ('01_learning/loss.html#_imported', 'mlray/learning/loss.py'),
+                                     'mlray.learning.loss._own': ('01_learning/loss.html#_own', 'mlray/learning/loss.py'),
                                      'mlray.learning.loss._takes_reduction': ( '01_learning/loss.html#_takes_reduction',
                                                                                'mlray/learning/loss.py'),
                                      'mlray.learning.loss._targets': ('01_learning/loss.html#_targets', 'mlray/learning/loss.py'),
