@@ -27,6 +27,7 @@ from mlray.command_line.commands import (
     explain_version,
     find_version,
     gate_version,
+    plan_for,
     propose_contract,
     reproduce_version,
     settings_of,
@@ -180,6 +181,7 @@ def serve(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Mo
     from mlray.engines.cluster_on_ray import cluster
     from mlray.engines.serve_on_ray import check_port, undeploy
     found, references = versions_to_serve(names, settings)
+    plan_for(references, settings) # what is missing is said before a cluster is there
     if settings.ray == "local": check_port(settings)
     with cluster(settings):
         deploy_versions(references, settings)

@@ -11,11 +11,14 @@ __all__ = ['ARROW', 'Reply', 'Job', 'ServiceError', 'NotAllowed', 'NotFound', 'B
 
 # %% ../nbs/client.ipynb #7271f93b
 import asyncio
+import json
 import random
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date, timedelta
+from decimal import Decimal
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -76,10 +79,14 @@ ARROW = "application/vnd.apache.arrow.stream"
 _AGAIN = frozenset({429, 500, 502, 503, 504})
 
 
+def _is_starting(response: httpx.Response) -> bool: return response.status_code == 404 and "/-/routes" in response.text # the words of Ray Serve's proxy before it knows of a route
+
+
 def error_of(response: httpx.Response) -> MlrayError:
     "What a response that is no answer says."
     try: said = response.json()
     except ValueError: said = None
+    if _is_starting(response): return Overloaded(f"Ray Serve runs at {response.url.host}, and nothing is up there yet that answers {response.url.path}: a service that starts takes a moment. Try again.")
     if not isinstance(said, dict) or "error" not in said: return (Overloaded if response.status_code in _AGAIN else ServingError)(f"{response.url.host} answered {response.status_code}, and not as a service of mlray does.")
     problems = said.get("problems", ())
     lines = "".join(f"\n  row {p['row']}: {p['column'] or '(row)'}: {p['expected']}" for p in problems)
@@ -124,25 +131,41 @@ def _unbelieved(error: BaseException | None) -> str: # empty: it is something el
     return error.verify_message if error is not None else ""
 
 # %% ../nbs/client.ipynb #c51643f3
+def _json(content: Any) -> bytes:
+    "Rows as they come from a frame: with dates, times, durations and numbers of numpy. Raises `ServingError`."
+    try: return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain).encode()
+    except ValueError as error: raise ServingError("A row holds NaN or infinity, and JSON has neither. Send None where nothing is known.") from error
+
+
+def _plain(value: Any) -> Any:
+    "As a contract has it written."
+    if isinstance(value, date): return value.isoformat()
+    if isinstance(value, timedelta): return f"{'-' * (value < timedelta())}P{abs(value).days}DT{abs(value).seconds}.{abs(value).microseconds:06}S"
+    if isinstance(value, Decimal): return float(value)
+    if hasattr(value, "tolist"): return value.tolist()
+    raise ServingError(f"A row holds {type(value).__name__}, for which JSON has no word. Send numbers, text, true or false, dates, times, durations, lists, or None.")
+
+
 class _Call:
     "One question, over several attempts."
 
     def __init__(self, patience: Patience, path: str, content: Any, headers: Mapping[str, str | None], method: str = ""):
-        self.patience, self.path, self.content, self.attempt, self.end = patience, path, content, 0, time.monotonic() + patience.seconds
+        self.patience, self.path, self.attempt, self.end = patience, path, 0, time.monotonic() + patience.seconds
+        self.content = content if content is None or isinstance(content, bytes) else _json(content)
         self.method = method or ("GET" if content is None else "POST")
-        self.headers = {"x-request-id": uuid4().hex} | {k: v for k, v in headers.items() if v is not None}
+        self.headers = {"x-request-id": uuid4().hex} | ({"content-type": "application/json"} if self.content is not None else {}) | {k: v for k, v in headers.items() if v is not None}
 
     @property
     def arguments(self) -> dict[str, Any]:
         left = min(max(self.end - time.monotonic(), 0.001), self.patience.each or self.patience.seconds / 3)
-        return {"method": self.method, "url": self.path, "headers": self.headers, "timeout": left, **({} if self.content is None else {"content" if isinstance(self.content, bytes) else "json": self.content})}
+        return {"method": self.method, "url": self.path, "headers": self.headers, "timeout": left, **({} if self.content is None else {"content": self.content})}
 
     def after(self, response: httpx.Response | None, error: httpx.HTTPError | None, url: str) -> float:
         "How long to wait; raises when there is no use in asking again."
         self.attempt += 1
         asked = (response.headers.get("retry-after", "0") if response is not None else "0")
         wait = self.patience.pause(self.attempt - 1, self.end - time.monotonic(), float(asked) if asked.isdigit() else 0.0, random.random())
-        if response is not None and (response.status_code not in _AGAIN or wait is None): raise error_of(response)
+        if response is not None and (wait is None or not (response.status_code in _AGAIN or _is_starting(response))): raise error_of(response)
         if why := _unbelieved(error): raise ServingError(f"The certificate of {url} is not believed: {why}. Name the authority that vouches for it with `--ca`, as `tls_ca` in settings.ini, or in Python with `verify=believing(…)`; and ask by a name that it is made out to.") from error
         if wait is None: raise Unavailable(f"Nothing answers at {url} ({error}). Start it with `mlray serve`.") from error
         return wait

@@ -182,7 +182,7 @@ def test_rows_where_a_spec_was_expected(mlray, project):
 
 @pytest.mark.parametrize(("data", "words"), [
     (LOANS.splitlines()[0] + "\n", ("no rows",)), ("", ("is empty",)), ("\n".join(LOANS.splitlines()[:2]), ("1 row", "20 at least")), (LOANS.replace("sex;", "age;"), ("'age' 2 times",)),
-    (LOANS.replace("\n22;", "\n22;;;"), ("row 4 has 7 values",)), (LOANS.encode("utf-16"), ("UTF-16",))], ids=["header alone", "empty", "one row", "name twice", "ragged", "utf-16"])
+    (LOANS.replace("\n22;", "\n22;;;"), ("row 4 has 7 values",)), (LOANS.replace(";f;", ";\x81;").encode("latin-1"), ("is not UTF-8", "0x81"))], ids=["header alone", "empty", "one row", "name twice", "ragged", "no code page"])
 def test_a_project_of_rows_that_are_none(mlray, project, data, words):
     loans(project, data)
     letter(*mlray("new", "mine", "--from", "loans.csv", "--target", "repaid")[::2], *words)
@@ -213,6 +213,13 @@ def test_a_version_that_does_not_exist(mlray, trained, project, monkeypatch):
     monkeypatch.setenv("MLRAY_HOME", str(trained[0].home))
     for words in (["gate", "diabetes/7"], ["show", "diabetes/7"], ["promote", "diabetes/7"], ["serve", "diabetes"]):
         letter(*mlray(*words)[::2], "no version", "diabetes/1")
+
+
+def test_a_service_that_nobody_could_ask(mlray, trained, monkeypatch):
+    "Said before a cluster is started or looked for: this one is not there."
+    monkeypatch.setenv("MLRAY_HOME", str(trained[0].home))
+    monkeypatch.setenv("MLRAY_RAY", "127.0.0.1:1")
+    letter(*mlray("serve", "diabetes/1")[::2], "no API key yet", "mlray key create")
 
 
 def test_a_gate_that_does_not_exist(mlray, trained, monkeypatch):

@@ -1,6 +1,7 @@
 """`mlray new`: a project of the user's own, from rows that ship with mlray or from a file alone, whose own tests pass."""
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -105,6 +106,38 @@ def seen(folder: Path, text: str, target: str, **more: object):
     rows = file_format(folder / "rows.csv").scan(folder / "rows.csv").collect()
     made = first_spec(rows, target, **more)
     return rows, made, parse_spec(made.yaml("mine", "rows", "mine.source:rows")).contract
+
+
+def test_rows_of_somebody_stay_together(tmp_path):
+    "Whom several rows are about is no feature and divides the rows; of what is nested each field is a column; and whatever is left out is said."
+    people = [f"u{i % 90}" for i in range(400)]
+    for name, column in (("user", people), ("customer_id", [i % 90 for i in range(400)])):
+        made = first_spec(pl.DataFrame({name: column, "x": [i / 7 for i in range(400)], "y": ["a", "b"] * 200}), "y")
+        spec = parse_spec(made.yaml("mine", "rows", "mine.source:rows"))
+        assert spec.data.split.key == (name,) and spec.contract[name].role == "ignored" and any(name in note and "together" in note for note in made.notes())
+    plain = first_spec(pl.DataFrame({"user": [f"says {i}" for i in range(400)], "when": pl.date_range(pl.date(2020, 1, 1), pl.date(2021, 2, 3), eager=True).head(400), "y": ["a", "b"] * 200, "odd": [[1.0] * (i % 3) for i in range(400)]}), "y")
+    text = plain.yaml("mine", "rows", "mine.source:rows")
+    assert not parse_spec(text).data.split.key and parse_spec(re.sub(r"  split:.*\n  # split", "  split", text)).data.split.by == "when", "a text is a text, and the line to try is a line that can be tried"
+    assert {"when", "odd"} <= {word for note in plain.notes() for word in re.findall(r"\w+", note)}
+
+
+def test_nested_rows(tmp_path):
+    lines = [json.dumps({"who": {"plan": "ab"[i % 2], "at": {"town": f"t{i % 3}"}} if i % 9 else None, "tags": ["bug", "login"][:i % 3], "y": bool(i % 2)}) for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    project = project_from("mine", tmp_path / "rows.jsonl", "y")
+    contract = parse_spec(project.spec).contract
+    assert list(contract) == ["who_plan", "who_at_town", "tags", "y"] and contract["tags"].values == ("bug", "bug login") and contract["who_plan"].nullable
+    assert check(Contract(contract), file_format(tmp_path / "rows.jsonl").scan(tmp_path / "rows.jsonl").collect()).good.height == 60
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_a_file_that_windows_wrote(tmp_path, encoding):
+    "It is read, its copy is UTF-8, and that is said."
+    (tmp_path / "mieten.csv").write_bytes(("Straße;Fläche;gekündigt\n" + "".join(f"Köln;{i},5;{('ja', 'nein')[i % 2]}\n" for i in range(60))).encode(encoding))
+    project = project_from("mine", tmp_path / "mieten.csv", "gekündigt")
+    write_project(project, tmp_path / "mine")
+    assert (tmp_path / "mine/data/mieten.csv").read_text(encoding="utf-8").startswith("Straße;Fläche;gekündigt\nKöln;0,5;ja\n")
+    assert list(parse_spec(project.spec).contract) == ["Straße", "Fläche", "gekündigt"] and any("UTF-8" in note for note in project.notes)
 
 
 def test_an_index_without_a_name_is_no_column(tmp_path):

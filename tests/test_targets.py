@@ -387,6 +387,9 @@ def test_two_workers_give_the_same_gradient(runs, kind):
 def absolute(logits, target): return (logits - target).abs()
 def averaged(logits, target): return (logits - target).abs().mean()
 def wrong(logits, target): return (logits - target).abs()[:3]
+def clumsy(logits, target): return (logits @ target.unsqueeze(0)).abs()
+class Needy(torch.nn.Module):
+    def __init__(self, gamma): super().__init__()
 def no_tensor(logits, target): return 1.0
 
 
@@ -399,7 +402,7 @@ def test_a_loss_by_import_path(runs, settings):
 
 
 @pytest.mark.parametrize(("name", "letter"), [("nothing", "is written module:function"), ("nothing.here:f", "cannot be imported"), ("torch.nn.functional:nothing", "cannot be imported"),
-                                              ("math:pi", "is no function"), (":f", "cannot be imported")])
+                                              ("math:pi", "is no function"), (":f", "cannot be imported"), ("tests.test_targets:Needy", "cannot be made without arguments (TypeError: ")])
 def test_a_loss_that_is_none(name, letter):
     with expect_fail(SpecError, contains=letter): loss_of(BINARY, Train(loss=name))
 
@@ -409,6 +412,14 @@ def test_a_loss_of_another_shape():
     with expect_fail(TrainingError, contains="answered with shape (3,) where (18,)"): loss_of(task, Train(loss="tests.test_targets:wrong"))(LOGITS[..., :1], y)
     with expect_fail(TrainingError, contains="answered with float where (18,)"): loss_of(task, Train(loss="tests.test_targets:no_tensor"))(LOGITS[..., :1], y)
     with expect_fail(TrainingError, contains="rows cannot be weighted"): loss_of(task, Train(loss="tests.test_targets:averaged"))(LOGITS[..., :1], y, torch.ones(6))
+
+
+def test_a_loss_that_is_a_class_and_one_that_fails():
+    "torch's losses are classes as well as functions; and what goes wrong in one is a letter that says both shapes."
+    task, y, weights = Task("regression", ("y",), ("y",)), torch.arange(6.0), torch.arange(6.0)
+    one, other = (loss_of(task, Train(loss=name))(LOGITS[..., :1], y, weights) for name in ("torch.nn:SmoothL1Loss", "torch.nn.functional:smooth_l1_loss"))
+    assert one == other
+    with expect_fail(TrainingError, contains="failed on logits of shape (18,) and labels of shape (18,), torch.float32: RuntimeError: "): loss_of(task, Train(loss="tests.test_targets:clumsy"))(LOGITS[..., :1], y)
 
 
 # What is wrong is said.

@@ -85,7 +85,7 @@ def propose_contract(path: str, overrides: Sequence[str], settings: "Settings") 
     "A contract inferred from a spec's rows, as YAML too; added to the spec if it has none, and then True."
     import yaml
 
-    from mlray.learning.infer import contract_yaml, infer_contract
+    from mlray.learning.infer import contract_yaml, infer_contract, unsaid
     from mlray.sources.source import read_source
     from mlray.values.recipe import proposed_folds
     from mlray.values.spec import parse_data
@@ -95,7 +95,7 @@ def propose_contract(path: str, overrides: Sequence[str], settings: "Settings") 
     data, has = parse_data(before, overrides, path)
     rows = read_source(data.train, data.csv, (), settings)[0]
     contract = infer_contract(rows, data.csv.missing)
-    text = contract_yaml(contract) + ("" if "train" in yaml.safe_load(before) or data.valid or data.split.by else proposed_folds(rows.height))
+    text = contract_yaml(contract) + "".join(f"# {said}\n" for said in unsaid(rows, contract)) + ("" if "train" in yaml.safe_load(before) or data.valid or data.split.by else proposed_folds(rows.height))
     if has: return contract, text, False
     after = f"{before.rstrip()}\n\n{text}"
     if yaml.safe_load(after) != yaml.safe_load(before) | {"contract": contract}: raise SpecError(f"{path} is written so that nothing can be added at its end. Add this yourself:\n{text}")

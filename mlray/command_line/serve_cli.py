@@ -51,11 +51,12 @@ def answer_file(name: str, source: Path, target: Path | None, url: str, key: str
     import polars as pl
 
     from mlray.client import Client, Patience, believing
+    from mlray.sources.source import unnested
     read = {".csv": pl.read_csv, ".parquet": pl.read_parquet, ".jsonl": pl.read_ndjson, ".ndjson": pl.read_ndjson, ".arrow": pl.read_ipc}
     if source.suffix not in read: raise DataError(f"{source} is read by its ending: one of {', '.join(read)}.")
     goal = target or source.with_name(f"{source.stem}-answers.parquet")
     if goal.suffix not in (".parquet", ".csv"): raise DataError(f"Answers are written as .parquet or .csv; found {goal}.")
-    try: rows: pl.DataFrame = read[source.suffix](source)  # type: ignore[operator]
+    try: rows: pl.DataFrame = unnested(read[source.suffix](source).lazy()).collect()  # type: ignore[operator]
     except (OSError, pl.exceptions.PolarsError) as error: raise DataError(f"{source} cannot be read: {str(error).splitlines()[0]}") from error
     with Client(url, key, Patience(seconds=600), believing(ca)) as client:
         job = client.wait(client.submit(name, rows).id, told=told)

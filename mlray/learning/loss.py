@@ -12,6 +12,7 @@ __all__ = ['Loss', 'pinball', 'scaled', 'loss_of', 'valid_loss', 'row_weights']
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, cross_entropy
 
 from .network import logits_of
-from ..values.errors import SpecError, TrainingError
+from ..values.errors import SpecError, TrainingError, first_line
 from ..values.imported import imported
 from ..values.recipe import Train
 from ..values.task import BINARY, Task
@@ -74,18 +75,33 @@ def _takes_reduction(function: Callable[..., Any]) -> bool:
     except (TypeError, ValueError): return False # a builtin that tells nothing of itself
 
 
+def _own(path: str) -> Callable[[Tensor, Tensor], Any]:
+    "A loss by import path, told to answer for each row where it can be. Raises `SpecError`, and `TrainingError` when it fails."
+    found = _imported(path)
+    more = {"reduction": "none"} if _takes_reduction(found) else {}
+    try: asked = found(**more) if isinstance(found, type) else partial(found, **more)
+    except Exception as error: raise SpecError(f"train.loss: {path!r} is a class, and cannot be made without arguments ({type(error).__name__}: {first_line(error)}). Name a function of (logits, labels) that gives it what it needs.") from error
+
+    def of(logits: Tensor, labels: Tensor) -> Any:
+        try: return asked(logits, labels)
+        except Exception as error:
+            if isinstance(error, MemoryError) or "memory" in str(error): raise # has a letter of its own
+            raise TrainingError(f"train.loss: {path!r} failed on logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}, {labels.dtype}: {type(error).__name__}: {first_line(error)}") from error
+
+    return of
+
+
 def loss_of(
     task: Task = BINARY,
     train: Train = Train(),  # noqa: B008 (frozen)
 ) -> Loss: # raises `TrainingError` for what has another shape (broadcasting would hide it)
     "The loss that a network of this task is fitted by. Raises `SpecError` when there is none of that name."
-    own = _imported(train.loss) if train.loss else None
-    more = {"reduction": "none"} if own and _takes_reduction(own) else {}
+    own = _own(train.loss) if train.loss else None
 
     def of(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         rows, members = (made := logits_of(logits.float(), task.outputs, len(labels))).shape[:2]
         flat, asked = made.flatten(0, 1), _targets(task, labels).repeat_interleave(members, 0)
-        terms = own(flat.squeeze(1) if task.outputs == 1 else flat, asked, **more) if own else _terms(task, flat, asked)
+        terms = own(flat.squeeze(1) if task.outputs == 1 else flat, asked) if own else _terms(task, flat, asked)
         if own: _fits(str(train.loss), terms, len(flat), task.outputs, weights)
         if weights is None: return terms.mean()
         return (terms.view(rows, members, -1) * weights.view(rows, 1, -1)).mean()

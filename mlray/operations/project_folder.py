@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
 
-from .project import Project
+from .project import Project, in_utf8
 from .project_pages import project_pages
 from ..values.errors import SpecError
 from ..values.schema import spec_schema
@@ -85,7 +85,9 @@ make test                                  # the project's own tests
 mlray demo configs/{name}.yaml             # the whole story: check, train, gate, promote, serve, ask
 mlray train configs/{name}.yaml            # a version and its verdict
 mlray gate {name}                          # the rules as notebooks, kept as evidence
-mlray promote {name} production && mlray serve {name}
+mlray promote {name}                       # to production, if the gates have passed
+mlray key create                           # once: who asks has a key. Keep it: export MLRAY_API_KEY=mlr_…
+mlray serve {name}                         # until Ctrl-C, at http://127.0.0.1:8000; and beside it: mlray ask {name} '{{…}}'
 ```
 
 | | |
@@ -234,7 +236,9 @@ def write_project(
             (part / path).parent.mkdir(parents=True, exist_ok=True)
             (part / path).write_text(text, encoding="utf-8")
         (part / "data").mkdir()
-        if project.data: shutil.copyfile(project.data, part / "data" / project.data.name)
+        if project.data:
+            copy = part / "data" / project.data.name
+            in_utf8(project.data, copy, project.encoding) if project.encoding else shutil.copyfile(project.data, copy)
         export_modules(part)
         part.chmod(0o755)
         if folder.exists(): folder.rmdir()

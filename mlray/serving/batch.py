@@ -33,7 +33,7 @@ from .served import asked
 from ..shipping.answer import predictions
 from ..shipping.bundle import Bundle, decide, load_bundle, predict
 from ..sources.rows import flat
-from ..sources.source import reading, remote, scan_delta
+from ..sources.source import reading, remote, scan_delta, unnested
 from ..values.data import Csv
 from ..values.errors import DataError, suggest
 from ..values.settings import Settings
@@ -103,8 +103,8 @@ def _absent(where: str, contract: Contract, there: Sequence[str]) -> None:
 
 def _table(path: str) -> pl.LazyFrame:
     far: Any = remote(path) if "://" in path else None
-    if "#delta=" in path: return scan_delta(path.partition("#delta=")[0], int(path.partition("#delta=")[2]))[0]
-    return pl.scan_parquet(path, glob=False, storage_options=far) if Path(path.partition("?")[0]).suffix in (".parquet", ".pq") else pl.scan_ipc(path, glob=False, storage_options=far)
+    if "#delta=" in path: return unnested(scan_delta(path.partition("#delta=")[0], int(path.partition("#delta=")[2]))[0])
+    return unnested(pl.scan_parquet(path, glob=False, storage_options=far) if Path(path.partition("?")[0]).suffix in (".parquet", ".pq") else pl.scan_ipc(path, glob=False, storage_options=far))
 
 
 def cut(
@@ -187,6 +187,7 @@ def read_piece(
         data, lines = _bytes_of(piece), suffix in LINES
         try: frame = pl.read_ndjson(BytesIO(data), infer_schema_length=None) if lines else _whole_csv(piece.head, data, csv)
         except pl.exceptions.PolarsError: frame = _json_by_line(data) if lines else _csv_by_line(piece.head, data, csv)
+        if lines: frame = unnested(frame.lazy()).collect()
         named = frame.rename({n: n.strip() for n in frame.columns}).with_row_index(ROW, piece.first)
         return (named if lines else named.filter(~pl.all_horizontal(pl.exclude(ROW).is_null()))).select(ROW, *(n for n in (*contract.columns, UNREAD) if n in named.columns))
 

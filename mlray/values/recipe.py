@@ -100,7 +100,7 @@ class Train(Part):
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant" # of the learning rate
     warmup: Share = 0.0                             # share of all steps in which the rate rises to its height
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] | None = None # None: 0.05 with adamw; another optimizer's own
     average: Annotated[float, Field(ge=0, lt=1)] | None = None # decay of the moving average of the weights; 0: none
     clip: Annotated[float, Field(gt=0)] | None = None # largest norm of a step's gradient
     precision: Literal["float32", "bf16"] = "float32" # of the forward pass while training; weights stay float32
