@@ -12,6 +12,7 @@ __all__ = ['uniform', 'Curves', 'Arrays', 'bag', 'chunks', 'Encoding']
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, embedding_bag
+from torch.nn.utils.rnn import pad_sequence
 
 from .features import Features
 
@@ -121,7 +122,8 @@ class Encoding(nn.Module):
         for at in self.offset.tolist()[len(sizes) - len(features.categories):]: table[at + 1] = 0
         self.table = nn.Parameter(table)
         self.texts = nn.ParameterList(torch.zeros(t.size, 4 * width) for t in features.texts)
-        self.lengths = [t.length for t in features.texts]
+        self.lengths, self.having = [t.length for t in features.texts], [i for i, n in enumerate(features.numbers) if n.common]
+        self.counts = [len(features.numbers[i].common) for i in self.having]
 
     def forward(self, numbers: Tensor, codes: Tensor, arrays: Tensor, texts: Tensor) -> Tensor:
         parts = self._numbers(numbers) if self.curves.fill.numel() else []
@@ -141,5 +143,9 @@ class Encoding(nn.Module):
 
     def _common_codes(self, numbers: Tensor) -> Tensor:
         "Which common value a number is, counted from 1; 0 for none."
+        if self.training: # by looking it up among those of its own column, which are in order: a graph has no such operation
+            own, known = numbers.T[self.having].contiguous(), pad_sequence(self.common_value.split(self.counts), batch_first=True, padding_value=torch.inf)
+            at = torch.searchsorted(known, own)
+            return torch.where(known.gather(1, at.clamp(max=known.shape[1] - 1)) == own, at + 1, 0).T
         found = (numbers[:, self.common_column] == self.common_value).to(numbers.dtype) * self.common_code
         return (found.unsqueeze(1) * self.member).sum(2).to(torch.int64)
