@@ -11,6 +11,7 @@ import pytest
 from mlray.engines.gate_on_papermill import gate_path, run_gate, run_gates
 from mlray.governance.registry import Policy, add_evidence, events, evidence, open_registry, promote, version
 from mlray.values.errors import GateError, RegistryError
+from tests.conftest import running_below
 
 
 def page(path: Path, *cells: str, parameters: str = "version: str = 'diabetes'") -> Path:
@@ -232,7 +233,7 @@ def test_every_end_in_a_warm_kernel_and_nothing_left(tmp_path):
     paths = {name: page(tmp_path / f"{name}.ipynb", *cells) for name, (cells, _) in WARM.items()}
     with warm_kernels() as kind, ThreadPoolExecutor(3) as pool:
         runs = dict(zip(paths, pool.map(lambda path: run_gate(path, {}, 2 if path.stem == "hangs" else 120, environment={"WHERE": "here"}, kind=kind), paths.values()), strict=True))
-        stem = next(p for p in psutil.Process().children() if "warm_kernels" in " ".join(p.cmdline()))
+        stem = next(p for p in psutil.Process().children() if "warm_kernels" in running_below().get(p, ""))
     for name, (_, reason) in WARM.items(): assert (reason in runs[name].broken if reason else not runs[name].broken) and runs[name].verdict.passed == (not reason), (name, runs[name].broken)
     assert not stem.is_running() or stem.status() == psutil.STATUS_ZOMBIE
     assert run_gate(paths["good"], {}).page == runs["good"].page, "a page does not show how its kernel was started"

@@ -13,7 +13,7 @@ from mlray.running.run import LocalBackend, make_job, train
 from mlray.sources.rows import read_rows
 from mlray.values.settings import shipped
 from mlray.values.spec import read_spec
-from tests.conftest import adult_data
+from tests.conftest import adult_data, running_below
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
@@ -82,11 +82,7 @@ def test_folds_are_fitted_side_by_side_to_the_same_bits_and_through_a_death(ray_
 
 def worker_process() -> psutil.Process | None:
     "The training worker among our own descendants."
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "RayTrainWorker" in process.name() or any("RayTrainWorker" in part for part in process.cmdline()): return process
-        except psutil.Error: pass
-    return None
+    return next((p for p, name in running_below().items() if "RayTrainWorker" in name), None)
 
 
 def test_a_killed_worker_changes_nothing(ray_cluster, job, tmp_path):

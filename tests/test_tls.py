@@ -153,7 +153,7 @@ def test_what_ray_serve_writes_is_closed_whatever_stands_between_its_lines(pem):
 @pytest.mark.chaos
 @pytest.mark.ray
 @pytest.mark.xdist_group("serve")
-def test_real_clients_over_tls(diabetes, authority, stranger, tmp_path, capsys):
+def test_real_clients_over_tls(no_shared_cluster, diabetes, authority, stranger, tmp_path, capsys):
     "Through HAProxy: the same answers as `bundle.predict` over HTTPS and over gRPC with TLS, and nobody without it, or with another authority's word."
     import numpy as np
     import tritonclient.grpc as tritongrpc

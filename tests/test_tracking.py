@@ -11,6 +11,7 @@ import pytest
 from mlray.running.run import train
 from mlray.running.tracking import MemoryTracker, NullTracker, Trackers
 from mlray.values.settings import shipped
+from tests.conftest import running_below
 from tests.wandb_server import KEY, WandbServer
 
 BLOCK = 32768
@@ -94,8 +95,7 @@ class Watching(MemoryTracker):
     "Looks at the command lines of all our processes while a run is under way."
     def log(self, metrics, step):
         super().log(metrics, step)
-        ours = psutil.Process()
-        self.notes += [" ".join(p.cmdline()) for p in [ours, *ours.children(recursive=True)] if p.is_running()]
+        self.notes += [" ".join(psutil.Process().cmdline()), *running_below().values()]
         time.sleep(0.2) # long enough for a look at the machine
 
 
