@@ -9,6 +9,7 @@ from mlray.governance.policy import Approval, Candidate, Policy, Proof, counted,
 from mlray.judgement.gate import Finding, Verdict, judge
 from mlray.judgement.retrain import Attempt, Cause, Due, Evidence, causes, due
 from mlray.measures.score import Measure
+from mlray.serving.traffic import Choice, Rates, Traffic, choose, place
 from mlray.values.errors import SettingsError
 from mlray.values.rollout_policy import Retrain
 from mlray.values.spec import Rule, Waiver
@@ -195,3 +196,40 @@ def test_a_freeze_is_on_the_clock_of_its_zone_and_may_be_overridden():
     assert "nothing is let out in Fri 16:00..Mon 08:00 (Pacific/Auckland)" in refused(policy, hours=5) and refused(policy, hours=5, override=True) == "" and refused(policy, alias="staging", hours=5) == ""
     for wrong in ("2027-01-04..2026-12-20", "Fri..Mon", "Fry 16:00..Mon 08:00", "2026-13-01"):
         with pytest.raises(SettingsError, match="is not understood"): windows(wrong)
+
+
+# ---- who answers ----------------------------------------------------------------------------------------------------
+
+PEOPLE = [f"person {i}" for i in range(2000)]
+BOTH = Traffic("adult", "3", "4", 0.2, shadow="5", previous="2")
+
+
+def test_a_share_of_the_people_gets_the_canary_and_always_the_same_ones():
+    canary = {share: {p for p in PEOPLE if choose(replace(BOTH, share=share), p).arm == "canary"} for share in (0, 0.05, 0.2, 0.5, 1)}
+    assert [len(c) / len(PEOPLE) for c in canary.values()] == pytest.approx([0, 0.05, 0.2, 0.5, 1], abs=0.04) and not canary[0] and len(canary[1]) == len(PEOPLE)
+    assert canary[0.05] < canary[0.2] < canary[0.5], "who has it keeps it as the share grows"
+    other = {p for p in PEOPLE if choose(replace(BOTH, canary="6"), p).arm == "canary"}
+    assert len(other & canary[0.2]) / len(PEOPLE) == pytest.approx(0.04, abs=0.02), "the next canary meets other people"
+    assert not [p for p in PEOPLE if choose(replace(BOTH, canary=None), p).arm == "canary"] and all(0 <= place("adult/4", p) < 1 for p in PEOPLE)
+
+
+def test_the_edge_of_a_share_is_outside_of_it():
+    at = place("adult/4", "ada")
+    assert [choose(replace(BOTH, share=share), "ada").version for share in (math.nextafter(at, 0), at, math.nextafter(at, 1))] == ["3", "3", "4"]
+    for share in (-0.01, 1.01, math.nan):
+        with pytest.raises(ValueError, match="a share is a number from 0 to 1"): replace(BOTH, share=share)
+
+
+def test_who_answers_instead_and_who_listens_along():
+    assert choose(replace(BOTH, share=0.0), "ada") == Choice("3", "production", ("2",), "5") and choose(replace(BOTH, share=1.0), "ada") == Choice("4", "canary", ("3", "2"), "5")
+    assert choose(BOTH, "ada", "5") == Choice("5", "override"), "a tester wants to see it fail"
+    assert choose(replace(BOTH, share=0.0, shadow="3", previous=None), "ada") == Choice("3", "production"), "a version does not listen to itself"
+    assert choose(replace(BOTH, share=1.0, previous="3"), "ada").instead == ("3",) and BOTH.versions == ("3", "4", "5", "2") and replace(BOTH, shadow="3", previous=None).versions == ("3", "4")
+
+
+def test_a_key_may_ask_as_often_as_its_rate_and_saves_up_a_second():
+    rates = Rates(2)
+    assert [rates.wait("a", now) for now in (0.0, 0.0, 0.0, 0.25, 0.5, 0.5)] == [0, 0, 0.5, 0.25, 0, 0.5] and rates.wait("b", 0.0) == 0, "another's requests are another's"
+    assert [rates.wait("a", now) for now in (100, 100, 100)] == [0, 0, 0.5], "no more is saved up than the burst"
+    slow, free = Rates(0.125), Rates(None)
+    assert [slow.wait("a", now) for now in (0, 0, 7, 8)] == [0, 8, 1, 0] and not any(free.wait("a", 0) for _ in range(1000))
