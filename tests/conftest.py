@@ -36,6 +36,12 @@ def running_below(process: psutil.Process | None = None) -> dict[psutil.Process,
     return found
 
 
+def gone(process: psutil.Process) -> bool:
+    "Whether a process has ended, also where nobody has asked for how yet."
+    with suppress(psutil.NoSuchProcess): return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     "An environment of one's own."

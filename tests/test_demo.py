@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import free_port, running_below
+from tests.conftest import free_port, gone, running_below
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("serve")]
 MLRAY = str(Path(sys.executable).with_name("mlray"))
@@ -130,5 +130,5 @@ def test_it_goes_when_it_is_told_to(demo, url):
     demo[0].send_signal(signal.SIGTERM)
     assert demo[0].wait(60) == 0
     _, alive = psutil.wait_procs(family, timeout=20)
-    assert not [p.name() for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not [p for p in alive if not gone(p)]
     with pytest.raises(httpx.HTTPError): httpx.get(url + "/healthz", timeout=2)

@@ -203,7 +203,7 @@ def test_interrupted(project):
     for line in run.stderr:
         if "epoch 1 " in line: break
     run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=600)
     assert run.returncode == 130 and not out and "Traceback" not in err
     assert err.splitlines()[-1] == "mlray: stopped. The same command with --resume goes on from the last epoch that was kept."
 

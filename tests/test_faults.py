@@ -128,7 +128,7 @@ def reached(home: Path) -> int:
 
 
 def finished(process: subprocess.Popen) -> tuple[dict, str]:
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=600)
     assert process.returncode in (0, 1), err # 1: the verdict did not pass, which is not the matter here
     return json.loads(out), err
 

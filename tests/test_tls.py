@@ -114,7 +114,7 @@ def test_a_client_believes_whom_it_is_told_to(https, authority, stranger):
 def asked(url: str, *more: str, model: str = "m", row: str = "{}", **variables: str) -> subprocess.CompletedProcess[str]:
     "`mlray ask`, as somebody types it."
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLRAY_")} | {"MLRAY_API_KEY": "mlr_1_x"} | variables
-    return subprocess.run([sys.executable, "-c", "from mlray.cli import main; main()", "ask", model, row, "--url", url, "--json", *more], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", "from mlray.cli import main; main()", "ask", model, row, "--url", url, "--json", *more], env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_the_command_believes_whom_it_is_told_to(https, authority):

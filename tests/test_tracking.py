@@ -176,7 +176,7 @@ def test_a_run_in_a_notebook_shows_a_bar_in_its_cell(tmp_path):
     import nbformat
     page = tmp_path / "page.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in NOTEBOOK]), page)
-    subprocess.run([sys.executable, "-c", f"import nbformat, nbclient; page = {str(page)!r}; notebook = nbformat.read(page, 4); nbclient.NotebookClient(notebook, timeout=90, kernel_name='python3').execute(); nbformat.write(notebook, page)"], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", f"import nbformat, nbclient; page = {str(page)!r}; notebook = nbformat.read(page, 4); nbclient.NotebookClient(notebook, timeout=600, kernel_name='python3').execute(); nbformat.write(notebook, page)"], check=True, cwd=tmp_path)
     notebook = nbformat.read(page, 4)
     outputs = [c.outputs for c in notebook.cells]
     bar, trained, searched = (" ".join(str(o.get("data", o.get("text"))) for o in each) for each in outputs)
