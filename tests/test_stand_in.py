@@ -62,6 +62,7 @@ def test_a_stand_in_answers_until_the_next_one_does(proxy):
     os.kill(first, signal.SIGKILL)
     until(lambda: proxy.who() == "first") # the same configuration, another process
     standing = _standing(proxy.path)
+    assert standing
     before = psutil.Process(standing)
     assert not _said(proxy.path.with_name("admin.sock"), "show info") # Ray Serve still sees that its own is missing
     heard_nothing = proxy.start("nothing", routed=False)
