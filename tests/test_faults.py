@@ -47,7 +47,7 @@ def job(diabetes: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> Job:
     "Enough rows that an epoch takes a moment, in which one can be killed."
     root = tmp_path_factory.mktemp("job")
     small = with_train(make_job(diabetes, read_rows(diabetes, Settings(root=root, home=root))), epochs=EPOCHS, patience=EPOCHS, batch_size=64)
-    many = lambda rows: np.concatenate([rows] * 30)
+    many = lambda rows: np.concatenate([rows] * 8)
     return replace(small, rows=Matrix(*map(many, small.rows.tensors)), labels=many(small.labels))
 
 
