@@ -6,13 +6,17 @@ from datetime import UTC, date, datetime, timedelta
 import pytest
 
 from mlray.governance.policy import Approval, Candidate, Policy, Proof, counted, frozen, reasons, windows
+from mlray.judgement.drift import DriftReport
 from mlray.judgement.gate import Finding, Verdict, judge
 from mlray.judgement.retrain import Attempt, Cause, Due, Evidence, causes, due
 from mlray.measures.score import Measure
+from mlray.monitoring.alert import State, Told, advance
+from mlray.monitoring.monitor import Known, Watched
+from mlray.monitoring.windows import Window
 from mlray.serving.traffic import Choice, Rates, Traffic, choose, place
 from mlray.values.errors import SettingsError
 from mlray.values.rollout_policy import Retrain
-from mlray.values.spec import Rule, Waiver
+from mlray.values.spec import Alert, Rule, Waiver
 
 MAY = datetime(2026, 5, 1, tzinfo=UTC)
 
@@ -233,3 +237,52 @@ def test_a_key_may_ask_as_often_as_its_rate_and_saves_up_a_second():
     assert [rates.wait("a", now) for now in (100, 100, 100)] == [0, 0, 0.5], "no more is saved up than the burst"
     slow, free = Rates(0.125), Rates(None)
     assert [slow.wait("a", now) for now in (0, 0, 7, 8)] == [0, 8, 1, 0] and not any(free.wait("a", 0) for _ in range(1000))
+
+
+# ---- what is told ---------------------------------------------------------------------------------------------------
+
+ERRORS = Alert(metric="error_rate", at_most=0.02, clear=0.015, minimum=100)
+
+
+def looked(alert: Alert, *values: float | None, n: int = 1000, state: State | None = None) -> tuple[list[tuple[int, bool]], State, list[Told]]:
+    "What is said at each look, an hour apart: which look, and whether it begins; a value has an interval of a thousandth to each side."
+    states, said, told = {alert.measure: state} if state else {}, [], []
+    for hour, value in enumerate(values):
+        at, found = MAY + timedelta(hours=hour), {} if value is None else {alert.measure: Known(Measure(value, value - 0.001, value + 0.001), n)}
+        report = Watched("adult/3", at, at + timedelta(hours=1), Window("adult", "3", "production", 0, 3600), found, DriftReport((1, 1), ()), None, None, None, None, Verdict(()))
+        states, now = advance(states, [alert], report)
+        said += [(hour, t.begins) for t in now]
+        told += now
+    return said, states[alert.measure], told
+
+
+def test_an_alert_is_told_when_it_begins_and_when_it_is_over_and_never_between():
+    said, state, told = looked(ERRORS, 0.01, 0.1, 0.1, 0.018, 0.1, 0.01, 0.01, 0.1)
+    assert said == [(1, True), (5, False), (7, True)] and state.firing
+    assert [t.since[:13] for t in told] == ["2026-05-01T01", "2026-05-01T01", "2026-05-01T07"], "since it was last kept"
+    assert told[0].id == told[1].id != told[2].id and len(told[0].id) == 16 and "; it is over" in told[1].sentence and "since 2026-05-01T01:00" in told[0].sentence
+
+
+def test_what_is_broken_from_the_beginning_is_broken_since_then():
+    _, state, told = looked(ERRORS, 0.1, 0.1)
+    assert [t.since for t in told] == [MAY.isoformat()] and state.began == MAY.isoformat() and state.looks == 2
+
+
+def test_as_many_looks_in_a_row_as_are_asked_for():
+    twice = ERRORS.model_copy(update={"looks": 2})
+    assert looked(twice, 0.1, 0.01, 0.1, 0.018, 0.1)[0] == [], "what lies between is none of them"
+    said, state, told = looked(twice, 0.01, 0.1, 0.1, 0.018, 0.018)
+    assert said == [(2, True)] and state.firing and told[0].since[:13] == "2026-05-01T01" and state.began == told[0].since, "and does not end it, nor its beginning"
+    assert looked(twice, 0.1, 0.018, 0.1, 0.1)[0] == [(3, True)] and looked(twice, 0.1, 0.018, 0.1, 0.1)[2][0].since[:13] == "2026-05-01T02"
+
+
+def test_too_little_and_unmeasured_change_nothing():
+    said, state, _ = looked(ERRORS, 0.1, None, 0.1)
+    assert said == [(0, True)] and state.firing and looked(ERRORS, 0.1, n=99)[0] == [] and looked(ERRORS, 0.1, n=100)[0] == [(0, True)]
+    assert looked(ERRORS, 0.0205)[0] == [], "a bound that lies within the interval is not broken beyond doubt"
+
+
+def test_who_looks_again_at_the_same_windows_has_looked_once():
+    twice = ERRORS.model_copy(update={"looks": 2})
+    _, state, _ = looked(twice, 0.1)
+    assert looked(twice, 0.1, state=state)[0] == [] and looked(twice, 0.1, state=replace(state, seen=""))[0] == [(0, True)]
