@@ -2,8 +2,10 @@
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mlray.values.settings import Settings, shipped
@@ -13,10 +15,31 @@ DATA = Path(os.environ["MLRAY_DATA"]).resolve() if os.environ.get("MLRAY_DATA") 
 ROOT = Path(__file__).parents[1]
 
 
+_claims: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    "A TCP port of loopback that is given to no other test for as long as this process lives."
+    from mlray.engines.cluster_on_ray import free_port as unused
+    while True:
+        _claims.append(socket.socket(type=socket.SOCK_DGRAM))
+        with suppress(OSError):
+            _claims[-1].bind(("127.0.0.1", port := unused())) # its UDP twin: other tests, beside this one, see by it that it is taken
+            return port
+
+
+def running_below(process: psutil.Process | None = None) -> dict[psutil.Process, str]:
+    "What a process has started, and what that has, each with its name and command line; who goes meanwhile is left out."
+    found = {}
+    for one in (process or psutil.Process()).children(recursive=True):
+        with suppress(psutil.NoSuchProcess): found[one] = " ".join([one.name(), *one.cmdline()])
+    return found
+
+
+def gone(process: psutil.Process) -> bool:
+    "Whether a process has ended, also where nobody has asked for how yet."
+    with suppress(psutil.NoSuchProcess): return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 @pytest.fixture
@@ -42,10 +65,24 @@ def trained(tmp_path_factory, diabetes):
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    "One cluster for all tests of a process."
+def shared_cluster() -> Iterator[ExitStack]:
+    "What ends the cluster that tests share, while there is one."
+    with ExitStack() as up: yield up
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(shared_cluster: ExitStack) -> None:
+    "One cluster for all tests of a process, but those that want one of their own."
+    import ray
+
     from mlray.engines.cluster_on_ray import cluster
-    with cluster(Settings(object_store_mb=100)): yield
+    if not ray.is_initialized(): shared_cluster.enter_context(cluster(Settings(object_store_mb=100)))
+
+
+@pytest.fixture(scope="module")
+def no_shared_cluster(shared_cluster: ExitStack) -> None:
+    "For whoever starts another: a process can be in one. The one that is shared begins again when it is wanted."
+    shared_cluster.close()
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,13 @@ def pytest_addoption(parser):
     parser.getgroup("notebooks").addoption("--nb-pkg", action="store_true", help="run lessons against the exported package")
 
 
+def pytest_configure(config):
+    "What is true of any example is true on a busy machine: no example has a deadline, in tests and lessons alike."
+    from hypothesis import settings
+    settings.register_profile("mlray", deadline=None)
+    if not config.getoption("--hypothesis-profile", None): settings.load_profile("mlray")
+
+
 def pytest_collect_file(parent, file_path):
     if file_path.suffix != ".ipynb" or ".ipynb_checkpoints" in file_path.parts or (file_path.parent / ".notest").exists(): return None
     return NotebookFile.from_parent(parent, path=file_path)

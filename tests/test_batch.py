@@ -25,6 +25,7 @@ from mlray.serving.batch_run import in_process, predict_file
 from mlray.shipping.bundle import decide, predict
 from mlray.values.errors import DataError, RegistryError, Unavailable
 from mlray.values.settings import Settings
+from tests.conftest import running_below
 
 QUIET = type("Quiet", (), {"start": lambda *a, **k: None, "add": lambda *a, **k: None, "finish": lambda *a, **k: None})
 
@@ -210,8 +211,6 @@ def test_twenty_kills_leave_no_trace(trained, tmp_path):
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray")
 def test_on_ray_the_same_bytes_through_killed_workers(ray_cluster, trained, tmp_path, monkeypatch):
-    import psutil
-
     from mlray.engines.predict_on_ray import on_ray
     monkeypatch.setattr(pieces_of, "_MOST", 2000)
     rows, killed = written(pl.concat([spoilt(diabetes())] * 300), tmp_path / "rows.csv"), list[int]()
@@ -220,7 +219,7 @@ def test_on_ray_the_same_bytes_through_killed_workers(ray_cluster, trained, tmp_
         for i, one in enumerate(on_ray(work, pieces)):
             yield one
             if i % 16 == 3:
-                workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::MapBatch")]
+                workers = [p for p, name in running_below().items() if name.startswith("ray::MapBatch")]
                 for p in workers[:1]:
                     os.kill(p.pid, signal.SIGKILL)
                     killed.append(p.pid)

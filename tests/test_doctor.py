@@ -137,7 +137,7 @@ def test_what_mlray_makes_is_nobody_elses(tmp_path):
 
 def test_the_command(tmp_path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLRAY_", "RAY_"))} | {"HOME": str(tmp_path)}
-    said = subprocess.run([MLRAY, "doctor", "--json"], cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=120)
+    said = subprocess.run([MLRAY, "doctor", "--json"], cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=600)
     found = json.loads(said.stdout)
     assert said.returncode == (1 if found["grave"] else 0), said.stderr
     assert not {"package", "python", "proxy", "home", "registry", "secret"} & {c["what"] for c in found["complaints"]}, found

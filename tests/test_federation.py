@@ -1,13 +1,10 @@
 """Rows stay with their holders: what leaves is counted here, and what comes of it is as good as from all rows together."""
 import json
-import os
-import signal
 import threading
 from dataclasses import asdict
 
 import numpy as np
 import polars as pl
-import psutil
 import pytest
 import yaml
 
@@ -20,6 +17,7 @@ from mlray.running.run import train
 from mlray.sources.rows import check_sources, read_rows
 from mlray.values.errors import DataError, SpecError
 from mlray.values.spec import parse_spec
+from tests.conftest import running_below
 
 CANARY_WORD, CANARY_NUMBER = "Zanzibar-7719", 83_461.75
 
@@ -156,10 +154,9 @@ def test_apart_is_as_good_as_together(ray_cluster, folder, settings):
             super().log(metrics, step)
             if step == 3: threading.Thread(target=self.kill).start()
         def kill(self):
-            for process in psutil.Process().children(recursive=True):
-                if "Holder" in " ".join(process.cmdline()) and not killed:
-                    killed.append(process.pid)
-                    os.kill(process.pid, signal.SIGKILL)
+            holder = next(p for p, name in running_below().items() if "Holder" in name)
+            holder.kill()
+            killed.append(holder.pid)
     hurt = federate(spec_of(folder), settings, Killer())
     assert killed, "nobody was killed, so nothing was shown"
     registry = open_registry(settings)

@@ -31,7 +31,7 @@ def loans(folder: Path, rows: int = 400) -> Path:
     return path
 
 
-def run(folder: Path, *command: str, timeout: float = 300) -> subprocess.CompletedProcess:
+def run(folder: Path, *command: str, timeout: float = 600) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if k not in ("MLRAY_HOME", "MLRAY_ENV")}
     return subprocess.run(command, cwd=folder, env=clean | {"MLRAY_TRACKING": "disabled"}, capture_output=True, text=True, timeout=timeout)
 

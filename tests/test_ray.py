@@ -13,7 +13,7 @@ from mlray.running.run import LocalBackend, make_job, train
 from mlray.sources.rows import read_rows
 from mlray.values.settings import shipped
 from mlray.values.spec import read_spec
-from tests.conftest import adult_data
+from tests.conftest import adult_data, gone, running_below
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
@@ -82,11 +82,7 @@ def test_folds_are_fitted_side_by_side_to_the_same_bits_and_through_a_death(ray_
 
 def worker_process() -> psutil.Process | None:
     "The training worker among our own descendants."
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "RayTrainWorker" in process.name() or any("RayTrainWorker" in part for part in process.cmdline()): return process
-        except psutil.Error: pass
-    return None
+    return next((p for p, name in running_below().items() if "RayTrainWorker" in name), None)
 
 
 def test_a_killed_worker_changes_nothing(ray_cluster, job, tmp_path):
@@ -133,8 +129,8 @@ def test_who_stops_listening_ends_the_workers(ray_cluster, job, tmp_path):
     training.close()
     assert cores_free(5) and not [p for p in placement_group_table().values() if p["state"] != "REMOVED"]
     until = time.monotonic() + 10
-    while busy.is_running() and busy.status() != psutil.STATUS_ZOMBIE and time.monotonic() < until: time.sleep(0.1)
-    assert not busy.is_running() or busy.status() == psutil.STATUS_ZOMBIE
+    while not gone(busy) and time.monotonic() < until: time.sleep(0.1)
+    assert gone(busy)
 
 
 def test_an_error_on_a_worker_is_a_letter(ray_cluster, job, tmp_path):
@@ -197,4 +193,4 @@ def test_a_ray_that_starts_too_slowly_is_a_letter_and_leaves_nothing(tmp_path):
     finally:
         held.set()
         thread.join()
-    assert not [p for p in set(psutil.Process().children()) - before if p.name() in ("raylet", "gcs_server") and p.status() != psutil.STATUS_ZOMBIE]
+    assert not [p for p in set(psutil.Process().children()) - before if not gone(p) and p.name() in ("raylet", "gcs_server")]

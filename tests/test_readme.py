@@ -62,7 +62,7 @@ def test_in_a_notebook(tmp_path, monkeypatch):
 
 def test_a_first_run(tmp_path):
     line = next(words for block in blocks("sh") for words in commands(block) if words == ["train", "configs/wine.yaml"])
-    done = subprocess.run([MLRAY, *line], cwd=ROOT, env=os.environ | {"MLRAY_HOME": str(tmp_path), "MLRAY_TRACKING": "disabled"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([MLRAY, *line], cwd=ROOT, env=os.environ | {"MLRAY_HOME": str(tmp_path), "MLRAY_TRACKING": "disabled"}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "wine/1" in done.stdout, done.stderr
 
 

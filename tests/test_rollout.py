@@ -9,7 +9,7 @@ from scipy.special import betaln, xlogy
 
 from mlray.judgement.arm import EDGES, Arm, Evidence, Mean, latencies, mean_of
 from mlray.judgement.mixture import difference, interval
-from mlray.judgement.rollout import Decision, Hold, Promote, RollBack, decide, decision_from
+from mlray.judgement.rollout import Decision, Finding, Hold, Promote, RollBack, decide, decision_from
 from mlray.measures.counts import confusion, tabulated
 from mlray.measures.fairness import gaps
 from mlray.values.errors import DataError, SpecError
@@ -274,6 +274,25 @@ def test_rules_about_groups(rule, verdict):
 def test_groups_that_cannot_be_judged_hold_the_rollout(canary, says):
     decision = decide(Evidence(0.05, arm(20_000, 50, counts=canary), arm(380_000, 1000)), POLICY, FAIR)
     assert isinstance(decision, Hold) and says in decision.why and decision.findings[-1].verdict == "too little"
+
+
+def test_as_many_groups_are_judged_as_alpha_is_shared_among():
+    many = lambda n: tabulated(("sex",), {(str(i),): (450, 50, 50, 450) for i in range(n)})
+    said = lambda ours, theirs, rule: decide(Evidence(0.05, arm(20_000, 50, counts=many(ours)), arm(380_000, 1000, counts=many(theirs))), POLICY, [rule]).findings[-1]
+    alone, beside = (Rule(metric="equal_opportunity_difference", by=("sex",), **p) for p in ({"at_most": 0.9}, {"within": 0.9}))
+    assert [said(n, 2, alone).verdict for n in (1, 2, 16, 17)] == ["too little", "within", "within", "too little"]
+    assert [said(2, n, beside).verdict for n in (1, 2, 16, 17)] == ["too little", "within", "within", "too little"] and "17 groups" in said(2, 17, beside).why
+    nobody = decide(Evidence(0.05, arm(20_000), arm(380_000, counts=many(2))), POLICY, [alone]).findings[-1]
+    assert (nobody.low, nobody.high, nobody.canary, nobody.verdict) == (0, 1, None, "too little"), "without a row a gap may be any"
+
+
+@pytest.mark.parametrize(("demand", "enough"), [("better", {"better"}), ("within", {"better", "within"}), ("not worse", {"better", "within", "undecided"})])
+def test_what_is_demanded_and_what_nothing_live_can_tell(demand, enough):
+    verdicts = ("better", "within", "undecided", "worse", "too little", "not judged")
+    assert {v for v in verdicts if Finding("mean", "x", None, None, -1, 1, 0, v, demand, "").met} == enough | {"not judged"}, "who cannot be told of is waited for by nobody"
+
+
+def test_a_mean_is_its_sum_over_its_number(): assert Mean(1.0, 4).value == 0.25 and np.isnan(Mean().value) and (Mean(1, 4) + Mean(2, 4)).value == 0.375 and mean_of([0.25, 1]).value == 0.625
 
 
 @pytest.mark.parametrize("rule", [Rule(metric="roc_auc", by=("sex",), at_least=0.5), Rule(metric="accuracy_difference", by=("sex",), at_least=0.5), Rule(metric="accuracy_ratio", by=("sex",), at_most=0.5)])

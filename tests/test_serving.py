@@ -8,7 +8,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 
@@ -16,7 +15,6 @@ import grpc
 import httpx
 import numpy as np
 import polars as pl
-import psutil
 import pytest
 import tritonclient.grpc as tritongrpc
 import tritonclient.http as triton
@@ -39,7 +37,7 @@ from mlray.serving.wire import Refused
 from mlray.shipping.bundle import Bundle, predict
 from mlray.values.settings import Settings, shipped
 from mlray.values.spec import Rule, read_spec
-from tests.conftest import free_port
+from tests.conftest import free_port, running_below
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("serve")]
 ROWS = 10_000
@@ -68,7 +66,7 @@ def registered(settings: Settings, name: str, seed: int, *more: str) -> Version:
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory):
+def stack(no_shared_cluster, tmp_path_factory):
     "Two models: diabetes with three versions, in the gateway; `distant` in predictors of its own."
     from mlray.engines.cluster_on_ray import cluster
     root = tmp_path_factory.mktemp("serving")
@@ -440,9 +438,8 @@ def test_the_client(stack, rows):
 
 def kill(deployment: str) -> None:
     "The replicas of a deployment, with -9."
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if process.name().startswith("ray::Serve") and f":{deployment}" in " ".join(process.cmdline()): process.kill()
+    for process, name in running_below().items():
+        if name.startswith("ray::Serve") and f":{deployment}" in name: process.kill()
 
 
 @pytest.mark.chaos

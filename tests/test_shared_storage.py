@@ -28,6 +28,7 @@ from mlray.values.recipe import Train
 from mlray.values.settings import Settings, shipped
 from mlray.values.spec import RunSpec
 from tests import buckets
+from tests.conftest import running_below
 from tests.test_federation import made as customers, spec_of as holders_of
 from tests.test_stream import SPEC as LOANS, table as rows_that_pass_by
 
@@ -482,7 +483,7 @@ def test_workers_of_ray_write_into_a_bucket_and_may_be_killed(s3, trained, tmp_p
     wanted = 3
     while process.poll() is None:
         if noted() >= wanted:
-            for p in [p for p in psutil.Process(process.pid).children(recursive=True) if p.name().startswith("ray::MapBatch")][:1]:
+            for p in [p for p, name in running_below(psutil.Process(process.pid)).items() if name.startswith("ray::MapBatch")][:1]:
                 p.kill()
                 killed.append(p.pid)
                 wanted += 40

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from mlray.engines.haproxy import _said, _standing
-from tests.conftest import free_port
+from tests.conftest import free_port, gone
 
 MANAGER = "import json, subprocess, sys\nfor line in sys.stdin: print(subprocess.Popen([sys.executable, '-c', 'from mlray.engines.haproxy import main; main()', *json.loads(line)]).pid, flush=True)"
 NODE = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {MANAGER!r}]).wait()\ntime.sleep(600)" # all ends with it, as with a raylet
@@ -62,12 +62,14 @@ def test_a_stand_in_answers_until_the_next_one_does(proxy):
     os.kill(first, signal.SIGKILL)
     until(lambda: proxy.who() == "first") # the same configuration, another process
     standing = _standing(proxy.path)
-    assert standing and not _said(proxy.path.with_name("admin.sock"), "show info") # Ray Serve still sees that its own is missing
+    assert standing
+    before = psutil.Process(standing)
+    assert not _said(proxy.path.with_name("admin.sock"), "show info") # Ray Serve still sees that its own is missing
     heard_nothing = proxy.start("nothing", routed=False)
     assert proxy.who() == "first" and _standing(proxy.path) == standing # knows of no replicas yet, so nobody is sent there
     second = proxy.start("second", "-sf", str(heard_nothing), "-x", str(proxy.path.with_name("admin.sock")))
     until(lambda: proxy.who() == "second")
-    until(lambda: not psutil.pid_exists(standing) or psutil.Process(standing).status() == psutil.STATUS_ZOMBIE)
+    until(lambda: gone(before))
     third = proxy.start("third", "-sf", str(second), "-x", str(proxy.path.with_name("admin.sock"))) # as at any other time
     until(lambda: proxy.who() == "third")
     os.kill(third, signal.SIGKILL) # and once more
@@ -82,7 +84,7 @@ def test_a_stand_in_answers_when_who_started_haproxy_is_killed(proxy):
     until(lambda: proxy.who() == "first")
     (manager,) = [p for p in psutil.Process(proxy.node.pid).children() if p.pid != pid]
     manager.kill()
-    until(lambda: not manager.is_running() or manager.status() == psutil.STATUS_ZOMBIE)
+    until(lambda: gone(manager))
     os.kill(pid, signal.SIGKILL)
     until(lambda: proxy.who() == "first")
     assert _standing(proxy.path)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import psutil
 import pytest
 from safetensors.numpy import load
 
@@ -20,6 +19,7 @@ from mlray.running.run import LocalBackend, make_job, train
 from mlray.sources.rows import read_rows
 from mlray.values.errors import ContractError, SpecError
 from mlray.values.spec import RunSpec, parse_spec, read_spec
+from tests.conftest import running_below
 from tests.test_ray import same
 
 SPEC = """
@@ -110,10 +110,9 @@ def test_a_streamed_run_outlives_its_workers(ray_cluster, spec, settings):
     undisturbed = list(LocalBackend().train(windows, "windows", settings.home))[-1]
 
     def kill() -> None:
-        for process in psutil.Process().children(recursive=True):
-            if not killed and "RayTrainWorker" in process.name():
-                os.kill(process.pid, signal.SIGKILL)
-                killed.append(process.pid)
+        worker = next(p for p, name in running_below().items() if "RayTrainWorker" in name)
+        worker.kill()
+        killed.append(worker.pid)
     for epoch in RayBackend(1).train(windows, "killed", settings.home, note=notes.append):
         if epoch.number == 2: threading.Thread(target=kill).start()
     assert killed and any("a worker was lost" in n for n in notes) and same(epoch.state.now, undisturbed.state.now)

@@ -114,7 +114,7 @@ def test_a_client_believes_whom_it_is_told_to(https, authority, stranger):
 def asked(url: str, *more: str, model: str = "m", row: str = "{}", **variables: str) -> subprocess.CompletedProcess[str]:
     "`mlray ask`, as somebody types it."
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLRAY_")} | {"MLRAY_API_KEY": "mlr_1_x"} | variables
-    return subprocess.run([sys.executable, "-c", "from mlray.cli import main; main()", "ask", model, row, "--url", url, "--json", *more], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", "from mlray.cli import main; main()", "ask", model, row, "--url", url, "--json", *more], env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_the_command_believes_whom_it_is_told_to(https, authority):
@@ -153,7 +153,7 @@ def test_what_ray_serve_writes_is_closed_whatever_stands_between_its_lines(pem):
 @pytest.mark.chaos
 @pytest.mark.ray
 @pytest.mark.xdist_group("serve")
-def test_real_clients_over_tls(diabetes, authority, stranger, tmp_path, capsys):
+def test_real_clients_over_tls(no_shared_cluster, diabetes, authority, stranger, tmp_path, capsys):
     "Through HAProxy: the same answers as `bundle.predict` over HTTPS and over gRPC with TLS, and nobody without it, or with another authority's word."
     import numpy as np
     import tritonclient.grpc as tritongrpc

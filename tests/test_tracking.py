@@ -11,6 +11,7 @@ import pytest
 from mlray.running.run import train
 from mlray.running.tracking import MemoryTracker, NullTracker, Trackers
 from mlray.values.settings import shipped
+from tests.conftest import running_below
 from tests.wandb_server import KEY, WandbServer
 
 BLOCK = 32768
@@ -94,8 +95,7 @@ class Watching(MemoryTracker):
     "Looks at the command lines of all our processes while a run is under way."
     def log(self, metrics, step):
         super().log(metrics, step)
-        ours = psutil.Process()
-        self.notes += [" ".join(p.cmdline()) for p in [ours, *ours.children(recursive=True)] if p.is_running()]
+        self.notes += [" ".join(psutil.Process().cmdline()), *running_below().values()]
         time.sleep(0.2) # long enough for a look at the machine
 
 
@@ -176,7 +176,7 @@ def test_a_run_in_a_notebook_shows_a_bar_in_its_cell(tmp_path):
     import nbformat
     page = tmp_path / "page.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in NOTEBOOK]), page)
-    subprocess.run([sys.executable, "-c", f"import nbformat, nbclient; page = {str(page)!r}; notebook = nbformat.read(page, 4); nbclient.NotebookClient(notebook, timeout=90, kernel_name='python3').execute(); nbformat.write(notebook, page)"], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", f"import nbformat, nbclient; page = {str(page)!r}; notebook = nbformat.read(page, 4); nbclient.NotebookClient(notebook, timeout=600, kernel_name='python3').execute(); nbformat.write(notebook, page)"], check=True, cwd=tmp_path)
     notebook = nbformat.read(page, 4)
     outputs = [c.outputs for c in notebook.cells]
     bar, trained, searched = (" ".join(str(o.get("data", o.get("text"))) for o in each) for each in outputs)

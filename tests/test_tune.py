@@ -56,7 +56,7 @@ def test_a_path_that_does_not_exist(project):
     folder, start = project
     (folder / "s.yaml").write_text(DIABETES + SEARCH.replace("train.learning_rate", "train.learning_rat"))
     run = start("tune", "s.yaml")
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=600)
     assert run.returncode == 2 and not out and "Traceback" not in err
     assert err.startswith("mlray: ") and "Did you mean 'train.learning_rate'?" in err and not (folder / ".mlray").exists()
 
@@ -65,7 +65,7 @@ def test_a_spec_without_a_search(project):
     folder, start = project
     (folder / "s.yaml").write_text(DIABETES)
     run = start("tune", "s.yaml")
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=600)
     assert run.returncode == 2 and "no `search`" in err and not (folder / ".mlray").exists()
 
 
@@ -307,7 +307,7 @@ def test_an_untouched_version_is_reproduced(project):
     _, start = project
     start("train", "s.yaml", "train.epochs=3").communicate()
     run = start("reproduce", "diabetes/1", "--json")
-    said = json.loads(run.communicate(timeout=120)[0])
+    said = json.loads(run.communicate(timeout=600)[0])
     assert run.returncode == 0 and said["identical"] and said["differences"] == [] and said["weights"]["then"] == said["weights"]["now"]
     assert start("reproduce", "diabetes/2").wait() == 2
 
@@ -322,7 +322,7 @@ def test_changed_rows_are_named(project):
     start("train", "s.yaml", "train.epochs=3").communicate()
     diabetes().tail(400).write_csv(folder / "rows.csv")
     run = start("reproduce", "diabetes/1", "--json")
-    said = json.loads(run.communicate(timeout=120)[0])
+    said = json.loads(run.communicate(timeout=600)[0])
     assert run.returncode == 1 and not said["identical"] and {d["what"] for d in said["differences"]} == {"training rows", "validation rows", "test rows"}
 
 

@@ -11,6 +11,7 @@ __all__ = ['free_port', 'serve_environment', 'letter_in', 'ray_data', 'cluster']
 # %% ../../nbs/10_engines/01_cluster_on_ray.ipynb #a87d6c6e
 import logging
 import os
+import random
 import shutil
 import socket
 import ssl
@@ -28,10 +29,12 @@ from ..values.settings import Settings
 
 # %% ../../nbs/10_engines/01_cluster_on_ray.ipynb #68feb040
 def free_port() -> int:
-    "A TCP port of loopback that nobody listens on now."
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    "A TCP port of loopback that nobody listens on now; none of those that the kernel hands out, of which any connection may be given one until a server listens there."
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 100): # below those of Serve's replicas
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise Unavailable("No port of 127.0.0.1 from 20000 to 29999 seems to be free. See who listens there: `ss -ltnp`.")
 
 
 def serve_environment() -> dict[str, str]:
@@ -92,8 +95,12 @@ def _in_front(settings: Settings) -> dict[str, str]:
 
 
 def _workers() -> list[psutil.Process]:
-    "The processes of Ray that this one started."
-    return [p for child in psutil.Process().children() if child.name() == "raylet" for p in (*child.children(recursive=True), child)]
+    "The processes of Ray that this one started; who goes while they are counted is none of them."
+    found = list[psutil.Process]()
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.name() == "raylet": found += [*child.children(recursive=True), child]
+    return found
 
 
 def _see_off(processes: Sequence[psutil.Process], patience_s: float = 5) -> None:
