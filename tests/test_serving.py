@@ -298,7 +298,8 @@ def test_metadata_says_what_infer_takes(stack):
     assert [i["name"] for i in told["inputs"]] == list(stack.bundle.contract.features) and told["platform"] == "onnx_onnxv1" and "1" in told["versions"]
     assert stack.ask("GET", "/v2/models/diabetes/ready").json()["ready"] and stack.ask("GET", "/v2/models/diabetes/versions/99/ready").status_code == 404
     assert stack.ask("GET", "/v1/models").json() == {"models": ["diabetes", "distant"]} and stack.ask("GET", "/v2").json()["name"] == "mlray"
-    assert stack.ask("GET", "/v1/models/diabetes/card").json()["error"] == "no_card"
+    card = stack.ask("GET", "/v1/models/diabetes/card", "viewer")
+    assert card.headers["content-type"].startswith("text/markdown") and "# Model card: diabetes/1" in card.text, "as the registry has it now"
 
 
 def test_explanations_come_with_the_predictions(stack, rows):
