@@ -641,6 +641,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mlray.engines.haproxy._gone': ('10_engines/haproxy.html#_gone', 'mlray/engines/haproxy.py'),
                                        'mlray.engines.haproxy._in_place_of': ( '10_engines/haproxy.html#_in_place_of',
                                                                                'mlray/engines/haproxy.py'),
+                                       'mlray.engines.haproxy._letter': ('10_engines/haproxy.html#_letter', 'mlray/engines/haproxy.py'),
                                        'mlray.engines.haproxy._parent': ('10_engines/haproxy.html#_parent', 'mlray/engines/haproxy.py'),
                                        'mlray.engines.haproxy._pem': ('10_engines/haproxy.html#_pem', 'mlray/engines/haproxy.py'),
                                        'mlray.engines.haproxy._said': ('10_engines/haproxy.html#_said', 'mlray/engines/haproxy.py'),

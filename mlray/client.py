@@ -76,7 +76,7 @@ class Overloaded(Unavailable, ServiceError): "A service that could not answer in
 
 _ERRORS: Mapping[int, type[ServiceError]] = {401: NotAllowed, 403: NotAllowed, 404: NotFound, 400: BrokenContract, 413: BrokenContract, 415: BrokenContract, 422: BrokenContract}
 ARROW = "application/vnd.apache.arrow.stream"
-_AGAIN = frozenset({429, 500, 502, 503, 504})
+_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 
 
 def _is_starting(response: httpx.Response) -> bool: return response.status_code == 404 and "/-/routes" in response.text # the words of Ray Serve's proxy before it knows of a route

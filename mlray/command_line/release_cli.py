@@ -97,14 +97,15 @@ def begin_rollout(registry: "Registry", found: "Version", once: str | None = Non
 def rollback(name: Annotated[str, typer.Argument(help="A model.")], alias: Annotated[str, typer.Argument(help="What to take back.")] = "production",
              remove: Annotated[str | None, typer.Option("--remove", metavar="WHY", help="Take the alias away altogether, such as a canary that was let out by hand; not production.")] = None, once: Once = None, env: Env = None, as_json: Json = False) -> None:
     "Point an alias at what it pointed at before; again, and it goes one further."
-    from mlray.governance.registry import doubts, generation, open_registry, remove as take_away, rollback as back
+    from mlray.governance.registry import doubts, generation, open_registry, remove as take_away, rollback as back, versions
     registry = open_registry(settings_of(env))
     if remove is not None:
         gone = take_away(registry, name, alias, remove, once)
         return shown(as_json, {"version": str(gone), "alias": None, "removed": alias, "why": remove}, f"{name}@{alias} is taken away; it was {gone}")
+    before = {a: str(v) for v in versions(registry, name) for a in v.aliases}
     found, new = back(registry, name, alias, generation(registry, name, alias), once)
-    unsure = doubts(registry, found, alias)
-    shown(as_json, {"version": str(found), "alias": alias, "generation": new, "unsigned": unsure}, f"{name}@{alias} is {found} again (generation {new})", *(f"without a signature that counts: {why}" for why in unsure))
+    unsure, ended = doubts(registry, found, alias), sorted(set(before) - {a for v in versions(registry, name) for a in v.aliases})
+    shown(as_json, {"version": str(found), "alias": alias, "generation": new, "unsigned": unsure, "removed": ended}, f"{name}@{alias} is {found} again (generation {new})", *(f"{name}@{a} is taken away; it was {before[a]}, too" for a in ended), *(f"without a signature that counts: {why}" for why in unsure))
 
 
 @release_app.command()

@@ -24,7 +24,7 @@ from .database import ALIASES, APPROVALS, ENVIRONMENTS, EVIDENCE, MOVES, VERSION
 from .deed import Ask, Deed
 from .opened import Registry, add_key, keys, open_registry, revoke_key
 from .policy import Policy, frozen, gates_for, reasons
-from .standing import ALIAS, candidate_for, held_by, kept_as, move, said_as, served, take_away
+from .standing import ALIAS, candidate_for, held_by, in_region, kept_as, move, said_as, served, take_away
 from .statement import Conditions, bundle_statement, gate_statement
 from ..judgement.gate import Verdict
 from ..shipping.bundle import Bundle, digests_of, load_bundle
@@ -223,7 +223,7 @@ def rollback(
     expect: int | None = None,  # the generation the caller saw; None: whatever it is
     once: str | None = None,    # a key with which it is done once, however often it is asked for
 ) -> tuple[Version, int]: # what the alias points at now, and its new generation
-    "Point an alias at what it pointed at before. Raises `RegistryError` when there is nothing before."
+    "Point an alias at what it pointed at before; what is taken out of production is no canary any more, either. Raises `RegistryError` when there is nothing before."
     alias = kept_as(alias, registry.region)
     said = said_as(alias, registry.region)
 
@@ -240,6 +240,9 @@ def rollback(
         doubts = unsigned(c, registry.attestor, name, rows[to.number].digest, gates_for(registry.policy, alias, None)) if registry.policy.signature else [] # it was let out once, and goes back all the same
         new, under = move(c, name, to.number, alias, expect, to.under, back=True)
         deed.log("rollback", f"{name}/{to.number}", alias=alias, generation=new, under=under, before=here.number, digest=rows[to.number].digest, **({"unsigned": doubts} if doubts else {}))
+        if alias == kept_as("production", registry.region) and take_away(c, name, kept_as("canary", registry.region), here.number):
+            deed.log("traffic", in_region(name, registry.region), canary=0.0)
+            deed.log("remove", f"{name}/{here.number}", alias=kept_as("canary", registry.region), why="what is taken out of production goes on answering nobody")
         return {"number": to.number, "generation": new}
 
     done = registry.act(Ask("model:rollback", f"{name}@{alias}", name, once=once), do)

@@ -58,7 +58,7 @@ def broken(column, value):
     if kind == "boolean" and not isinstance(value, bool): return "type"
 @ARRAYS_BROKEN@    if low is not None and value < low: return "min"
     if high is not None and value > high: return "max"
-    if column["pattern"] is not None and (value.endswith("\n") or not re.search(f"^(?:{column['pattern']})$", value)): return "pattern"
+    if column["pattern"] is not None and (value.endswith("\\n") or not re.search(f"^(?:{column['pattern']})$", value)): return "pattern"
     return "values" if column["values"] and value not in column["values"] else None
 
 

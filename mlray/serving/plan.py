@@ -75,6 +75,7 @@ def _traffic(c: Connection, reference: str, region: str) -> Traffic:
     name, slash, number = reference.partition("/")
     if slash: return Traffic(name, number)
     at = {said_as(r.alias, region): str(r.number) for r in c.execute(ALIASES.select().where(ALIASES.c.name == name))}
+    if at.get("canary") == at.get("production"): at.pop("canary", None) # it answers everybody
     if "production" not in at: raise RegistryError(f"There is no {name}@{kept_as('production', region)} to serve. Promote a version first: `mlray promote {name}/1`.")
     retired = {str(r.number) for r in c.execute(VERSIONS.select().where(VERSIONS.c.name == name)) if r.retired}
     past = {r.generation: r for r in c.execute(MOVES.select().where(MOVES.c.name == name, MOVES.c.alias == kept_as("production", region)))}
