@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,7 +145,7 @@ def tune_run(spec: "RunSpec", settings: "Settings", on: str, quiet: "bool | Trac
         from mlray.engines.train_on_ray import RayBackend
         from mlray.engines.tune_on_ray import tune
         from mlray.running.tuned import told_trials
-        each = replace(RayBackend.of(settings), workers=spec.search.workers, workers_min=None, checkpoints="") if spec.search.workers > 1 else None
+        each = RayBackend.of(settings.model_copy(update={"workers": spec.search.workers, "workers_min": None, "checkpoints": ""})) if spec.search.workers > 1 else None
         say: Callable[[str], None] = lambda text: None if seen else stderr().print(f"  {text}", markup=False)
         return tune(spec, settings, backend, tracker_of(settings, quiet), say=say, each=each, seen=seen or (told_trials(_at_once) if os.environ.get("MLRAY_TOLD") else lambda trials, most: None))
 

@@ -11,7 +11,7 @@ __all__ = ['RayBackend']
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #f7a4d46a
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,13 +28,12 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2.api.exceptions import PreemptionError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
 from .cluster_on_ray import letter_in
-from .nodes_on_ray import Node, leaving, nodes_of
+from .nodes_on_ray import Node, Places, counted, elsewhere, leaving, nodes_of, room
 from ..learning.folds import epochs_of
 from ..learning.model import Epoch, Job, State, dump_state, load_state, replayed
 from ..running.checkpoints import Checkpoints
@@ -116,20 +115,20 @@ class _Growing:
 
     def __init__(self, missing: int, each: dict[str, float], without: Sequence[Node], every_s: float):
         self.missing, self.each, self.without, self.every_s = missing, each, without, every_s
-        self.began, self.places = time.monotonic(), dict[ray.ObjectRef, PlacementGroup]()
+        self.began = time.monotonic()
+        self.places: Places | None = None
 
     def more(self, epochs: int, left: int) -> int: # done by this team, and to go → how many may join; 0: none
         "Places that there are, of those that are asked for from the first look on; who gives this team up asks for none."
         taken = time.monotonic() - self.began
         if not _looks(taken, left * taken / epochs, self.every_s): return self._leave()
-        if first := not self.places: self.places = _places(self.missing, self.each, self.without)
-        found = _ready(self.places, 1 if first else 0)
-        if found: self._leave()
-        return found
+        patience_s = 0 if self.places else 1
+        self.places = self.places or Places(self.missing, self.each, self.without)
+        return found + self._leave() if (found := self.places.found(patience_s)) else 0
 
     def _leave(self) -> int:
-        for place in self.places.values(): remove_placement_group(place)
-        self.places = {}
+        if self.places: self.places.leave()
+        self.places = None
         return 0
 
 
@@ -225,40 +224,14 @@ class _Attempt:
 _PATIENCE = 20 # seconds for an orderly end
 
 # %% ../../nbs/10_engines/05_train_on_ray.ipynb #7937755e
-def _elsewhere(without: Sequence[Node]) -> dict[str, str] | None: return {"ray.io/node-id": f"!in({','.join(n.id for n in without)})"} if without else None
-
-
-def _places(count: int, each: dict[str, float], without: Sequence[Node]) -> dict[ray.ObjectRef, PlacementGroup]: # by what is ready when the place is
-    "Ask for a place for each; they end with who asked."
-    there = _elsewhere(without)
-    return {place.ready(): place for place in (placement_group([each], bundle_label_selector=[there] if there else None) for _ in range(count))}
-
-
-def _ready(places: Mapping[ray.ObjectRef, PlacementGroup], patience_s: float) -> int: return len(ray.wait(list(places), num_returns=len(places), timeout=patience_s)[0]) # of them there are so many
-
-
-def _room(most: int, least: int, each: dict[str, float], without: Sequence[Node] = (), patience_s: float = 5) -> int: # 0: not for so few
-    "For how many workers there is room now, by reserving a place for each."
-    places = _places(most, each, without)
-    try: found = _ready(places, patience_s)
-    finally:
-        for place in places.values(): remove_placement_group(place)
-    return found if found >= least else 0
-
-
-def _counted(each: dict[str, float]) -> int:
-    "For how many workers there would be room on the nodes that stay, if nothing else ran there: what Ray Train goes by."
-    gone = leaving()
-    return sum(int(min(node["Resources"].get(what, 0) // much for what, much in each.items())) for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone)
-
 def _team(most: int, least: int, each: dict[str, float], without: Sequence[Node], note: Note) -> int | tuple[int, int]: # how many workers may be asked for now
     "What there is room for, beside all else that runs there. Raises `Unavailable` where only nodes with a full disk are left."
     if without: note(f"there is no room on the disk of {', '.join(n.name for n in without)}: no worker is put there")
     if least == most and not without: return most
-    counted = _counted(each)
-    found = _room(min(most, counted), least, each, without)
+    most_of_all = counted(each)
+    found = room(min(most, most_of_all), least, each, without)
     if without and not found: raise Unavailable(f"There is no room on the disk of {', '.join(n.name for n in without)}, and elsewhere there is none for {least} worker{'s' * (least > 1)}. Make room there (`mlray doctor` says where), or ask for fewer with `workers`; then go on with `mlray train … --resume`.")
-    if 0 < found < counted: most = found # where nothing else runs, Ray Train finds as many by itself
+    if 0 < found < most_of_all: most = found # where nothing else runs, Ray Train finds as many by itself
     return (least, most) if least < most else most
 
 
@@ -290,7 +263,7 @@ class RayBackend:
         config = {"job": job, "news": news, "folder": str(kept.folder), "url": self.checkpoints, "workers": self.workers, "each": self._each(), "without": without, "grow_every_s": self.grow_every_s}
         return TorchTrainer(
             _work, train_loop_config=config, torch_config=TorchConfig(timeout_s=self.collective_timeout_s),
-            scaling_config=ScalingConfig(num_workers=team, elastic_resize_monitor_interval_s=_NEVER, use_gpu=self.gpu, resources_per_worker=self._each(), label_selector=_elsewhere(without)), # type: ignore[arg-type, call-arg]
+            scaling_config=ScalingConfig(num_workers=team, elastic_resize_monitor_interval_s=_NEVER, use_gpu=self.gpu, resources_per_worker=self._each(), label_selector=elsewhere(without)), # type: ignore[arg-type, call-arg]
             run_config=RunConfig(name=uuid4().hex[:8], **place_of(kept), callbacks=[_Announced(news)], # type: ignore[list-item]
                                  failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if self._least < self.workers else -1))) # type: ignore[call-arg]
 

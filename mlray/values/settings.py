@@ -165,7 +165,7 @@ def _nearest(start: Path) -> Path | None:
     "The `settings.ini` of this folder or the nearest above it."
     return next((p / "settings.ini" for p in (start, *start.parents) if (p / "settings.ini").is_file()), None)
 
-
+# %% ../../nbs/00_values/16_settings.ipynb #e398ad8e
 def _ini(path: Path) -> ConfigParser:
     ini = ConfigParser(interpolation=None)
     try: ini.read_string(path.read_text(encoding="utf-8"))
