@@ -127,7 +127,7 @@ Modules:
 - `mlray.engines.grpc_on_ray`: gRPC in front of the service, on Ray Serve
 - `mlray.engines.haproxy`: Close what is left open in front of a service
 - `mlray.engines.mirror_on_mlflow`: A folder that MLflow can load and serve
-- `mlray.engines.nodes_on_ray`: What each node of a cluster says of itself
+- `mlray.engines.nodes_on_ray`: What each node of a cluster says of itself, and for how many there is room
 - `mlray.engines.predict_on_ray`: The pieces of a batch, answered by all nodes of a cluster
 - `mlray.engines.registry_on_ray`: The registry, from any node of a cluster
 - `mlray.engines.scaling_on_ray`: How many replicas there are, on Ray Serve

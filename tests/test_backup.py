@@ -169,7 +169,7 @@ def test_what_is_refused(laptop, tmp_path):
     with pytest.raises(RegistryError, match="There is no backup '1999'"): restore(tmp_path / "kept", laptop, "1999")
     with pytest.raises(RegistryError, match="backups of another registry"): backup(grown(settings_for(tmp_path / "other"), tmp_path / "made2", range(1)), tmp_path / "kept")
     add_key(source, new_key("admin")[0])
-    with pytest.raises(Refused, match="db:change is for others"): backup(open_registry(laptop.model_copy(update={"access": "keys"})), tmp_path / "kept")
+    with pytest.raises(Refused, match="db:change asks for a key of admin, and MLRAY_API_KEY is not set"): backup(open_registry(laptop.model_copy(update={"access": "keys"})), tmp_path / "kept")
     shutil.rmtree(source.store.folder(versions(source)[0].digest))
     with pytest.raises(RegistryError, match=r"tiny/1 .* cannot be copied"): backup(source, tmp_path / "fresh")
     assert not backups(tmp_path / "fresh")

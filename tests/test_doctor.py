@@ -20,7 +20,7 @@ from mlray.governance.access import new_key
 from mlray.governance.registry import add_key, open_registry
 from mlray.operations.doctor import Facts, Listener, Node, diagnose
 from mlray.operations.examination import _certificate, examine, listeners
-from mlray.values.settings import Settings, unread
+from mlray.values.settings import Settings, read_settings, unread
 from tests.conftest import ROOT
 
 MLRAY = str(Path(sys.executable).with_name("mlray"))
@@ -117,6 +117,11 @@ def test_what_settings_say_and_nobody_would_notice(tmp_path):
     found = examine(wrong, {"MLRAY_REPLICA": "4", "MLRAY_HOME": str(tmp_path), "PATH": os.environ["PATH"]})
     assert {c.what for c in diagnose(replace(found, nodes=(), readable=(), listeners=())).complaints} >= {"policy", "store", "webhook", "unread"} and "MLRAY_REPLICAS" in found.unread["MLRAY_REPLICA"] and list(found.unread) == ["MLRAY_REPLICA"]
     assert not (tmp_path / ".mlray").exists()
+
+
+def test_what_kubernetes_says_of_a_service_called_mlray_is_no_setting(tmp_path):
+    linked = {"MLRAY_PORT": "tcp://10.96.0.7:8000", "MLRAY_PORT_8000_TCP_ADDR": "10.96.0.7", "MLRAY_SERVICE_HOST": "10.96.0.7", "MLRAY_HEAD_SVC_SERVICE_PORT_GCS": "6379"}
+    assert unread(linked) == {} and read_settings(start=tmp_path, environ=linked).port == 8000 and read_settings(start=tmp_path, environ=linked | {"MLRAY_PORT": "9000"}).port == 9000
 
 
 def test_every_variable_that_is_read_is_known():

@@ -258,14 +258,13 @@ def test_room_is_what_the_scheduler_finds(ray_cluster):
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from mlray.engines.nodes_on_ray import Node
-    from mlray.engines.train_on_ray import _room
+    from mlray.engines.nodes_on_ray import Node, room
     node = ray.nodes()[0]
     cores = int(node["Resources"]["CPU"])
     taken = placement_group([{"CPU": 0.5}])
-    assert taken.wait(60) and _room(cores, 1, {"CPU": 1}) == cores - 1
+    assert taken.wait(60) and room(cores, 1, {"CPU": 1}) == cores - 1
     remove_placement_group(taken)
-    assert _room(1, 1, {"CPU": 1}, [Node("full", id=node["NodeID"])], patience_s=1) == 0
+    assert room(1, 1, {"CPU": 1}, [Node("full", id=node["NodeID"])], patience_s=1) == 0
 
 
 @pytest.fixture(scope="module")

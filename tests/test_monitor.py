@@ -257,3 +257,13 @@ def test_pages_and_gauges_say_the_same(bundle, people):
     report = watched(bundle, "1", [a_window(bundle, people, status=503)])
     assert 'measure="error_rate"} 1' in gauges(report) and report.as_dict()["measures"]["error_rate"]["value"] == 1 and "&lt;" in page(report, ["<b>"]) and json.dumps(report.as_dict(), allow_nan=False)
     assert journaled(Path("nowhere")).collect().height == 0
+
+
+def test_an_erasure_that_found_nobody_says_so(tmp_path, monkeypatch):
+    "A name with a slip in it would look like a promise that was kept."
+    from mlray.cli import app
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLRAY_HOME", str(tmp_path / "home"))
+    said = CliRunner().invoke(app, ["journal", "erase", "perso-7"], catch_exceptions=False).output
+    assert "Nothing of 'perso-7' was found" in said and "nothing was erased" in " ".join(said.split())
+    assert json.loads(CliRunner().invoke(app, ["journal", "erase", "perso-7", "--json"], catch_exceptions=False).stdout)["rows"] == 0

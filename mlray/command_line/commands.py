@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,8 +75,8 @@ def backend_on(on: str, settings: "Settings") -> Iterator["Backend"]:
     elif on == "ray":
         from mlray.engines.cluster_on_ray import cluster
         with cluster(settings):
-            from mlray.engines.train_on_ray import RayBackend
-            yield RayBackend.of(settings)
+            from mlray.engines.train_on_ray import backend_of
+            yield backend_of(settings)
     else: raise SpecError(f"--on {on!r} is not understood. {suggest(on, ['local', 'ray'])}")
 
 # %% ../../nbs/13_command_line/01_commands.ipynb #b0aad257
@@ -143,10 +142,10 @@ def tune_run(spec: "RunSpec", settings: "Settings", on: str, quiet: "bool | Trac
     if spec.search is None: raise SpecError(f"{spec.name} has no `search`. Say where to look, such as `search: {{trials: 20, space: {{train.learning_rate: {{low: 1.0e-4, high: 0.1, log: true}}}}}}`.")
     from mlray.engines.cluster_on_ray import cluster
     with cluster(settings), backend_on(on, settings) as backend:
-        from mlray.engines.train_on_ray import RayBackend
+        from mlray.engines.train_on_ray import backend_of
         from mlray.engines.tune_on_ray import tune
         from mlray.running.tuned import told_trials
-        each = replace(RayBackend.of(settings), workers=spec.search.workers, workers_min=None, checkpoints="") if spec.search.workers > 1 else None
+        each = backend_of(settings.model_copy(update={"workers": spec.search.workers, "workers_min": None, "checkpoints": ""})) if spec.search.workers > 1 else None
         say: Callable[[str], None] = lambda text: None if seen else stderr().print(f"  {text}", markup=False)
         return tune(spec, settings, backend, tracker_of(settings, quiet), say=say, each=each, seen=seen or (told_trials(_at_once) if os.environ.get("MLRAY_TOLD") else lambda trials, most: None))
 

@@ -77,9 +77,7 @@ def promote(version: Reference, alias: Annotated[str, typer.Argument(help="What 
     from mlray.governance.registry import generation, promote as move
     settings = settings_of(env)
     registry, found = find_version(version, settings)
-    if rolls := alias == "canary" and not by_hand:
-        from mlray.monitoring.rollout_step import startable
-        startable(registry, found)
+    if (rolls := alias == "canary" and not by_hand) and "production" in found.aliases: raise RegistryError(f"{found} is {found.name}@production already. Take another version for a rollout.") # before an alias is moved for it
     new = move(registry, found, alias, settings.gates, generation(registry, found.name, alias), override, once)
     begun = begin_rollout(registry, found, once) if rolls else None
     told = [] if begun is None else [f"its rollout begins: {'in shadow' if not begun.share else f'{begun.share:.4g} of the requests'}; `mlray rollout status {found.name}` shows it" + ("" if settings.journal else ". Nothing is journaled in this environment (`journal = on`), so that nothing will be decided")]

@@ -85,6 +85,7 @@ def _erase(what: str, settings: Settings) -> tuple[dict[str, Any], Any]:
     send_rows(settings)
     if wrong and not any(done.values()): raise MlrayError(f"{wrong} Nothing was erased.")
     text = f"{gone} rows of {done['requests']} requests are erased, {said} rows of feedback, {done['learned']} rows that were kept to learn from, {done['aside']} rows in quarantine or accepted, {done['jobs']} jobs, and {done['pages']} pages about mistakes."
+    if not any(done.values()): text = f"Nothing of {what!r} was found below {settings.home}, so nothing was erased. Is it written as callers write it, and is {settings.env} the environment that answered them?"
     if theirs.unreached: raise MlrayError(" ".join([*(u.sentence for u in theirs.unreached), "So far:", text]))
     return done, (f"{text} Windows, profiles and bundles hold counts only, and stay; so do backups of the registry, which have no rows. A copy of this folder from before has theirs still: where one is brought back, erase in it before anybody reads it, with `MLRAY_HOME=THE_COPY mlray journal erase {shlex.quote(what)}`. "
                   "Sources are yours to see to.")

@@ -73,7 +73,7 @@ class Caller:
         "Why they may not."
         others = " or ".join(role for role, actions in ROLES.items() if action in actions)
         if not self.roles: return f"{action} asks for a key of {others}, and {self.lacks or 'this one has no role here'}"
-        if self.may(action): return f"the key is for the models {' '.join(self.models)}, and {model} is none of them"
+        if self.may(action): return f"{action} is allowed by this key for the models {' '.join(self.models)}, and {model} is none of them"
         return f"{action} is for others than {' and '.join(self.roles)}: for {others}"
 
 

@@ -28,7 +28,7 @@ def _documents(path: Path) -> list[dict[str, Any]]:
     found: list[Any] = []
     for file in files:
         try: found += [d for d in yaml.safe_load_all(file.read_text(encoding="utf-8")) if d is not None]
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error: raise SettingsError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error: raise SettingsError(f"{file} cannot be read: {getattr(error, 'strerror', '') or ' '.join(str(error).split())}.") from error
     if not found: raise SettingsError(f"{path} has nothing in it. A file for `ray up`, such as cluster/aws.yaml, or a folder of manifests, such as cluster/kuberay.")
     if not all(isinstance(d, dict) for d in found): raise SettingsError(f"{path} is neither a file for `ray up` nor a manifest: a mapping is expected, such as `cluster_name: …`.")
     return found

@@ -135,7 +135,7 @@ def _said(f: Facts) -> Iterator[Complaint]:
     if f.policy_fault: yield Complaint("policy", f.policy_fault, "Correct it in settings.ini: until then every command that opens the registry is refused")
     if f.store_fault: yield Complaint("store", f.store_fault, "Nothing can be registered, and no replica can start on a machine that has no copy; `store` in settings.ini says where it is")
     if f.certificate_fault: yield Complaint("certificate", f.certificate_fault, "`tls_cert` and `tls_key` in settings.ini name files in PEM that belong together, the key without a password")
-    elif f.certificate_days < 21: yield Complaint("certificate", f"the certificate in tls_cert {f'ends in {f.certificate_days:.0f} days' if f.certificate_days > 0 else f'ended {-f.certificate_days:.0f} days ago'}", "Renew it, and deploy again: a service that runs keeps the one it began with", grave=f.certificate_days <= 0)
+    elif f.certificate_days < 21: yield Complaint("certificate", f"the certificate in tls_cert {f'ends in {f.certificate_days:.0f} days' if f.certificate_days > 0 else f'ended {-f.certificate_days:.0f} days ago'}", "Renew it, and deploy again, so that HAProxy reads it", grave=f.certificate_days <= 0)
     if not f.webhook_key: yield Complaint("webhook", "alerts go to a webhook, and MLRAY_WEBHOOK_KEY is not set: none is sent", "Set it to the secret that the receiver knows, where `mlray monitor` runs")
 
 # %% ../../nbs/12_operations/05_doctor.ipynb #410a609a

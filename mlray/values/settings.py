@@ -10,6 +10,7 @@ __all__ = ['Releases', 'Kept', 'Replicas', 'Settings', 'unread', 'amended', 'rea
 
 # %% ../../nbs/00_values/16_settings.ipynb #69b25bff
 import os
+import re
 from collections.abc import Mapping
 from configparser import ConfigParser, Error as IniError
 from importlib.resources import files
@@ -153,19 +154,24 @@ _SEVERAL = frozenset(n for n, f in Settings.model_fields.items() if isinstance(f
 _BESIDE = frozenset({"ENV", "API_KEY", "AUDIT_KEY", "SIGNING_KEY", "JOURNAL_KEYS", "WEBHOOK_KEY", "CONSOLE_KEY", "TOLD", "SENT", "HAPROXY_QUEUED", "HAPROXY_CERT", "HAPROXY_KEY"}) # variables that are no settings
 
 
+def _of_kubernetes(name: str, value: str) -> bool:
+    "Whether Kubernetes made a variable of a Service: one called mlray would set MLRAY_PORT to tcp://10.96.0.7:8000 in every pod."
+    return value.startswith(("tcp://", "udp://")) or bool(re.search(r"_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP)", name))
+
+
 def unread(
     environ: Mapping[str, str],
 ) -> dict[str, str]: # name → a sentence
     "Variables that look like mlray's, and that nothing reads."
     known = {f"MLRAY_{name.upper()}" for name in _KEYS | _BESIDE}
-    return {name: suggest(name, known) for name in sorted(environ) if name.startswith("MLRAY_") and name not in known}
+    return {name: suggest(name, known) for name in sorted(environ) if name.startswith("MLRAY_") and name not in known and not _of_kubernetes(name, environ[name])}
 
 
 def _nearest(start: Path) -> Path | None:
     "The `settings.ini` of this folder or the nearest above it."
     return next((p / "settings.ini" for p in (start, *start.parents) if (p / "settings.ini").is_file()), None)
 
-
+# %% ../../nbs/00_values/16_settings.ipynb #e398ad8e
 def _ini(path: Path) -> ConfigParser:
     ini = ConfigParser(interpolation=None)
     try: ini.read_string(path.read_text(encoding="utf-8"))
@@ -207,7 +213,7 @@ def read_settings(
     path = _nearest(start)
     if path is None and env != "local": raise SettingsError(f"There is no settings.ini in {start} or above, so no environment {env!r}.")
     found: dict[str, object] = dict(_section(path, env)) if path else {}
-    found |= {k: environ[f"MLRAY_{k.upper()}"] for k in _KEYS if environ.get(f"MLRAY_{k.upper()}")}
+    found |= {k: given for k in _KEYS if (given := environ.get(name := f"MLRAY_{k.upper()}")) and not _of_kubernetes(name, given)}
     if environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"): found.setdefault("traces", environ["OTEL_EXPORTER_OTLP_ENDPOINT"])
     found |= {k: tuple(v.replace(",", " ").split()) for k, v in found.items() if k in _SEVERAL and isinstance(v, str)}
     root = path.parent if path else start
