@@ -172,14 +172,12 @@ def robustness(
     asked = pl.concat([features, *(rows.filter(kept[kind]) for kind, (rows, _) in made.items())])
     answers = scored(score, asked, asked.height, output)
     if threshold is not None: answers = (answers >= threshold) * 1.0
-    before, after, flips = answers[:frame.height], answers[frame.height:], {}
-    for kind in kinds:
-        count = int(kept[kind].sum())
-        flips[kind] = np.zeros(frame.height, bool)
-        flips[kind][kept[kind]], after = np.abs(after[:count] - before[kept[kind]]) > tolerance, after[count:]
-    counted = pl.concat([pl.DataFrame({"kind": kind, "feature": names, "refused": ~kept[kind], "flipped": flips[kind], **({c.name: c for c in groups} if groups is not None else {})}) for kind, (_, names) in made.items()])
-    counted = counted.filter(pl.col("feature") != "")
-    return RobustnessReport(_counted(counted, "kind", "feature"), {c: {g: t for (g,), t in _counted(counted, c).items()} for c in (groups.columns if groups is not None else ())}, min_group)
+    before, *after = np.split(answers, np.cumsum([frame.height, *(k.sum() for k in kept.values())])[:-1])
+    flips = {kind: np.zeros(frame.height, bool) for kind in kinds}
+    for (kind, tried), now in zip(kept.items(), after, strict=True): flips[kind][tried] = np.abs(now - before[tried]) > tolerance
+    beside = {c.name: c for c in groups} if groups is not None else {}
+    counted = pl.concat([pl.DataFrame({"kind": kind, "feature": names, "refused": ~kept[kind], "flipped": flips[kind], **beside}) for kind, (_, names) in made.items()]).filter(pl.col("feature") != "")
+    return RobustnessReport(_counted(counted, "kind", "feature"), {c: {g: t for (g,), t in _counted(counted, c).items()} for c in beside}, min_group)
 
 
 def _counted(frame: pl.DataFrame, *by: str) -> dict[Any, Tried]:

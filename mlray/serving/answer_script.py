@@ -142,8 +142,12 @@ def serve(port):
 
         def do_POST(self):
             size = self.headers.get("Content-Length") or ""
-            if self.path != f"/v1/models/{MODEL['name']}:predict": return self.say(404, {"error": "no_route", "message": "There is nothing here."})
-            if not size.isdigit() or int(size) > 2**20: return self.say(413, {"error": "too_large", "message": "A body says its length, and has at most 1048576 bytes."})
+            known = self.path == f"/v1/models/{MODEL['name']}:predict"
+            if not known or not size.isdigit() or int(size) > 2**20:
+                left = min(int(size) if size.isdigit() else 0, 2**26) # who sends it would hear a broken pipe, and not why
+                while left > 0 and (got := len(self.rfile.read(min(left, 2**16)))): left -= got
+                if known: return self.say(413, {"error": "too_large", "message": "A body says its length, and has at most 1048576 bytes."})
+                return self.say(404, {"error": "no_route", "message": "There is nothing here."})
             try:
                 sent = read(self.rfile.read(int(size)).decode())
             except (ValueError, RecursionError): return self.say(400, {"error": "not_json", "message": "The body is not JSON in UTF-8."})

@@ -43,7 +43,7 @@ DASHES = ("none", "6 3", "2 3", "8 3 2 3", "1 4", "10 2")
 
 
 def _plot(title: str, width: float, height: Any, values: Sequence[Mapping[str, Any]], layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    return {"$schema": _SCHEMA, **({"title": {"text": title, "anchor": "start"}} if title else {}), "width": width, "height": height, "background": "transparent", "data": {"values": as_json(values)}, "layer": list(layers)}
+    return {"$schema": _SCHEMA, **({"title": {"text": title, "anchor": "start"}} if title else {}), "width": width, "height": height, "background": "transparent", "data": {"values": list(values)}, "layer": list(layers)}
 
 
 def _at(field: str, title: str | None = None, kind: str = "quantitative", **more: Any) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def intervals(
     width: int = 640, # pixels
 ) -> dict[str, Any]: # Vega-Lite
     "Points on bars, one above the other."
-    values = [{"name": n, "value": v, "low": a, "high": b} for n, v, a, b in rows]
+    values = as_json([{"name": n, "value": v, "low": a, "high": b} for n, v, a, b in rows])
     name = _at("name", kind="nominal", sort=None, axis={"labelLimit": 260})
     seen = [{"field": "name", "type": "nominal"}, *({"field": f, "type": "quantitative", "format": ".4~g"} for f in ("value", "low", "high"))]
     bars = {"mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.5, "color": COLOURS[0]}, "encoding": {"y": name, "x": _at("low"), "x2": {"field": "high"}, "tooltip": seen}}
@@ -88,7 +88,7 @@ def lines(
 ) -> dict[str, Any]: # Vega-Lite
     "Lines through points; a click on a name in the legend brings its line forward."
     names = list(each)
-    values = [{"of": n, "x": x, "y": y} for n, points in each.items() for x, y in points]
+    values = as_json([{"of": n, "x": x, "y": y} for n, points in each.items() for x, y in points])
     dashes = [[] if d == "none" else [int(p) for p in d.split()] for d in DASHES]
     shade = {"condition": {"param": "chosen", "value": 1}, "value": 0.15}
     of = {"field": "of", "type": "nominal", "title": None, "sort": None, "legend": {"orient": "top", "symbolType": "stroke", "labelLimit": 260} if len(names) > 1 else None}
@@ -97,7 +97,7 @@ def lines(
     path = {"mark": {"type": "line", "strokeWidth": 2}, "params": [*_zoom("x", "y"), {"name": "chosen", "select": {"type": "point", "fields": ["of"]}, "bind": "legend"}],
             "encoding": both | {"strokeDash": of | {"scale": {"domain": names, "range": [dashes[i % 6] for i in range(len(names))]}}}}
     dots = {"mark": {"type": "point", "filled": True, "size": 36 if len(values) <= 30 * max(len(names), 1) else 12}, "encoding": both | {"tooltip": seen}}
-    known = [v for row in values for v in (row["x"], row["y"]) if isinstance(v, float | int)]
+    known = [v for row in values for v in (row["x"], row["y"]) if v is not None]
     equal = {"data": {"values": [{"x": end, "y": end} for end in ((min(known), max(known)) if known else ())]}, "mark": {"type": "line", "strokeDash": [4, 3], "opacity": 0.6, "color": "gray"}, "encoding": {"x": _at("x", across), "y": _at("y", up)}}
     bars = {"data": {"values": as_json([{"x": x, "low": a, "high": b} for x, a, b in spans])}, "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.4, "color": COLOURS[0]},
             "encoding": {"x": _at("x", across), "y": _at("low", up), "y2": {"field": "high"}}}
@@ -114,7 +114,7 @@ def front(
     size: tuple[int, int] = (640, 340), # pixels
 ) -> dict[str, Any]: # Vega-Lite
     "Points in the plane, and some of them in colour."
-    values = [*({"x": x, "y": y, "what": "", "best": False} for x, y in points), *({"x": x, "y": y, "what": w, "best": True} for x, y, w in best)]
+    values = as_json([*({"x": x, "y": y, "what": "", "best": False} for x, y in points), *({"x": x, "y": y, "what": w, "best": True} for x, y, w in best)])
     where = {"x": _at("x", across, **(_LOG if log else {})), "y": _at("y", up)}
     seen = [{"field": "what", "type": "nominal", "title": "point"}, {"field": "x", "type": "quantitative", "title": across or "x", "format": ".4~g"}, {"field": "y", "type": "quantitative", "title": up or "y", "format": ".4~g"}]
     colour = {"condition": {"test": "datum.best", "value": COLOURS[0]}, "value": "gray"}
