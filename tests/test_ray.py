@@ -13,7 +13,7 @@ from mlray.running.run import LocalBackend, make_job, train
 from mlray.sources.rows import read_rows
 from mlray.values.settings import shipped
 from mlray.values.spec import read_spec
-from tests.conftest import adult_data, gone, running_below
+from tests.conftest import adult_data, gone, running_below, slower
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
@@ -120,15 +120,15 @@ def test_who_stops_listening_ends_the_workers(ray_cluster, job, tmp_path):
     from ray.util import placement_group_table
 
     from mlray.engines.train_on_ray import RayBackend
-    assert cores_free(10)
+    assert cores_free(10 * slower())
     endless = replace(job, train=job.train.model_copy(update={"epochs": 100_000, "patience": 100_000}))
     training = RayBackend(2).train(endless, "d", tmp_path)
     next(training)
     busy = worker_process()
     assert busy and not cores_free(0)
     training.close()
-    assert cores_free(5) and not [p for p in placement_group_table().values() if p["state"] != "REMOVED"]
-    until = time.monotonic() + 10
+    assert cores_free(5 * slower()) and not [p for p in placement_group_table().values() if p["state"] != "REMOVED"]
+    until = time.monotonic() + 10 * slower()
     while not gone(busy) and time.monotonic() < until: time.sleep(0.1)
     assert gone(busy)
 
