@@ -7,7 +7,7 @@ import pytest
 
 from mlray.governance.policy import Approval, Candidate, Policy, Proof, counted, frozen, reasons, windows
 from mlray.judgement.drift import DriftReport
-from mlray.judgement.gate import Finding, Verdict, judge
+from mlray.judgement.gate import Finding, Verdict, judge, less_is_better
 from mlray.judgement.retrain import Attempt, Cause, Due, Evidence, causes, due
 from mlray.measures.score import Measure
 from mlray.monitoring.alert import State, Told, advance
@@ -72,6 +72,17 @@ def test_a_difference_of_groups_says_nothing_of_a_whole():
     assert judge({"roc_auc": 0.8}, [rule], {"roc_auc": 0.805}, {"roc_auc": groups}).passed
     assert not judge({"roc_auc": 0.8}, [rule], {"roc_auc": 0.82}, {"roc_auc": groups}).passed and not judge({"roc_auc": 0.8}, [rule], {"roc_auc": groups}).passed
     assert not judge({"roc_auc": 0.8}, [rule], {}).passed and judge({"roc_auc": 0.8}, [rule], None).passed, "a production without the measure is no missing production"
+
+
+def test_groups_that_nothing_can_be_said_of_are_counted():
+    rule, found = Rule(metric="recall", by=("sex",), at_least=0.5), {"a": Measure(0.6), "b": Measure(0.7)}
+    whys = [judge({rule.measure: groups}, [rule]).findings[0].why for groups in (found, {**found, "c": Measure(math.nan)})]
+    assert "too few rows" not in whys[0] and whys[1] == f"{whys[0]}; 1 more with too few rows to be judged"
+
+
+def test_which_way_a_measure_is_better():
+    assert all(map(less_is_better, ("log_loss", "latency_p99", "cost", "membership_advantage", "selection_rate_difference[sex]", "false_positive_rate_group_max[sex]")))
+    assert not any(map(less_is_better, ("roc_auc", "accuracy", "recall_group_min[sex]", "selection_rate_ratio[sex]", "coverage")))
 
 
 # ---- training again -------------------------------------------------------------------------------------------------
