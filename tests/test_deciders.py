@@ -104,6 +104,11 @@ def test_a_cause_is_there_from_its_number_on(before, at):
     assert due(known(**before), POLICY, ()).said == "not yet" and due(known(**at), POLICY, ()).said == "due"
 
 
+def test_an_alert_that_stands_is_another_cause_after_each_budget():
+    at = lambda days: causes(known(days, broken={"roc_auc": MAY.isoformat()}), Retrain(alerts=("roc_auc",), per="7d"))[0]
+    assert [at(d).window.rpartition(" ")[2] for d in (0, 6.9, 7, 14)] == ["+0", "+0", "+1", "+2"] and "times" not in at(6.9).why and "for 2 times 7d by now" in at(14).why
+
+
 def test_of_those_who_ask_one_is_answered_with_all_that_was_noticed():
     found = due(known(30, rows=1000, asked={"a": "new column", "b": "other column"}), POLICY, ())
     assert isinstance(found, Due) and [c.kind for c in found.causes] == ["request", "rows", "schedule"] and found.causes[0].window == "a" and found.minutes == 60
@@ -197,6 +202,7 @@ def test_an_alias_that_is_not_guarded_is_asked_for_evidence_alone():
 @pytest.mark.parametrize(("text", "inside", "outside"), [
     ("Fri 16:00..Mon 08:00", ("2026-05-01T16:00", "2026-05-03T00:00", "2026-05-04T07:59"), ("2026-05-01T15:59", "2026-05-04T08:00")),
     ("Tue 09:00..Tue 17:00", ("2026-05-05T09:00", "2026-05-05T16:59"), ("2026-05-05T08:59", "2026-05-05T17:00", "2026-05-06T10:00")),
+    ("Tue 09:30..Tue 17:15", ("2026-05-05T09:30", "2026-05-05T17:14"), ("2026-05-05T09:29", "2026-05-05T17:15")),
     ("Mon 00:00..Tue 00:00", ("2026-05-04T00:00", "2026-05-04T23:59"), ("2026-05-03T23:59", "2026-05-05T00:00")),
     ("2026-12-20..2027-01-04", ("2026-12-20T00:00", "2027-01-04T23:59"), ("2026-12-19T23:59", "2027-01-05T00:00")), ("2026-12-24", ("2026-12-24T12:00",), ("2026-12-23T23:59", "2026-12-25T00:00"))])
 def test_a_freeze_holds_from_its_first_minute_to_its_last(text, inside, outside):
