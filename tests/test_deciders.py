@@ -277,7 +277,7 @@ def test_an_alert_is_told_when_it_begins_and_when_it_is_over_and_never_between()
     said, state, told = looked(ERRORS, 0.01, 0.1, 0.1, 0.018, 0.1, 0.01, 0.01, 0.1)
     assert said == [(1, True), (5, False), (7, True)] and state.firing
     assert [t.since[:13] for t in told] == ["2026-05-01T01", "2026-05-01T01", "2026-05-01T07"], "since it was last kept"
-    assert told[0].id == told[1].id != told[2].id and len(told[0].id) == 16 and "; it is over" in told[1].sentence and "since 2026-05-01T01:00" in told[0].sentence
+    assert told[0].id == told[1].id != told[2].id and len(told[0].id) == 16 and "; it is over" in told[1].sentence and "since 2026-05-01T01:00" in told[0].sentence and told[0].may.endswith("`mlray rollback adult`")
 
 
 def test_what_is_broken_from_the_beginning_is_broken_since_then():
@@ -294,6 +294,7 @@ def test_as_many_looks_in_a_row_as_are_asked_for():
 
 
 def test_too_little_and_unmeasured_change_nothing():
+    assert looked(ERRORS.model_copy(update={"looks": 2}), 0.1, None, 0.1)[0] == [(2, True)]
     said, state, _ = looked(ERRORS, 0.1, None, 0.1)
     assert said == [(0, True)] and state.firing and looked(ERRORS, 0.1, n=99)[0] == [] and looked(ERRORS, 0.1, n=100)[0] == [(0, True)]
     assert looked(ERRORS, 0.0205)[0] == [], "a bound that lies within the interval is not broken beyond doubt"
