@@ -1,6 +1,9 @@
 """What the tests share: settings of their own, one trained version, one Ray cluster."""
 import os
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -34,6 +37,13 @@ def running_below(process: psutil.Process | None = None) -> dict[psutil.Process,
     for one in (process or psutil.Process()).children(recursive=True):
         with suppress(psutil.NoSuchProcess): found[one] = " ".join([one.name(), *one.cmdline()])
     return found
+
+
+def slower() -> float:
+    "How many times slower than an idle machine this one is now, by a Python process that loads numpy: seconds that somebody promises are multiplied by it."
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import numpy"], check=True)
+    return max(1.0, (time.monotonic() - began) / 0.25)
 
 
 def gone(process: psutil.Process) -> bool:
@@ -90,7 +100,6 @@ def no_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     "A test that is not marked `ray` must not start one, not even by accident."
     if request.node.get_closest_marker("ray"): return
     def refuse(*args, **kwargs): raise RuntimeError("This test is not marked `ray`, so it runs in one process.")
-    import sys
     if "ray" in sys.modules: monkeypatch.setattr("ray.init", refuse)
 
 

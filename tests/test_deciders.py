@@ -7,7 +7,7 @@ import pytest
 
 from mlray.governance.policy import Approval, Candidate, Policy, Proof, counted, frozen, reasons, windows
 from mlray.judgement.drift import DriftReport
-from mlray.judgement.gate import Finding, Verdict, judge
+from mlray.judgement.gate import Finding, Verdict, judge, less_is_better
 from mlray.judgement.retrain import Attempt, Cause, Due, Evidence, causes, due
 from mlray.measures.score import Measure
 from mlray.monitoring.alert import State, Told, advance
@@ -74,6 +74,17 @@ def test_a_difference_of_groups_says_nothing_of_a_whole():
     assert not judge({"roc_auc": 0.8}, [rule], {}).passed and judge({"roc_auc": 0.8}, [rule], None).passed, "a production without the measure is no missing production"
 
 
+def test_groups_that_nothing_can_be_said_of_are_counted():
+    rule, found = Rule(metric="recall", by=("sex",), at_least=0.5), {"a": Measure(0.6), "b": Measure(0.7)}
+    whys = [judge({rule.measure: groups}, [rule]).findings[0].why for groups in (found, {**found, "c": Measure(math.nan)})]
+    assert "too few rows" not in whys[0] and whys[1] == f"{whys[0]}; 1 more with too few rows to be judged"
+
+
+def test_which_way_a_measure_is_better():
+    assert all(map(less_is_better, ("log_loss", "latency_p99", "cost", "membership_advantage", "selection_rate_difference[sex]", "false_positive_rate_group_max[sex]")))
+    assert not any(map(less_is_better, ("roc_auc", "accuracy", "recall_group_min[sex]", "selection_rate_ratio[sex]", "coverage")))
+
+
 # ---- training again -------------------------------------------------------------------------------------------------
 
 POLICY = Retrain(every="30d", new_rows=1000, new_labels=10, alerts=("roc_auc",), pause="1d", runs=4, minutes=60, per="7d", failures=3)
@@ -91,6 +102,11 @@ def attempt(id: str, ended: float | None, state: str = "passed", minutes: float 
 def test_a_cause_is_there_from_its_number_on(before, at):
     assert not causes(known(**before), POLICY) and len(causes(known(**at), POLICY)) == 1 and not causes(known(**at), Retrain())
     assert due(known(**before), POLICY, ()).said == "not yet" and due(known(**at), POLICY, ()).said == "due"
+
+
+def test_an_alert_that_stands_is_another_cause_after_each_budget():
+    at = lambda days: causes(known(days, broken={"roc_auc": MAY.isoformat()}), Retrain(alerts=("roc_auc",), per="7d"))[0]
+    assert [at(d).window.rpartition(" ")[2] for d in (0, 6.9, 7, 14)] == ["+0", "+0", "+1", "+2"] and "times" not in at(6.9).why and "for 2 times 7d by now" in at(14).why
 
 
 def test_of_those_who_ask_one_is_answered_with_all_that_was_noticed():
@@ -186,6 +202,7 @@ def test_an_alias_that_is_not_guarded_is_asked_for_evidence_alone():
 @pytest.mark.parametrize(("text", "inside", "outside"), [
     ("Fri 16:00..Mon 08:00", ("2026-05-01T16:00", "2026-05-03T00:00", "2026-05-04T07:59"), ("2026-05-01T15:59", "2026-05-04T08:00")),
     ("Tue 09:00..Tue 17:00", ("2026-05-05T09:00", "2026-05-05T16:59"), ("2026-05-05T08:59", "2026-05-05T17:00", "2026-05-06T10:00")),
+    ("Tue 09:30..Tue 17:15", ("2026-05-05T09:30", "2026-05-05T17:14"), ("2026-05-05T09:29", "2026-05-05T17:15")),
     ("Mon 00:00..Tue 00:00", ("2026-05-04T00:00", "2026-05-04T23:59"), ("2026-05-03T23:59", "2026-05-05T00:00")),
     ("2026-12-20..2027-01-04", ("2026-12-20T00:00", "2027-01-04T23:59"), ("2026-12-19T23:59", "2027-01-05T00:00")), ("2026-12-24", ("2026-12-24T12:00",), ("2026-12-23T23:59", "2026-12-25T00:00"))])
 def test_a_freeze_holds_from_its_first_minute_to_its_last(text, inside, outside):
@@ -260,7 +277,7 @@ def test_an_alert_is_told_when_it_begins_and_when_it_is_over_and_never_between()
     said, state, told = looked(ERRORS, 0.01, 0.1, 0.1, 0.018, 0.1, 0.01, 0.01, 0.1)
     assert said == [(1, True), (5, False), (7, True)] and state.firing
     assert [t.since[:13] for t in told] == ["2026-05-01T01", "2026-05-01T01", "2026-05-01T07"], "since it was last kept"
-    assert told[0].id == told[1].id != told[2].id and len(told[0].id) == 16 and "; it is over" in told[1].sentence and "since 2026-05-01T01:00" in told[0].sentence
+    assert told[0].id == told[1].id != told[2].id and len(told[0].id) == 16 and "; it is over" in told[1].sentence and "since 2026-05-01T01:00" in told[0].sentence and told[0].may.endswith("`mlray rollback adult`")
 
 
 def test_what_is_broken_from_the_beginning_is_broken_since_then():
@@ -277,6 +294,7 @@ def test_as_many_looks_in_a_row_as_are_asked_for():
 
 
 def test_too_little_and_unmeasured_change_nothing():
+    assert looked(ERRORS.model_copy(update={"looks": 2}), 0.1, None, 0.1)[0] == [(2, True)]
     said, state, _ = looked(ERRORS, 0.1, None, 0.1)
     assert said == [(0, True)] and state.firing and looked(ERRORS, 0.1, n=99)[0] == [] and looked(ERRORS, 0.1, n=100)[0] == [(0, True)]
     assert looked(ERRORS, 0.0205)[0] == [], "a bound that lies within the interval is not broken beyond doubt"

@@ -28,7 +28,7 @@ from mlray.values.settings import Settings, shipped
 from mlray.values.spec import RunSpec, read_spec
 from tests.conftest import ROOT, running_below
 
-EPOCHS, SHORT, LONG = 24, 6, 100
+EPOCHS, SHORT, DRIVEN, LONG = 24, 6, 40, 100
 
 
 def same(a: State, b: State) -> bool:
@@ -113,7 +113,7 @@ def test_a_full_disk_is_a_letter_and_costs_nothing(short, tmp_path):
 
 # --- the driver ------------------------------------------------------------------------------------------------------
 
-OVERRIDES = (f"train.epochs={LONG}", f"train.patience={LONG}", "train.batch_size=8")
+OVERRIDES = (f"train.epochs={DRIVEN}", f"train.patience={DRIVEN}", "train.batch_size=8")
 
 
 def command(home: Path, *more: str) -> subprocess.Popen:
@@ -138,7 +138,7 @@ def killed_and_resumed(home: Path, *on: str) -> dict:
     process = command(home, *on)
     while reached(home) < 5 and process.poll() is None: time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and 5 <= reached(home) < LONG, "it had ended, so nothing was shown"
+    assert process.wait() == -signal.SIGKILL and 5 <= reached(home) < DRIVEN, "it had ended, so nothing was shown"
     resumed, _ = finished(command(home, "--resume", *on))
     assert resumed["version"] == "diabetes/1" and not list(home.glob("runs/diabetes-*"))
     return resumed
@@ -151,7 +151,7 @@ def test_a_killed_driver_is_taken_up_by_the_same_command(tmp_path):
     assert resumed["digest"] == undisturbed.version.digest
     memory = MemoryTracker()
     again = train(spec, Settings(root=tmp_path, home=tmp_path / "home"), tracker=memory, resume=True)
-    assert str(again.version) == "diabetes/1" and len(memory.logged) == LONG, "a finished run is repeated, and comes to the same version"
+    assert str(again.version) == "diabetes/1" and len(memory.logged) == DRIVEN, "a finished run is repeated, and comes to the same version"
 
 
 @pytest.mark.chaos

@@ -99,9 +99,10 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path, times):
 
 
 PUTTING = """
-import sys
+import os, signal, sys
 from pathlib import Path
 from mlray.monitoring.archive import put_away
+if "halfway" in sys.argv: sys.addaudithook(lambda event, _: event == "os.rename" and os.kill(os.getpid(), signal.SIGSTOP))
 print("start", flush=True)
 put_away(Path(sys.argv[1]))
 """
@@ -110,14 +111,15 @@ put_away(Path(sys.argv[1]))
 @pytest.mark.parametrize("times", [3, pytest.param(100, marks=pytest.mark.chaos)])
 def test_putting_away_may_be_killed_anywhere(tmp_path, times):
     journal, rng, written, unfinished = Journal(tmp_path / "segments", most_bytes=3_000), random.Random(3), 0, 0
-    for _ in range(times):
+    for turn in range(times):
         for _ in range(120):
             journal.write(entry(written))
             written += 1
         journal.rotate()
-        process = subprocess.Popen([sys.executable, "-c", PUTTING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, "-c", PUTTING, str(tmp_path), *["halfway"] * (turn == 0)], stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "start\n"
-        if written > 120: time.sleep(rng.random() * 0.2) # anywhere in its work; what follows must hold wherever
+        if turn == 0: os.waitpid(process.pid, os.WUNTRACED) # one file is written, and has no name yet
+        else: time.sleep(rng.random() * 0.2) # anywhere in its work; what follows must hold wherever
         process.kill()
         unfinished += process.wait() != 0
         ids = journaled(tmp_path).collect()["id"].to_list()

@@ -185,3 +185,8 @@ def test_frame_and_request_agree(changed):
 def test_text_that_is_no_value_is_refused_by_both(column, bad):
     frame = pl.DataFrame([{n: iso(v) for n, v in good_row.items()} | {"y": True, column: bad}])
     assert [p.column for p in check(contract, frame).problems] == [column] == [c for c, _ in broken_rules(contract, {n: iso(v) for n, v in good_row.items()} | {column: bad})]
+
+
+def test_no_example_has_a_deadline():
+    "Of these tests or of any lesson: what holds, holds on a busy machine, too."
+    assert hypothesis_settings().deadline is None

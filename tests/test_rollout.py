@@ -286,6 +286,12 @@ def test_as_many_groups_are_judged_as_alpha_is_shared_among():
     assert (nobody.low, nobody.high, nobody.canary, nobody.verdict) == (0, 1, None, "too little"), "without a row a gap may be any"
 
 
+def test_latency_is_judged_from_its_minimum_on_and_shown_as_shares():
+    policy = Rollout(checks=(), latency={"ratio": 1.4, "minimum": 100})
+    slow = lambda n, m: decide(Evidence(0.05, arm(n, seconds=10.0), arm(m, seconds=1.0, slow=[100.0] * (m // 2))), policy).findings[0]
+    assert [slow(*each).verdict for each in ((99, 100), (100, 99), (100, 100))] == ["too little", "too little", "worse"] and (slow(100, 100).canary, slow(100, 100).champion) == (1.0, 0.5)
+
+
 @pytest.mark.parametrize(("demand", "enough"), [("better", {"better"}), ("within", {"better", "within"}), ("not worse", {"better", "within", "undecided"})])
 def test_what_is_demanded_and_what_nothing_live_can_tell(demand, enough):
     verdicts = ("better", "within", "undecided", "worse", "too little", "not judged")

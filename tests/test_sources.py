@@ -26,6 +26,7 @@ from mlray.values.errors import DataError, Unavailable
 from mlray.values.spec import parse_spec
 from tests import buckets
 from tests.brokers import broker
+from tests.conftest import slower
 from tests.postgres import Postgres, postgres
 
 ROWS = pl.DataFrame({"row": range(40), "x": [i / 8 for i in range(40)], "y": [i % 2 == 0 for i in range(40)]})
@@ -42,7 +43,7 @@ contract:
 def mlray(folder, *words: str, **environ: str) -> subprocess.CompletedProcess:
     "The command, in a process and an environment of its own."
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "AZURE_", "GOOGLE_", "MLRAY_"))}
-    return subprocess.run([sys.executable, "-c", "from mlray.cli import main; main()", *words], cwd=folder, env=kept | environ, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", "from mlray.cli import main; main()", *words], cwd=folder, env=kept | environ, capture_output=True, text=True, timeout=600)
 
 
 # A Kafka topic.
@@ -148,7 +149,7 @@ def test_brokers_that_are_away_or_refused_are_a_letter_without_secrets(settings,
     for said in ("127.0.0.1:9", json.dumps(secret)):
         with pytest.raises(Unavailable, match="could not be read") as caught: open_topic(kafka, environ={"BROKERS": said})
         assert "7391" not in str(caught.value) and caught.value.exit_code == 3
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 20 * slower()
     with pytest.raises(DataError) as caught: open_topic(kafka, environ={"BROKERS": json.dumps(secret | {"security.protocol": "secret-7391"})})
     assert "7391" not in str(caught.value)
     for said in ("", '{"bootstrap'):
@@ -279,7 +280,7 @@ def test_a_bucket_that_does_not_answer_is_a_letter_without_secrets(source, chang
     import re
     began, found = time.monotonic(), check_at(settings.root, source, **s3[0] | change)
     assert found.returncode == code and found.stdout == "" and "7391" not in found.stderr and "Traceback" not in found.stderr, found.stderr
-    assert re.search(said, found.stderr) and time.monotonic() - began < 60
+    assert re.search(said, found.stderr) and time.monotonic() - began < 60 * slower()
 
 
 # Google Cloud Storage: files are read by its XML interface, which is that of S3, so that moto answers for it; what is asked, and in which words, is Google's client's own. Azure has an emulator of Microsoft's.

@@ -11,7 +11,7 @@ import pytest
 from mlray.running.run import train
 from mlray.running.tracking import MemoryTracker, NullTracker, Trackers
 from mlray.values.settings import shipped
-from tests.conftest import running_below
+from tests.conftest import running_below, slower
 from tests.wandb_server import KEY, WandbServer
 
 BLOCK = 32768
@@ -121,16 +121,16 @@ def test_an_online_run_is_whole_and_keeps_its_key_to_itself(settings, diabetes, 
 
 def test_a_network_that_goes_away_costs_no_row(tmp_path, diabetes, server):
     from mlray.engines.track_on_wandb import WandbTracker
-    tracker = WandbTracker(tmp_path, mode="online")
+    tracker, pace = WandbTracker(tmp_path, mode="online"), slower()
     tracker.start(diabetes)
     for step in range(1, 61):
         if step == 20: server.cut()
         began = time.monotonic()
         tracker.log({"valid_loss": 1 / step}, step)
-        assert time.monotonic() - began < 1, "training waited for the network"
+        assert time.monotonic() - began < pace, "training waited for the network"
     began = time.monotonic()
     tracker.finish({"error": "none"})
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 20 * max(pace, slower())
     assert [row["valid_loss"] for row in history_of(tmp_path) if "valid_loss" in row] == [1 / step for step in range(1, 61)]
 
 
@@ -141,7 +141,7 @@ def test_no_network_at_all_means_offline(tmp_path, diabetes, server):
     tracker.start(diabetes)
     tracker.log({"valid_loss": 0.5}, 1)
     tracker.finish({"error": "none"})
-    assert time.monotonic() - began < 25
+    assert time.monotonic() - began < 25 * slower()
     kept, = tmp_path.glob("wandb/offline-run-*")
     assert kept.is_dir()
 
