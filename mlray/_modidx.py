@@ -5899,6 +5899,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mlray.values.feature.check_setting': ( '00_values/feature.html#check_setting',
                                                                               'mlray/values/feature.py')},
             'mlray.values.imported': { 'mlray.values.imported._module': ('00_values/imported.html#_module', 'mlray/values/imported.py'),
+                                       'mlray.values.imported.failing_line': ( '00_values/imported.html#failing_line',
+                                                                               'mlray/values/imported.py'),
                                        'mlray.values.imported.imported': ('00_values/imported.html#imported', 'mlray/values/imported.py'),
                                        'mlray.values.imported.optional': ('00_values/imported.html#optional', 'mlray/values/imported.py'),
                                        'mlray.values.imported.source_digest': ( '00_values/imported.html#source_digest',
