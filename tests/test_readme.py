@@ -94,7 +94,7 @@ def test_in_a_notebook(tmp_path, monkeypatch):
     block, _ = blocks("python")
     known: dict = {}
     exec(compile(block, "README.md", "exec"), known)
-    assert known["run"].verdict.findings
+    assert known["run"].verdict.findings and "| train " in known["run"].rows._repr_markdown_()
 
 
 def test_two_tables(tmp_path, monkeypatch):
