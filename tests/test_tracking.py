@@ -255,6 +255,8 @@ def test_a_mirror_tells_wandb_what_the_registry_did(tmp_path, server):
 
 def test_long_epochs_are_told_one_by_one(monkeypatch):
     "Where a line is written for every tenth epoch, nobody waits ten long ones for a sign of life."
+    from io import StringIO
+
     from rich.console import Console
 
     from mlray.running import progress
