@@ -3,9 +3,12 @@
 --nb-pkg   run the lessons against the exported package: `#| export` cells are skipped and their names come from the module
 """
 import os
+import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,21 @@ class NotebookFile(pytest.File):
 class CellFailed(Exception): pass
 
 
+SCRATCH = pytest.StashKey[str]()
+
+
+@contextmanager
+def scratch(config: pytest.Config) -> Iterator[None]:
+    "What a lesson leaves in the folder for temporary files goes when the session ends."
+    if SCRATCH not in config.stash:
+        config.stash[SCRATCH] = tempfile.mkdtemp(prefix="nb-") # short: paths of sockets are at most 108 bytes
+        config.add_cleanup(lambda: shutil.rmtree(config.stash[SCRATCH], ignore_errors=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", config.stash[SCRATCH])
+        patch.setattr(tempfile, "tempdir", config.stash[SCRATCH])
+        yield
+
+
 class Notebook(pytest.Item):
     def runtest(self) -> None:
         from execnb.shell import CaptureShell
@@ -44,11 +62,12 @@ class Notebook(pytest.Item):
         os.chdir(self.path.parent)
         shell = CaptureShell(self.path)
         try:
-            if package and module: shell.run(f"import mlray.{module.removesuffix('.__init__')} as _m\nglobals().update({{k: v for k, v in vars(_m).items() if not k.startswith('__')}})")
-            for cell in cells.cells:
-                if skipped(cell) or (package and {"export", "exports", "exporti"} & set(cell.directives_)): continue
-                shell.cell(cell, timeout=config.cell_timeout)
-                if shell.exc: raise CellFailed(cell, shell.exc)
+            with scratch(self.config):
+                if package and module: shell.run(f"import mlray.{module.removesuffix('.__init__')} as _m\nglobals().update({{k: v for k, v in vars(_m).items() if not k.startswith('__')}})")
+                for cell in cells.cells:
+                    if skipped(cell) or (package and {"export", "exports", "exporti"} & set(cell.directives_)): continue
+                    shell.cell(cell, timeout=config.cell_timeout)
+                    if shell.exc: raise CellFailed(cell, shell.exc)
         finally:
             shell.close()
             os.chdir(before)
