@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 
 from mlray.command_line.batch_cli import predict_batch
 from mlray.governance.registry import bundle_of, open_registry
+from mlray.learning.contract import Contract
 from mlray.monitoring.journal import line_of
 from mlray.running.explanation import explain
 from mlray.samples import diabetes
@@ -23,6 +25,9 @@ from mlray.serving import batch as pieces_of
 from mlray.serving.batch import ROW, Finished, cut, read_piece
 from mlray.serving.batch_run import in_process, predict_file
 from mlray.shipping.bundle import decide, predict
+from mlray.sources.rows import flat
+from mlray.values.column import Column
+from mlray.values.data import Csv
 from mlray.values.errors import DataError, RegistryError, Unavailable
 from mlray.values.settings import Settings
 from tests.conftest import running_below
@@ -48,6 +53,22 @@ def spoilt(frame: pl.DataFrame) -> pl.DataFrame:
 def written(frame: pl.DataFrame, path: Path) -> Path:
     getattr(frame, {".csv": "write_csv", ".parquet": "write_parquet", ".jsonl": "write_ndjson", ".arrow": "write_ipc"}[path.suffix])(path)
     return path
+
+
+def test_text_is_read_as_the_spec_says_it_is_written(tmp_path):
+    "With decimal commas and other dates, as it was where the model learned; and nested lines as flat ones."
+    (tmp_path / "rows.csv").write_text("income;opened\n1.234,5;31.05.2024\n900;unknown\n")
+    csv = Csv(separator=";", decimal_comma=("income", "wage"), dates={"opened": "%d.%m.%Y"})
+    contract = Contract({"income": Column(type="number"), "opened": Column(type="date")})
+    assert pl.concat(read_piece(p, contract, csv) for p in cut([str(tmp_path / "rows.csv")], contract, csv)).rows() == [(1, "1234.5", "2024-05-31"), (2, "900", "unknown")]
+    (tmp_path / "rows.jsonl").write_text('{"who": {"plan": "a"}, "tags": ["x", "y"]}\n{"who": null, "tags": []}\n')
+    nested = Contract({"who_plan": Column(type="text"), "tags": Column(type="text")})
+    assert pl.concat(read_piece(p, nested, csv) for p in cut([str(tmp_path / "rows.jsonl")], nested, csv)).rows() == [(1, "a", "x y"), (2, None, "")]
+
+
+def test_durations_can_be_answered_and_refused():
+    "Parquet has them, and refused rows are told as text."
+    assert flat(pl.DataFrame({"stay": [timedelta(hours=27), None]})).rows() == [("P1DT3H",), (None,)]
 
 
 def test_reasons_of_a_row_are_those_of_explain_wherever_it_stands(trained, monkeypatch, tmp_path):

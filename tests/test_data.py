@@ -10,7 +10,7 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 from mlray.learning.contract import Contract, check
 from mlray.learning.table import fingerprint, split
 from mlray.sources.rows import check_sources, quarantine, read_rows
-from mlray.sources.source import query_sql, read_source
+from mlray.sources.source import call_source, query_sql, read_source
 from mlray.values.column import Column
 from mlray.values.data import Csv, Source, Split, Sql
 from mlray.values.errors import ContractError, DataError, SpecError, Unavailable
@@ -311,3 +311,10 @@ def test_each_row_comes_once_and_late_ones_are_counted(arrivals, looks, tmp_path
         seen += batch.good["row"].to_list()
     if batch := next_batch(spec, here): accept(spec, here, batch); seen += batch.good["row"].to_list()
     assert sorted(seen) == sorted(r for rows in arrivals for r in rows) and next_batch(spec, here) is None
+
+
+def test_a_source_that_fails_says_in_which_line(tmp_path, monkeypatch):
+    "What is wrong in a function of one's own is a letter, as it is in a spec."
+    (tmp_path / "rows_of_mine.py").write_text("import polars as pl\n\ndef rows():\n    frame = pl.LazyFrame({'a': [1]})\n    return frame['a']\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"'rows_of_mine:rows' failed: TypeError: .*LazyFrame.*, in line 5 of rows_of_mine.py"): call_source("rows_of_mine:rows")

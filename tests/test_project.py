@@ -138,6 +138,8 @@ def test_a_file_that_windows_wrote(tmp_path, encoding):
     write_project(project, tmp_path / "mine")
     assert (tmp_path / "mine/data/mieten.csv").read_text(encoding="utf-8").startswith("Straße;Fläche;gekündigt\nKöln;0,5;ja\n")
     assert list(parse_spec(project.spec).contract) == ["Straße", "Fläche", "gekündigt"] and any("UTF-8" in note for note in project.notes)
+    csv = parse_spec(project.spec).data.csv # as `mlray predict` reads other files of the kind
+    assert (csv.separator, csv.decimal_comma) == (";", ("Fläche",))
 
 
 def test_an_index_without_a_name_is_no_column(tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from datetime import date
 from pathlib import Path
 
 import polars as pl
@@ -54,10 +55,21 @@ def test_in_a_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("MLRAY_HOME", str(tmp_path))
     monkeypatch.setenv("MLRAY_TRACKING", "disabled")
     monkeypatch.chdir(ROOT)
-    (block,) = blocks("python")
+    block, _ = blocks("python")
     known: dict = {}
     exec(compile(block, "README.md", "exec"), known)
-    assert known["run"].verdict.findings
+    assert known["run"].verdict.findings and "| train " in known["run"].rows._repr_markdown_()
+
+
+def test_two_tables(tmp_path, monkeypatch):
+    "What was known on the day, and not what is known since."
+    monkeypatch.chdir(tmp_path)
+    days = [date(2026, 1, 1), date(2026, 2, 1), date(2026, 3, 1)]
+    pl.DataFrame({"user": ["a", "a", "b"], "day": days, "amount": [1, 2, 3]}).write_parquet("requests.parquet")
+    pl.DataFrame({"user": ["a", "a", "b"], "day": [days[0], days[2], days[2]], "balance": [10, 20, 30]}).write_parquet("balances.parquet")
+    known: dict = {}
+    exec(compile(blocks("python")[1], "README.md", "exec"), known)
+    assert known["rows"]()["balance"].to_list() == [10, 10, 30]
 
 
 def test_a_first_run(tmp_path):

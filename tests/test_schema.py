@@ -8,7 +8,7 @@ import yaml
 
 from mlray.values.errors import SpecError
 from mlray.values.schema import spec_schema
-from mlray.values.spec import parse_spec
+from mlray.values.spec import parse_spec, read_spec
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -19,6 +19,13 @@ VALID = jsonschema.Draft202012Validator(spec_schema())
 def test_every_spec_is_valid_and_names_the_schema(path):
     text = path.read_text()
     assert not list(VALID.iter_errors(json.loads(json.dumps(yaml.safe_load(text))))) and text.startswith("# yaml-language-server: $schema=schema.json\n")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_spec_shows_itself_as_it_is_written(path):
+    "A notebook's cell shows YAML, which is the same spec."
+    shown = read_spec(path)._repr_markdown_()
+    assert parse_spec(shown.removeprefix("```yaml\n").removesuffix("```")) == read_spec(path) and len(shown) < 1.5 * path.stat().st_size
 
 
 @pytest.mark.parametrize("change", ["train.epocs=3", "train.epochs=many", "model.dropout=7", "contract.bmi.tipe=number"])

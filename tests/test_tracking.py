@@ -253,6 +253,20 @@ def test_a_mirror_tells_wandb_what_the_registry_did(tmp_path, server):
     assert "did not take row" in str(deliver(registry, mirror)[0].error) and len(waiting(registry, "wandb")) == 1
 
 
+def test_long_epochs_are_told_one_by_one(monkeypatch):
+    "Where a line is written for every tenth epoch, nobody waits ten long ones for a sign of life."
+    from io import StringIO
+
+    from rich.console import Console
+
+    from mlray.running import progress
+    for patience, told in ((3600.0, ["1", "10", "20"]), (-1.0, [str(i) for i in range(1, 21)])):
+        monkeypatch.setattr(progress, "_PATIENCE", patience)
+        tracker = progress.ProgressTracker(Console(file=(out := StringIO())))
+        for epoch in range(1, 21): tracker.log({"valid_loss": 0.5}, epoch)
+        assert [line.split()[1] for line in out.getvalue().splitlines()] == told
+
+
 def test_words_with_brackets_are_words():
     "What gloo says when a worker is lost looks like the end of a tag."
     from io import StringIO

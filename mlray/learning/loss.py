@@ -22,7 +22,7 @@ from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_
 
 from .network import logits_of
 from ..values.errors import SpecError, TrainingError, first_line
-from ..values.imported import imported
+from ..values.imported import failing_line, imported
 from ..values.recipe import Train
 from ..values.task import BINARY, Task
 
@@ -86,7 +86,7 @@ def _own(path: str) -> Callable[[Tensor, Tensor], Any]:
         try: return asked(logits, labels)
         except Exception as error:
             if isinstance(error, MemoryError) or "memory" in str(error): raise # has a letter of its own
-            raise TrainingError(f"train.loss: {path!r} failed on logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}, {labels.dtype}: {type(error).__name__}: {first_line(error)}") from error
+            raise TrainingError(f"train.loss: {path!r} failed on logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}, {labels.dtype}: {type(error).__name__}: {first_line(error)}{failing_line(error, path)}.") from error
 
     return of
 

@@ -27,14 +27,14 @@ def _timed(frame: pl.DataFrame, by: Sequence[str], at: str, called: str) -> pl.D
 
 
 def as_of(
-    entities: pl.DataFrame,             # observations: key, time, and anything else
-    features: pl.DataFrame,             # key, time since when the row is known, and the features
+    entities: pl.DataFrame | pl.LazyFrame, # observations: key, time, and anything else
+    features: pl.DataFrame | pl.LazyFrame, # key, time since when the row is known, and the features
     by: str | Sequence[str],            # key columns in both
     at: str,                            # time column in both
     within: timedelta | int | None = None, # a row older than this is not used; None: however old
 ) -> pl.DataFrame: # the observations in their order, with features; null where nothing was known
     "Each observation with what was known of its entity at its time. Raises `DataError`."
-    keys = [by] if isinstance(by, str) else list(by)
+    keys, entities, features = [by] if isinstance(by, str) else list(by), entities.lazy().collect(), features.lazy().collect()
     both = set(entities.columns) & set(features.columns) - {*keys, at}
     if both: raise DataError(f"Entities and features both have {sorted(both)}. Rename one of each, so that nobody mistakes which was meant.")
     left, right = _timed(entities.with_row_index("row of the entities"), keys, at, "entities"), _timed(features, keys, at, "features")
@@ -45,13 +45,14 @@ def as_of(
 
 # %% ../../nbs/01_learning/05_point_in_time.ipynb #72a4f8c2
 def latest(
-    features: pl.DataFrame,         # as for `as_of`
+    features: pl.DataFrame | pl.LazyFrame, # as for `as_of`
     entity: Mapping[str, Any],      # its key: column → value
     now: date | datetime | int,     # a value of the time column's type
     at: str,                        # the time column
     within: timedelta | int | None = None,
 ) -> dict[str, Any]: # the features; None where nothing was known
     "What is known of one entity at a moment: the row that `as_of` would have joined. Raises `DataError`."
+    features = features.lazy().collect()
     known = _timed(features, list(entity), at, "features").filter(*(pl.col(k) == v for k, v in entity.items()), pl.col(at) <= now)
     if within is not None: known = known.filter(pl.col(at) >= now - within) # type: ignore[operator]
     names = [n for n in features.columns if n not in entity and n != at]

@@ -254,6 +254,7 @@ class FirstSpec:
         name: str,          # of the model
         description: str,
         call: str,          # module:function that returns the rows
+        csv: Mapping[str, Any] = {},
     ) -> str:
         "The spec as a file."
         def flow(value: Any) -> str: return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**9, allow_unicode=True).removesuffix("...\n").strip()
@@ -262,7 +263,7 @@ class FirstSpec:
         later = "".join(f"  # split: {{test: 0.2, valid: 0.15, by: {flow(n)}}}    # judged by the latest rows, as a model that is used will be: try it\n" for n in self._times[:1] if not self.contract[n].get("nullable"))
         few = f"min_group: {self.min_group}    # rows of a group that a rate is judged over, at least. These are few, and chance drives groups apart: with more rows take 30, and narrower gaps\n\n" if self.min_group < 30 else ""
         return (f"# A beginning, made from {self.rows:,} rows: strike out what they only happen to be, widen ranges, say what columns mean.\n# `mlray check` holds the rows against it, `mlray train` makes a version.\n"
-                f"name: {name}\ndescription: {flow(description)}\n\ndata:\n  train: {{call: {flow(call)}}}\n  split: {{test: 0.2, valid: 0.15{f', key: [{flow(self.key)}]' if self.key else ''}}}\n{later}\n{folds}"
+                f"name: {name}\ndescription: {flow(description)}\n\ndata:\n  train: {{call: {flow(call)}}}\n{f'  csv: {flow(csv)}    # files for `mlray predict` are written so, too{chr(10)}' if csv else ''}  split: {{test: 0.2, valid: 0.15{f', key: [{flow(self.key)}]' if self.key else ''}}}\n{later}\n{folds}"
                 f"{contract_yaml(self.contract)}\n{few}# What these rows ask for at least: more than knowing how often each answer occurs, and no wider gaps than in the labels. Raise the bars after a first run.\ngates:\n{rules}")
 
 # %% ../../nbs/12_operations/01_first_look.ipynb #f255cfce

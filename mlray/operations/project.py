@@ -20,6 +20,7 @@ from textwrap import dedent
 
 from .first_look import DELIMITED, FileFormat, file_format, first_spec
 from ..sources.source import is_utf16
+from ..values.data import Csv
 from ..values.errors import SpecError, suggest
 from ..values.settings import shipped
 
@@ -81,8 +82,9 @@ def project_from(
         written = file_format(read, columns)
         made = first_spec(written.scan(read).head(1_000_000).collect(), target, positive, sensitive)
     said = (f"{path.name} is not written in UTF-8; it was read as {'UTF-16' if encoding == 'utf-16' else 'Windows-1252'}, and its copy in data/ is UTF-8. Look whether its letters came out right.",) if encoding else ()
+    csv = Csv.model_validate({k: getattr(written, k) for k in ("separator", "missing", "decimal_comma", "dates")} | {"header": not written.columns}).model_dump(mode="json", exclude_defaults=True)
     source = _file_source(path, written, name, target if made.unanswered else "")
-    return Project(name, made.yaml(name, f"{target}, from {path.name}", f"{name}.source:rows"), source, target, (*made.gates, "worth"), path, (*made.notes(), *said), encoding)
+    return Project(name, made.yaml(name, f"{target}, from {path.name}", f"{name}.source:rows", csv), source, target, (*made.gates, "worth"), path, (*made.notes(), *said), encoding)
 
 
 def encoding_of(

@@ -33,7 +33,7 @@ from .served import asked
 from ..shipping.answer import predictions
 from ..shipping.bundle import Bundle, decide, load_bundle, predict
 from ..sources.rows import flat
-from ..sources.source import reading, remote, scan_delta, unnested
+from ..sources.source import as_written, reading, remote, scan_delta, unnested
 from ..values.data import Csv
 from ..values.errors import DataError, suggest
 from ..values.settings import Settings
@@ -187,8 +187,10 @@ def read_piece(
         data, lines = _bytes_of(piece), suffix in LINES
         try: frame = pl.read_ndjson(BytesIO(data), infer_schema_length=None) if lines else _whole_csv(piece.head, data, csv)
         except pl.exceptions.PolarsError: frame = _json_by_line(data) if lines else _csv_by_line(piece.head, data, csv)
-        if lines: frame = unnested(frame.lazy()).collect()
-        named = frame.rename({n: n.strip() for n in frame.columns}).with_row_index(ROW, piece.first)
+        named = frame.rename({n: n.strip() for n in frame.columns})
+        if lines: named = unnested(named.lazy()).collect()
+        else: named = as_written(named.lazy(), [n for n in csv.decimal_comma if n in named.columns], {n: form for n, form in csv.dates.items() if n in named.columns}).collect()
+        named = named.with_row_index(ROW, piece.first)
         return (named if lines else named.filter(~pl.all_horizontal(pl.exclude(ROW).is_null()))).select(ROW, *(n for n in (*contract.columns, UNREAD) if n in named.columns))
 
 # %% ../../nbs/09_serving/20_batch.ipynb #07155a0f

@@ -48,7 +48,14 @@ class Rows:
         "How many rows a whole part has."
         return self.sizes.get(part, getattr(self.parts, part).height)
 
+    def table(self) -> Table:
+        "The parts, and what names each."
+        return table(["part", "rows", "fingerprint"], [(part, f"{self.size(part):,}", digest) for part, digest in self.fingerprints.items()], "Rows")
 
+    def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
+    def _repr_html_(self) -> str: return self.table()._repr_html_()
+
+# %% ../../nbs/06_sources/06_rows.ipynb #d67b2cfe
 def _accepted(spec: RunSpec, settings: Settings) -> tuple[pl.DataFrame, str]:
     rows, version = accepted_rows(spec.name, settings)
     return rows.collect(), version
@@ -73,8 +80,8 @@ def check_sources(
 
 
 def flat(frame: pl.DataFrame) -> pl.DataFrame:
-    "Rows as a text file can hold them: lists and structs as JSON."
-    return frame.with_columns(pl.struct(n).struct.json_encode().alias(n) for n, t in frame.schema.items() if t.is_nested())
+    "Rows as a text file can hold them: lists and structs as JSON, durations as ISO 8601 has them."
+    return frame.with_columns(pl.struct(n).struct.json_encode().alias(n) if t.is_nested() else pl.col(n).dt.to_string("iso") for n, t in frame.schema.items() if t.is_nested() or t == pl.Duration)
 
 
 def private(

@@ -27,7 +27,7 @@ from .fetch import locate
 from .topic import open_topic, scan_topic
 from ..values.data import Csv, Source, Sql
 from ..values.errors import DataError, MlrayError, SpecError, Unavailable, first_line, suggest
-from ..values.imported import imported, optional
+from ..values.imported import failing_line, imported, optional
 from ..values.settings import Settings
 
 # %% ../../nbs/06_sources/03_source.ipynb #a8ddd29f
@@ -263,7 +263,9 @@ def call_source(
     "The rows that a function returns. Raises `DataError`."
     try: function = imported(call, "data source")
     except SpecError as error: raise DataError(f"data source {call!r} cannot be called: {error}") from error
-    made = function()
+    try: made = function()
+    except (MlrayError, OSError, pl.exceptions.PolarsError): raise # `reading` has words for them
+    except Exception as error: raise DataError(f"data source {call!r} failed: {type(error).__name__}: {first_line(error)}{failing_line(error, call)}.") from error
     if not isinstance(made, (pl.DataFrame, pl.LazyFrame)): raise DataError(f"data source {call!r} returned {type(made).__name__}; a polars frame was expected.")
     return made.lazy()
 

@@ -14,12 +14,17 @@ from datetime import date, datetime, timedelta
 from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # %% ../../nbs/00_values/02_column.ipynb #ead2ff7a
 class Part(BaseModel):
     "A part of a spec: frozen, and an unknown key is an error."
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def _repr_markdown_(self) -> str:
+        said = yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True, by_alias=True), sort_keys=False, default_flow_style=None, allow_unicode=True, width=140)
+        return f"```yaml\n{said}```"
 
 # %% ../../nbs/00_values/02_column.ipynb #a52614c9
 def _iso(value: Any) -> Any: return value.isoformat() if isinstance(value, date) else value # YAML makes a date of 2024-05-01
