@@ -10,7 +10,7 @@ In each group in the order in which they build on one another; the numbers are t
 **a cluster**
 
 - [cluster_on_ray](01_cluster_on_ray.ipynb): Join a Ray cluster, or have one of one's own for a while
-- [nodes_on_ray](04_nodes_on_ray.ipynb): What each node of a cluster says of itself
+- [nodes_on_ray](04_nodes_on_ray.ipynb): What each node of a cluster says of itself, and for how many there is room
 - [registry_on_ray](02_registry_on_ray.ipynb): The registry, from any node of a cluster
 - [submit_on_ray](03_submit_on_ray.ipynb): Work sent to a cluster from outside, and what it says on the way
 
