@@ -320,6 +320,58 @@ def test_a_single_number_alone_is_itself_among_others():
     assert [i for i in range(200) if _run(session, rows[i:i + 1]).tobytes() != together[i:i + 1].tobytes()] == []
 
 
+@given(st.data())
+@hypothesis_settings(max_examples=25, deadline=None)
+def test_what_a_layer_learns_is_what_the_layer_of_the_package_learns(data):
+    "Whatever way is taken for so many rows: the same numbers and gradients, save for the order of their sums."
+    import torch
+    from tabm import LinearBatchEnsemble
+
+    from mlray.learning.network import Layer
+    rows, members, inputs, outputs = (data.draw(st.integers(1, most), label=label) for label, most in (("rows", 40), ("members", 4), ("inputs", 40), ("outputs", 24)))
+    shared = data.draw(st.booleans(), label="shared")
+    torch.manual_seed(data.draw(st.integers(0, 99), label="seed"))
+    layer, theirs = (kind(inputs, outputs, k=members, scaling_init=("normal", "normal")).double() for kind in (Layer, LinearBatchEnsemble))
+    theirs.load_state_dict(layer.state_dict())
+    x = torch.randn(1 if shared else members, rows, inputs, dtype=torch.float64, requires_grad=True)
+    ours, expected = layer(x), theirs(x.transpose(0, 1)).relu().transpose(0, 1)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    pull = torch.randn(members, rows, outputs, dtype=torch.float64)
+    for mine, other in zip(torch.autograd.grad(ours, [x, *layer.parameters()], pull), torch.autograd.grad(expected, [x, *theirs.parameters()], pull), strict=True): torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)
+    single = layer.float().eval(), theirs.float()
+    given_rows = x.detach().transpose(0, 1).float()
+    assert torch.equal(single[0](given_rows), single[1](given_rows)) # an answer is the package's, to the bit
+
+
+@pytest.mark.parametrize("rows", [3, 64]) # two ways
+def test_dropout_holds_back_both_ways(rows):
+    "What is dropped neither answers nor learns, and what is kept counts for it."
+    import torch
+
+    from mlray.learning.network import Layer
+    torch.manual_seed(0)
+    layer = Layer(8, 32, k=400 // rows, scaling_init=("normal", "ones"))
+    x, dropped = torch.randn(1, rows, 8), 64 / 256
+    whole, kept = layer(x), layer(x, dropped)
+    there = kept > 0
+    torch.testing.assert_close(kept[there], whole[there] / (1 - dropped))
+    assert not bool((there & (whole <= 0)).any()) and abs(float(there.sum() / (whole > 0).sum()) - (1 - dropped)) < 0.03
+    biases, = torch.autograd.grad(kept.sum(), layer.bias)
+    torch.testing.assert_close(biases, there.sum(1) / (1 - dropped))
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(-3, 8), st.floats(-5, 9, width=32)), min_size=1, max_size=9))
+def test_common_values_are_found_alike_to_learn_and_to_answer(values):
+    import torch
+
+    from mlray.learning.features import Number
+    from mlray.learning.network_inputs import Encoding
+    features = Features((Number("x", 0.0, (0.0, 7.0), (-1.0, 1.0), (-2.0, 0.5, 3.0, 7.0)), Number("line", 0.0, (0.0, 1.0), (0.0, 1.0), ()), Number("y", 0.0, (0.0, 1.0), (0.0, 1.0), (1.0,))), ())
+    encoding = Encoding(features, 2)
+    numbers = torch.tensor([[np.nan if v is None else v] * 3 for v in values], dtype=torch.float32)
+    assert torch.equal(encoding.train()._common_codes(numbers), encoding.eval()._common_codes(numbers))
+
+
 def test_what_is_collected_in_the_middle_of_an_export_does_not_break_it():
     "Before Python 3.11.8 an `ast.parse` fails when another one ran in it, as it does when a traceback is shown in a `__del__`."
     import ast

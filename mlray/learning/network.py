@@ -67,7 +67,7 @@ class Layer(LinearBatchEnsemble):
         weight, r, s, bias = self.weight, self.r, (self.s * gain).unsqueeze(1), (self.bias * gain).unsqueeze(1)
         if x.shape[1] >= 2 * self.out_features: return _active(torch.baddbmm(bias, x.expand(self.k, -1, -1), weight.T * torch.bmm(r.unsqueeze(2), s)), dropped)
         if len(x) == 1: x, weight, r = (nn.functional.pad(t, (0, -self.in_features % 16)) for t in (x, weight, r))
-        return _active(torch.addcmul(bias, (x * r.unsqueeze(1)) @ weight.T, s), dropped)
+        return _active((((x * r.unsqueeze(1)) @ weight.T) * s).add_(bias), dropped)
 
 
 class Network(nn.Module):
