@@ -1,5 +1,6 @@
 """One W&B run a training: online against a recorder, and offline, read back from the file that the real client wrote."""
 import json
+import os
 import struct
 import time
 from collections.abc import Iterator
@@ -8,9 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlray.running.run import train
+from mlray.running.run import LocalBackend, make_job, train
 from mlray.running.tracking import MemoryTracker, NullTracker, Trackers
-from mlray.values.settings import shipped
+from mlray.sources.rows import read_rows
+from mlray.values.settings import Settings, shipped
+from mlray.values.spec import read_spec
 from tests.conftest import running_below, slower
 from tests.wandb_server import KEY, WandbServer
 
@@ -277,3 +280,13 @@ def test_words_with_brackets_are_words():
     said = "a worker was lost ([/pytorch/gloo/transport/tcp/unbound_buffer.cc:129] timed out)"
     ProgressTracker(Console(file=(out := StringIO()), soft_wrap=True)).note(said)
     assert said in out.getvalue()
+
+
+def test_who_waits_for_many_rows_is_told_of_the_other_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for many, threads, told in ((200, 1, 1), (200, 4, 0), (20_000, 1, 0)):
+        monkeypatch.setattr("mlray.running.run._MANY", many)
+        spec, notes = read_spec(shipped("configs") / "diabetes.yaml", [f"train.threads={threads}", "train.epochs=1"]), []
+        job = make_job(spec, read_rows(spec, Settings(env="local", home=tmp_path)))
+        for _ in LocalBackend().train(job, f"run-{many}-{threads}", tmp_path, note=notes.append): pass
+        assert [n for n in notes if "learning on 1 of 4 cores" in n and "train.threads=4" in n] == notes and len(notes) == told

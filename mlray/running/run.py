@@ -11,6 +11,7 @@ __all__ = ['Note', 'Backend', 'LocalBackend', 'Supply', 'InMemory', 'run_name', 
 
 # %% ../../nbs/07_running/10_run.ipynb #5293e1b9
 import hashlib
+import os
 import platform
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -72,6 +73,9 @@ class Backend(Protocol):
         "The epochs of a job, kept in `home/name`; the last one has the state. Closed before its end, it leaves nothing running."
 
 
+_MANY = 20_000 # rows that take long enough to ask for more cores
+
+
 @dataclass(frozen=True)
 class LocalBackend:
     "Training in this process."
@@ -81,6 +85,8 @@ class LocalBackend:
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
         kept = open_checkpoints(home / name, self.checkpoints)
         if not resume: kept.forget()
+        if len(job.labels) >= _MANY and job.train.threads < (cores := os.cpu_count() or 1):
+            note(f"learning on {job.train.threads} of {cores} cores: more of them with train.threads={cores}, which may change the last bits")
         start = kept.newest(note)
         yield from replayed(start)
         for epoch in epochs_of(job, start):
