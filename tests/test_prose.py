@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "nbs").rglob("*.ipynb"))]
 BESIDE = [ROOT / "settings.ini", ROOT / "Makefile", *sorted((ROOT / "configs").glob("*.yaml")), *sorted(p for p in (ROOT / "cluster").rglob("*") if p.is_file())]
 OF_A_PROJECT = {"nbs/00_source.ipynb", "nbs/01_network.ipynb", "nbs/gates/worth.ipynb", "nbs/gates/costs.ipynb", "configs/credit.yaml"} # what `mlray new` and the lessons write
 CLAIMED = {*Conditions.__dataclass_fields__, "gate", "verdict"} # of a gate's statement, below `mlray`
-OTHERS = {"RAY_USE_TLS", "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER"} # Ray's own, which nothing here sets
+OTHERS = {"RAY_USE_TLS", "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER", "RAY_SERVE_HAPROXY_LOG_TARGET"} # Ray's own, which nothing here sets
 
 
 @cache
