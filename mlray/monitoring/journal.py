@@ -58,6 +58,7 @@ class Feedback(msgspec.Struct, omit_defaults=True, gc=False, frozen=True):
     source: str = ""        # who says so: another system, a person's role
     key: str = ""           # idempotency key; the same one twice is one saying
     caller: str = ""        # public part of the API key that sent it
+    models: str = ""        # globs of the models that it may speak of, with spaces between; empty: any
 
 
 One = TypeVar("One", bound=msgspec.Struct)
