@@ -88,7 +88,6 @@ def rows_of_every_kind(
         elif how < 0.33: row.pop(draw.choice(list(row)))
         elif how < 0.35: row[draw.choice(["agee", *model["others"]])] = 1
         elif how < 0.355: row = draw.choice([None, [], "row", 7])
-        elif how > 0.95: row = {n: f"\u2003{v}\n " if isinstance(v, str) else v for n, v in row.items()}
         rows.append(row)
     return rows
 
