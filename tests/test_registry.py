@@ -330,7 +330,7 @@ def test_a_registry_that_is_lost_is_not_begun_anew_in_silence(tmp_path):
     kept = path.read_bytes()
     path.unlink()
     for _ in range(2): # the first try leaves nothing behind that the second takes for a registry
-        with pytest.raises(RegistryError, match="has been lost.*registry.db.anchor has noted 1 changes.*mlray registry restore"): Registry(*at)
+        with pytest.raises(RegistryError, match=r"has been lost.*registry\.db\.anchor has noted 1 changes.*mlray registry restore"): Registry(*at)
         assert not path.exists()
     path.touch()
     with pytest.raises(RegistryError, match="has been lost"): Registry(*at)

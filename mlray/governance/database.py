@@ -138,6 +138,13 @@ def _anchors(path: Path) -> tuple[Anchor, ...]:
         with suppress(ValueError, KeyError, TypeError): found.append(Anchor(**json.loads(line)))
     return tuple(found)
 
+
+def _refuse_anew(shown: str, path: Path) -> None:
+    "Raise `RegistryError` where anchors know of changes that no row tells of: what there was has been lost."
+    if not (noted := _anchors(path)): return
+    raise RegistryError(f"The registry {shown} has been lost: {path} has noted {max(a.seq for a in noted)} changes in it, and of none of them a row is there. Nothing was made in its place. "
+                        f"Mount its disk, or bring the database back. To restore a backup, `mv {path} {path}.lost`, then `mlray registry restore FOLDER`; to begin anew on purpose, the same `mv` alone.")
+
 # %% ../../nbs/05_governance/08_database.ipynb #da73d08e
 def newest_evidence(
     connection: Connection,
@@ -168,10 +175,10 @@ class Database:
         self._engine, self.folder = _engine(url), folder
         self.shown = (at := self._engine.url).render_as_string(hide_password=True)
         self._anchor = folder / (f"{'-'.join(str(p) for p in (at.host, at.port, at.database) if p).replace('/', '-')}.anchor" if at.host else f"{Path(at.database or 'registry').name}.anchor")
-        if at.get_backend_name() == "sqlite" and at.database and not Path(at.database).exists(): self._refuse_anew() # before a file is made
+        if at.get_backend_name() == "sqlite" and at.database and not Path(at.database).exists(): _refuse_anew(self.shown, self._anchor) # before a file is made
         with self.change() as connection:
             _migrate(connection, self._adopt)
-            if connection.execute(EVENTS.select().limit(1)).first() is None: self._refuse_anew()
+            if connection.execute(EVENTS.select().limit(1)).first() is None: _refuse_anew(self.shown, self._anchor)
 
     @contextmanager
     def change(self) -> Iterator[Connection]:
@@ -208,12 +215,6 @@ class Database:
     def anchors(self) -> tuple[Anchor, ...]:
         "The heads that were noted here."
         return _anchors(self._anchor)
-
-    def _refuse_anew(self) -> None:
-        "Raise `RegistryError` where anchors know of changes that no row tells of: what there was has been lost."
-        if not (noted := self.anchors()): return
-        raise RegistryError(f"The registry {self.shown} has been lost: {self._anchor} has noted {max(a.seq for a in noted)} changes in it, and of none of them a row is there. Nothing was made in its place. "
-                            f"Mount its disk, or bring the database back. To restore a backup, `mv {self._anchor} {self._anchor}.lost`, then `mlray registry restore FOLDER`; to begin anew on purpose, the same `mv` alone.")
 
     def _adopt(self, connection: Connection) -> None:
         "Seal the rows of a schema that had no chain, as they are found."

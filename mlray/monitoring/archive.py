@@ -124,8 +124,6 @@ def _settle(frame: pl.DataFrame, path: Path) -> None:
 
 # %% ../../nbs/08_monitoring/03_archive.ipynb #4a8bbd93
 def _marks_file(folder: Path) -> Path: return folder / "erased.json"
-
-
 def _marks(folder: Path) -> frozenset[str]:
     path = _marks_file(folder)
     return frozenset(m for each in json.loads(path.read_text()) for m in each["marks"]) if path.is_file() else frozenset()
@@ -232,7 +230,7 @@ def parts(
 
 def _speaking_of(feedback: pl.LazyFrame, model: str | None) -> pl.LazyFrame:
     "Feedback of those who may speak of a model."
-    if "models" not in (names := feedback.collect_schema().names()) or model is None: return feedback.with_columns(pl.lit("").alias("models")) if "models" not in names else feedback
+    if model is None or "models" not in feedback.collect_schema().names(): return feedback
     globs = feedback.select(pl.col("models").fill_null("").unique()).collect()["models"].to_list()
     return feedback.filter(pl.col("models").fill_null("").is_in([g for g in globs if not g or any(fnmatchcase(model, glob) for glob in g.split())]))
 
@@ -243,24 +241,20 @@ def asked_in(schema: Any) -> pl.Expr: # of a frame: name → type
     return pl.struct(pl.col("row").is_null(), *said).hash()
 
 
-def _once(entries: pl.LazyFrame) -> pl.LazyFrame:
-    "Each answer once, however often its request was sent again; of other rows under the same name, or of another caller, it is another answer. What was not answered counts each time."
-    same, when = asked_in(entries.collect_schema()).alias("what was asked"), pl.when(pl.col("row").is_null()).then(pl.col("time")).alias("when")
-    return entries.with_columns(same, when).unique(["id", "row", "version", "arm", "caller", "what was asked", "when"], keep="first", maintain_order=True).drop("what was asked", "when")
-
-
 def journaled(
     folder: Path,
     model: str | None = None, # None: any; of feedback: which its sender may speak of
     version: str | None = None,
     since: datetime | None = None,
     until: datetime | None = None,
-) -> pl.LazyFrame: # each answer once
+) -> pl.LazyFrame: # each answer once, however often its request was sent again; other rows, or another caller, under the same name are another answer
     "The rows of a journal."
     found = list(parts(folder, model, version, since, until))
     if not found: return pl.LazyFrame(schema={**_ENTRY, "row": pl.Int64} if folder.name != "feedback" else _FEEDBACK)
     every = pl.concat(found, how="diagonal_relaxed")
-    return _speaking_of(every, model) if folder.name == "feedback" else _once(every)
+    if folder.name == "feedback": return _speaking_of(every, model)
+    same, when = asked_in(every.collect_schema()).alias("what was asked"), pl.when(pl.col("row").is_null()).then(pl.col("time")).alias("when") # what was not answered counts each time
+    return every.with_columns(same, when).unique(["id", "row", "version", "arm", "caller", "what was asked", "when"], keep="first", maintain_order=True).drop("what was asked", "when")
 
 # %% ../../nbs/08_monitoring/03_archive.ipynb #1a054e53
 def purge(
