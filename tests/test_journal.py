@@ -2,8 +2,8 @@
 import asyncio
 import json
 import os
-import resource
 import random
+import resource
 import signal
 import subprocess
 import sys

@@ -120,7 +120,7 @@ class Journal(Generic[One]):
     def __init__(self, folder: Path, full: Policy = "refuse", sync_s: float = 1.0, most_bytes: int = 2**26):
         self.folder, self.full, self.sync_s, self.most_bytes = Path(folder), full, sync_s, most_bytes
         self.dropped, self.written = 0, 0   # records that could not be kept, and records that were
-        self._said, self._size = 0, 1       # of those dropped, how many the journal itself tells of; bytes of the last record
+        self._said, self._last = 0, b"\n"   # of those dropped, how many the journal itself tells of; the last record
         self._segment: _Segment | None = None
         self._torn, self._dirty, self._lock, self._stop = False, False, threading.RLock(), threading.Event()
         if sync_s: threading.Thread(target=self._keep_up, name="journal", daemon=True).start()
@@ -136,8 +136,7 @@ class Journal(Generic[One]):
     def _append(self, record: One) -> None:
         if self.dropped > self._said and isinstance(record, Entry): record = msgspec.structs.replace(record, lost=self.dropped - self._said)
         if self._segment is None: self._segment = _new_segment(self.folder)
-        line = b"\n" * self._torn + line_of(record)
-        self._size = len(line)
+        self._last = line = b"\n" * self._torn + line_of(record)
         done = os.write(self._segment.file, line)
         self._torn, self._dirty = done != len(line), True
         if self._torn: raise OSError(28, "no space left for a whole record")
@@ -151,10 +150,9 @@ class Journal(Generic[One]):
             if self.full != "refuse" or self.dropped == self._said: return True
             try:
                 if self._segment is None: self._segment = _new_segment(self.folder)
-                size = os.fstat(self._segment.file).st_size
-                done = os.write(self._segment.file, b"\n" * self._size) # a single byte fits into what a full disk has left of a block
+                size, done = os.fstat(self._segment.file).st_size, os.write(self._segment.file, b"\n" * len(self._last)) # a single byte fits into what a full disk has left of a block
                 os.ftruncate(self._segment.file, size)
-                return done == self._size
+                return done == len(self._last)
             except OSError: return False
 
     def rotate(self) -> None:
