@@ -37,7 +37,7 @@ from ..values.errors import DataError
 # %% ../../nbs/08_monitoring/03_archive.ipynb #cc8db313
 _ENTRY = {"id": pl.String, "time": pl.Int64, "model": pl.String, "version": pl.String, "digest": pl.String, "status": pl.Int64, "seconds": pl.Float64, "scoring": pl.Float64, "rows": pl.Int64,
           "arm": pl.String, "caller": pl.String, "subject": pl.String, "lost": pl.Int64}
-_FEEDBACK = {"id": pl.String, "row": pl.Int64, "time": pl.Int64, "kind": pl.String, "text": pl.String, "number": pl.Float64, "source": pl.String, "key": pl.String, "caller": pl.String, "models": pl.String}
+_FEEDBACK = {"id": pl.String, "row": pl.Int64, "time": pl.Int64, "kind": pl.String, "text": pl.String, "number": pl.Float64, "source": pl.String, "key": pl.String, "caller": pl.String}
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def feedback_rows(
     lines: Sequence[bytes],
 ) -> pl.DataFrame:
     "The rows of some feedback."
-    with _undisturbed(): return _frame(decoded(lines, Feedback, "The journal"), _FEEDBACK)
+    with _undisturbed(): return _frame(decoded(lines, Feedback, "The journal"), _FEEDBACK | {"models": pl.String})
 
 # %% ../../nbs/08_monitoring/03_archive.ipynb #5e758869
 @dataclass(frozen=True)
