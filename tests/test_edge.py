@@ -80,6 +80,13 @@ def edge(trained, tmp_path_factory):
     return bundle, folder
 
 
+def test_texts_with_spaces_around_are_read_as_training_does(edge):
+    bundle, folder = edge
+    rows = [r for r in rows_of_every_kind(plain(bundle, "1"), 300, seed=4) if isinstance(r, dict)]
+    spaced = [{n: f"\u2003{v}\n " if isinstance(v, str) else v for n, v in r.items()} for r in rows]
+    assert differences(folder, bundle, spaced) == [] and expected(bundle, spaced) == expected(bundle, rows) and any(r != s for r, s in zip(rows, spaced, strict=True))
+
+
 def test_ten_thousand_rows_without_any_library_of_ours(edge, tmp_path, monkeypatch):
     "Good and bad rows, asked in a process that can import numpy, onnxruntime and the standard library alone."
     bundle, folder = edge

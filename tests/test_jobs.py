@@ -30,7 +30,7 @@ from mlray.serving.plan import Model, Plan, loaded
 from mlray.serving.service import Service
 from mlray.serving.shadow import Shadow
 from mlray.serving.traffic import Traffic
-from mlray.serving.wire import Asked, Reply, at_once, encode
+from mlray.serving.wire import Asked, Refused, Reply, at_once, encode
 from mlray.shipping.answer import predictions
 from mlray.shipping.bundle import predict
 from mlray.values.settings import Settings, shipped
@@ -110,6 +110,19 @@ def test_a_person_is_forgotten_in_jobs_that_are_over(tmp_path):
     keep(shelf, job_id("ada", "over"), 0, b"answers")
     end(shelf, job_id("ada", "over"), "done")
     assert forget_jobs(shelf, "42", "age") == 1 and shelf.get(job_id("ada", "waits")) is None and forget_jobs(shelf, "p-7") == 1 and shelf.get(job_id("ada", "over")) is None
+
+
+def test_one_caller_takes_no_more_than_a_share_and_goes_not_before_all_others(tmp_path):
+    shelf = Shelf(tmp_path, most=5, each=3)
+    def submit(owner: str, key: str) -> str: return put(shelf, Job(job_id(owner, key), owner, "c", 1, Traffic("diabetes", "1"), (), key, 0.0), pl.DataFrame({"age": [1]})).id
+    mine = [submit("ada", k) for k in "abc"]
+    with pytest.raises(Refused, match="3 jobs of yours") as full: submit("ada", "d")
+    assert (full.value.status, full.value.error, full.value.headers) == (429, "too_many_jobs", {"Retry-After": "5"}) and submit("ada", "a") == mine[0], "what is there is told of again"
+    theirs = [submit("bob", k) for k in "ab"]
+    assert shelf.waiting() == [mine[0], theirs[0], mine[1], theirs[1], mine[2]]
+    with pytest.raises(Refused, match="As many jobs as may wait"): submit("eve", "a")
+    end(shelf, mine[0], "cancelled")
+    assert shelf.waiting() == [mine[1], theirs[0], mine[2], theirs[1]] and submit("ada", "d") in shelf.waiting()
 
 
 def test_a_job_that_goes_while_it_is_listed_stops_nobody(tmp_path, monkeypatch):

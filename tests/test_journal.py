@@ -3,6 +3,7 @@ import asyncio
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -178,6 +179,25 @@ def test_whoever_could_record_nothing_says_so_until_there_is_room(tmp_path):
     found, torn = read(next(tmp_path.glob("*.log")), Entry)
     assert [e.id for e in found] == ["a", "a"] and found[1].lost == 1 and torn == 0
     os.close(file), os.close(full)
+
+
+def test_room_for_a_byte_is_none_for_a_record(tmp_path):
+    "A full disk has the rest of a block left: whoever tries one byte there would call a journal able that refuses every answer."
+    journal, record, before = Journal[Entry](tmp_path, sync_s=0), Entry("a", 1, "wine", "1", "d" * 8, 200, 0.1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    journal.write(record)
+    (path,) = tmp_path.glob("*.log")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, before[1]))
+    try:
+        with pytest.raises(JournalFull): journal.write(record)
+        size = path.stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
+        assert not journal.able() and path.stat().st_size == size
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert journal.able() and path.stat().st_size == size, "what was tried is taken back"
+    journal.write(record)
+    journal.close()
+    found, torn = read(path, Entry)
+    assert [(e.id, e.lost) for e in found] == [("a", 0), ("a", 1)] and torn == 1
 
 
 @pytest.mark.parametrize("policy", ["refuse", "answer-without"])

@@ -322,3 +322,20 @@ def test_of_racing_promotions_one_wins_each_generation(registry, three, url, rou
     assert won == dict.fromkeys(range(1, rounds + 1), 1) and lost == dict.fromkeys(range(1, rounds + 1), 7)
     found = audit(registry)
     assert not found.faults and [e.details["generation"] for e in found.entries if e.action == "promote"] == sorted(won)
+
+
+def test_a_registry_that_is_lost_is_not_begun_anew_in_silence(tmp_path):
+    at, path = (f"sqlite:///{tmp_path}/registry.db", tmp_path / "store"), tmp_path / "registry.db"
+    add_key(Registry(*at), new_key("admin")[0])
+    kept = path.read_bytes()
+    path.unlink()
+    for _ in range(2): # the first try leaves nothing behind that the second takes for a registry
+        with pytest.raises(RegistryError, match=r"has been lost.*registry\.db\.anchor has noted 1 changes.*mlray registry restore"): Registry(*at)
+        assert not path.exists()
+    path.touch()
+    with pytest.raises(RegistryError, match="has been lost"): Registry(*at)
+    path.write_bytes(kept)
+    assert len(keys(Registry(*at))) == 1
+    path.unlink()
+    (tmp_path / "registry.db.anchor").rename(tmp_path / "registry.db.anchor.lost")
+    assert keys(Registry(*at)) == (), "on purpose"

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings as given_settings, strategies as st
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route as At
@@ -22,11 +23,14 @@ from mlray.governance.access import Caller, new_key
 from mlray.governance.ledger import audit
 from mlray.governance.registry import add_evidence, add_key, bundle_of, open_registry, promote, register, rollback, version
 from mlray.judgement.gate import judge
-from mlray.learning.contract import Contract, check
-from mlray.learning.request import broken_rules, json_schema, row_type
-from mlray.monitoring.archive import journaled
+from mlray.learning.contract import Contract, check, read_columns
+from mlray.learning.request import SPACES, as_read, broken_rules, json_schema, row_type
+from mlray.monitoring.archive import journaled, put_away
+from mlray.monitoring.beside import pairs
 from mlray.monitoring.feedback import feedback_of, take
-from mlray.monitoring.journal import Feedback, Journal
+from mlray.monitoring.journal import Entry, Feedback, Journal
+from mlray.monitoring.labelled import answers_of
+from mlray.monitoring.windows import Window, count_window
 from mlray.pages.console import sent_by
 from mlray.pages.console_acts import console_of
 from mlray.serving import asgi
@@ -145,6 +149,55 @@ def test_a_pattern_holds_for_the_whole_value_by_every_way():
         if value.strip() == value: assert good == (not check(contract, pl.DataFrame({"code": [value]})).problems), repr(value) # text of a frame is read without the spaces around it
     assert json_schema(contract)["properties"]["code"]["pattern"] == "^(?:[a-z]+|[0-9]{3})$", "as JSON Schema writes it"
     with pytest.raises(ServingError): feedback_of(b'{"feedback": [{"request_id": "r-1\\n", "value": 1}]}')
+
+
+def test_a_text_is_read_as_training_does_by_every_way(house):
+    column, spaced = Column(type="category", aliases={"f": "female", "M": "male"}), st.text(st.sampled_from(SPACES + "\x1cfM\ufeff\u200b"), max_size=5)
+
+    @given(spaced)
+    @given_settings(max_examples=200, deadline=None)
+    def alike(text):
+        contract = Contract({"sex": column})
+        (trained,) = pl.DataFrame({"sex": [text]}).select(read_columns(contract, {"sex": pl.String()}, ()))["sex"]
+        assert trained == as_read(contract, {"sex": text})["sex"] == msgspec.to_builtins(msgspec.convert({"sex": text}, row_type(contract)))["sex"], repr(text)
+    alike()
+
+    odd = {**house.row, "sex": f" {house.row['sex']}\n"}
+    tensors = [{"name": n, "shape": [1], "datatype": "BYTES" if isinstance(v, str) else "INT64" if isinstance(v, int) else "FP64", "data": [v]} for n, v in odd.items()]
+    ways = [house.ask("predict", {"instances": [odd]}), house.ask("predict", pl.DataFrame([odd]).write_ipc_stream(None).getvalue(), kind=ARROW, accept="application/json"), house.ask("invoke", {"dataframe_records": [odd]})]
+    assert [said(r)["predictions"] for r in ways] == [said(house.ask("predict", {"instances": [house.row]}))["predictions"]] * 3
+    assert said(house.ask("infer", {"inputs": tensors}))["outputs"][1]["data"] == [pytest.approx(said(ways[0])["predictions"][0]["score"])]
+    assert said(house.ask("explain", {"instances": [odd]}, action="predict:explain"))["explanations"] == said(house.ask("explain", {"instances": [house.row]}, action="predict:explain"))["explanations"]
+
+
+def test_a_feedback_key_speaks_of_its_models_alone(bundle, tmp_path):
+    journal, feedback = Journal[Entry](tmp_path / "segments"), Journal[Feedback](tmp_path / "feedback/segments")
+    keys = {models: new_key("feedbacker", models=(models,)) for models in ("diab*", "adult", "*")}
+    service = Service({"diabetes": Served("1", bundle), "adult": Served("1", bundle)}, tuple(key for key, _ in keys.values()), feedback=feedback)
+    tell = lambda models, value, service=service: at_once(service.reply(Asked("feedback", "feedback:write", "r", json.dumps({"feedback": [{"request_id": "a-1", "value": value}]}).encode(), keys[models][1]))).status
+    assert [tell("diab*", "yes"), tell("adult", "no"), tell("*", "yes")] == [202] * 3, "whose answer a-1 is, the door does not know"
+    assert tell("adult", "no", replace(service, models={"diabetes": Served("1", bundle)})) == 403, "here the key speaks of nothing"
+    feedback.close()
+    for moved in (False, True): # in segments, and put away
+        if moved: put_away(tmp_path / "feedback")
+        assert {m: sorted(journaled(tmp_path / "feedback", m).collect()["text"]) for m in ("diabetes", "adult", None)} == {"diabetes": ["yes", "yes"], "adult": ["no", "yes"], None: ["no", "yes", "yes"]}
+    journal.close()
+
+
+def test_a_caller_who_names_all_requests_alike_is_counted_for_each(bundle, tmp_path):
+    journal, row = Journal[Entry](tmp_path / "segments"), example_row(bundle.contract)
+    def ask(age: int, caller: str = "k", arm: str = "production", version: str = "1") -> None: journal.write(Entry("same", time.time_ns(), "diabetes", version, "d" + version, 200, 0.01, 1, {n: [age if n == "age" else v] for n, v in row.items()}, {"label": [bundle.task.names[0]], "score": [0.1]}, arm, caller))
+    for age in (30, 31, 31, 32): ask(age) # the third is the second again, as a proxy sends it when a replica dies
+    ask(32, "other")
+    for _ in range(3): journal.write(Entry("same", time.time_ns(), "diabetes", "1", "d1", 503, 0.01, caller="k"))
+    ask(30, arm="shadow", version="2")
+    journal.close()
+    put_away(tmp_path)
+    rows = journaled(tmp_path, "diabetes", "1").collect()
+    said = pl.DataFrame({"id": ["same"], "row": [0], "time": [1], "kind": ["label"], "text": [bundle.task.names[1]], "number": [None], "source": [""], "key": [""], "caller": [""]}, schema_overrides={"number": pl.Float64})
+    window = count_window(bundle, rows, said, Window("diabetes", "1", "production", 0, 1))
+    assert (window.requests, window.rows, window.errors, window.labelled) == (7, 4, 3, None), "a label of one of four answers with one name is nobody's"
+    assert pairs(tmp_path, "diabetes", "2").height == 0 and answers_of(tmp_path, "diabetes", None, None).height == 0
 
 
 # What would stay for ever.

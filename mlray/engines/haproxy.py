@@ -30,7 +30,7 @@ from pathlib import Path
 ONGOING = 64 # requests at once in a replica
 _STRIPPED = ("x-request-timeout-seconds", "x-request-disconnect-disabled") # with these, a client would change what holds for everybody
 _BUSY = 'content-type application/json string "{\\"error\\":\\"overloaded\\",\\"message\\":\\"Too many requests wait. Ask again.\\"}" hdr Retry-After 1'
-_LETTERS = {404: ("no_route", "There is no such route."), 408: ("too_slow", "The body did not come within 10 seconds.")} # of HAProxy itself, for programs; what is no request of HTTP it refuses in its own words
+_LETTERS = {404: ("no_route", "There is no such route."), 408: ("too_slow", "The body did not come within 10 seconds.")} # of HAProxy itself, for programs; what is no request of HTTP its parser refuses in words that no configuration reaches
 _UNTOLD = "http-request return status 200 content-type application/grpc hdr grpc-status 12 if { path_beg /ray.serve.RayServeAPIService/ListApplications }"
 _CLOSED = "http-request deny deny_status 404 if routes"
 
@@ -53,7 +53,7 @@ def closed(
     limits = [line for line in ("timeout http-request 10s", "timeout queue 10s") if line.rsplit(" ", 1)[0] not in mended]
     mended = re.sub(r"(?m)^(defaults\n)", lambda m: m[1] + "".join(f"    {line}\n" for line in limits) + "    option http-buffer-request\n    option dontlog-normal\n" + "".join(f"    http-error {_letter(status)}\n" for status in _LETTERS if f"http-error status {status} " not in mended), mended) # the time limit of a request holds for the beginning of its body too
     mended = re.sub(r"(?m)^(\s*)errorfile (50[234]) .*$", lambda m: f"{m[1]}http-error status {m[2]} {_BUSY}", mended)
-    mended = re.sub(r"(?m)^(frontend http_frontend\n\s*bind [^\n]*)\n", lambda m: m[1] + f" ssl crt {pem} alpn http/1.1" * bool(pem) + "\n" + "".join(f"    http-request del-header {h}\n" for h in _STRIPPED), mended)
+    mended = re.sub(r"(?m)^(frontend http_frontend\n\s*bind [^\n]*)\n", lambda m: m[1] + f" ssl crt {pem} alpn http/1.1" * bool(pem) + "\n" + "".join(f"    http-request del-header {h}\n" for h in _STRIPPED) + "    http-response del-header server\n", mended)
     mended = re.sub(r"(?m)^(frontend grpc_frontend\n(?:[ \t]*#[^\n]*\n)*\s*bind \S+) proto h2\n", lambda m: m[1] + (f" ssl crt {pem} alpn h2" if pem else " proto h2") + f"\n    {_UNTOLD}\n", mended)
     mended = re.sub(r"(?m)^(backend (?!default_backend)(?!\S*-via-ingress-request-router)\S+\n)", lambda m: m[1] + f"    http-request return status 503 {_BUSY} if {{ queue ge {queued} }}\n", mended)
     mended = re.sub(r"(?m)^(\s*server \S+ \S+ (?:proto h2 )?check(?!.* maxconn).*)$", rf"\1 maxconn {ONGOING}", mended)

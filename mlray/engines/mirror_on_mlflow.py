@@ -27,7 +27,7 @@ from ..governance.outbox import Letter
 from ..governance.registry import Registry, Version
 from ..governance.store import replace_durably, sync_folder, write_durably
 from ..learning.contract import Contract
-from ..learning.request import broken_rules, row_type
+from ..learning.request import as_read, broken_rules, row_type
 from ..shipping.answer import predictions
 from ..shipping.bundle import Bundle, decide, load_bundle, predict
 from ..values.column import Column
@@ -134,8 +134,9 @@ class Answering:
     def predict(self, asked: Any, params: Mapping[str, Any] | None = None) -> list[dict[str, Any]]: # one a row, as the service has it
         "Answer the rows of a frame. Raises `ContractError` naming row and column."
         contract = self.bundle.contract
-        columns = {n: [_value(contract.columns[n], v) for v in asked[n]] if n in asked.columns else [None] * len(asked) for n in contract.features}
-        rows: list[dict[str, Any]] = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        given = {n: [_value(contract.columns[n], v) for v in asked[n]] if n in asked.columns else [None] * len(asked) for n in contract.features}
+        rows: list[dict[str, Any]] = [as_read(contract, dict(zip(given, values, strict=True))) for values in zip(*given.values(), strict=True)]
+        columns = {n: [row[n] for row in rows] for n in given}
         try: msgspec.convert(rows, list[row_type(contract, f"{self.bundle.name} row")], strict=True) # type: ignore[misc]
         except msgspec.ValidationError as error:
             wrong = [f"row {i}: {column or '(row)'}: {expected}" for i, row in enumerate(rows) for column, expected in broken_rules(contract, json.loads(json.dumps(row, default=_iso)))]

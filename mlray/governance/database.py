@@ -139,6 +139,13 @@ def _anchors(path: Path) -> tuple[Anchor, ...]:
         with suppress(ValueError, KeyError, TypeError): found.append(Anchor(**json.loads(line)))
     return tuple(found)
 
+
+def _refuse_anew(shown: str, path: Path) -> None:
+    "Raise `RegistryError` where anchors know of changes that no row tells of: what there was has been lost."
+    if not (noted := _anchors(path)): return
+    raise RegistryError(f"The registry {shown} has been lost: {path} has noted {max(a.seq for a in noted)} changes in it, and of none of them a row is there. Nothing was made in its place. "
+                        f"Mount its disk, or bring the database back. To restore a backup, `mv {path} {path}.lost`, then `mlray registry restore FOLDER`; to begin anew on purpose, the same `mv` alone.")
+
 # %% ../../nbs/05_governance/08_database.ipynb #da73d08e
 def newest_evidence(
     connection: Connection,
@@ -169,7 +176,10 @@ class Database:
         self._engine, self.folder = _engine(url), folder
         self.shown = (at := self._engine.url).render_as_string(hide_password=True)
         self._anchor = folder / (f"{'-'.join(str(p) for p in (at.host, at.port, at.database) if p).replace('/', '-')}.anchor" if at.host else f"{Path(at.database or 'registry').name}.anchor")
-        with self.change() as connection: _migrate(connection, self._adopt)
+        if at.get_backend_name() == "sqlite" and at.database and not Path(at.database).exists(): _refuse_anew(self.shown, self._anchor) # before a file is made
+        with self.change() as connection:
+            _migrate(connection, self._adopt)
+            if connection.execute(EVENTS.select().limit(1)).first() is None: _refuse_anew(self.shown, self._anchor)
 
     @contextmanager
     def change(self) -> Iterator[Connection]:

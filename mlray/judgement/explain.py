@@ -25,7 +25,7 @@ import polars as pl
 from .local_line import MOST, draws, kernel, line, rounded, words_of
 from ..learning.contract import Contract, check, crossing, schema
 from ..learning.profile import Histogram, Profile, counted, standing_for
-from ..learning.request import broken_rules, typed
+from ..learning.request import as_read, broken_rules, typed
 from ..values.chart import bar
 from ..values.column import Column
 from ..values.display import Displayed, Table, table
@@ -258,6 +258,7 @@ def checked_row(
     row: Mapping[str, Any], # the features; missing ones may be left out where the contract allows it
 ) -> dict[str, Any]:
     "A row as the contract has it. Raises `ContractError`."
+    row = as_read(contract, row)
     if broken := broken_rules(contract, row): raise ContractError("This row cannot be explained, for it breaks its contract: " + "; ".join(f"{n or 'the row'}: expected {e}, found {row.get(n)!r}" for n, e in broken[:3]) + ".")
     kinds = {n: contract.columns[n].type for n in contract.features}
     return {n: row.get(n) if kind in _AS_JSON else float(row[n]) if kind == "number" and row.get(n) is not None else typed(contract.columns[n], row.get(n)) for n, kind in kinds.items()}

@@ -26,10 +26,10 @@ def pairs(
     model: str,
     shadow: str,            # its version
 ) -> pl.DataFrame: # columns of the answer that was given; those of the shadow's end in `:shadow`
-    "Every row that both have answered."
-    every = journaled(folder, model)
-    given = every.filter((pl.col("arm") != "shadow") & pl.col("row").is_not_null())
-    other = every.filter((pl.col("arm") == "shadow") & (pl.col("version") == shadow) & pl.col("row").is_not_null())
+    "Every row that both have answered, under a name that no other row bears."
+    every, alone = journaled(folder, model), pl.len().over("id", "row") == 1
+    given = every.filter((pl.col("arm") != "shadow") & pl.col("row").is_not_null()).filter(alone)
+    other = every.filter((pl.col("arm") == "shadow") & (pl.col("version") == shadow) & pl.col("row").is_not_null()).filter(alone)
     said = [c for c in every.collect_schema().names() if c.startswith("answer:")]
     return given.join(other.select("id", "row", "version", "seconds", *said), on=["id", "row"], suffix=":shadow").sort("time", "id", "row").collect()
 

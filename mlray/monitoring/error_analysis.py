@@ -137,7 +137,7 @@ def analyse_errors(
     "Look at the mistakes of a version. Raises `DataError` where there is nothing to look at."
     folder, contract, task = settings.home / "journal", bundle.contract, bundle.task
     if task.kind not in ("binary", "multiclass"): raise DataError(f"Mistakes are those of decisions between classes; {bundle.name} answers with {task.kind}. `mlray monitor {bundle.name}` has its errors.")
-    rows, said = answers_of(folder, bundle.name, since, until, version), journaled(folder / "feedback", until=until).collect()
+    rows, said = answers_of(folder, bundle.name, since, until, version), journaled(folder / "feedback", bundle.name, until=until).collect()
     if not rows.height: raise DataError(f"{bundle.name}/{version} has answered nothing in this time that the journal in {folder} knows of.")
     times = rows["time"].to_numpy() // 10**9
     about = Window(bundle.name, version, "production", int(times.min()), int(times.max()) + 1)

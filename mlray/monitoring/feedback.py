@@ -12,7 +12,7 @@ __all__ = ['Sent', 'SentMany', 'feedback_of', 'take', 'newest', 'truth', 'outcom
 # %% ../../nbs/08_monitoring/04_feedback.ipynb #29856037
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -56,6 +56,7 @@ def feedback_of(
     body: bytes,                # JSON: {"feedback": [{"request_id": …, "value": …}]}
     now: float | None = None,   # seconds since 1970
     caller: str = "",           # public part of the API key that sent it
+    models: Sequence[str] = ("*",), # globs of those that it may speak of
 ) -> list[Feedback]:
     "Feedback as it was sent. Raises `ServingError`, which names the place and never the value."
     try: sent = _decode(body).feedback
@@ -66,8 +67,9 @@ def feedback_of(
     moment = time.time() if now is None else now
     if any(word.endswith("\n") for s in sent for word in (s.request_id, s.kind)): raise ServingError("A request_id or a kind ends with a newline, which is not as expected.") # Python's $ lets one follow
     if any(isinstance(s.value, float) and not math.isfinite(s.value) for s in sent): raise ServingError("A value is not a finite number.")
+    of = "" if "*" in models else " ".join(models)
     said = lambda s: {"text": s.value} if isinstance(s.value, str) else {"number": float(s.value)}
-    return [Feedback(s.request_id, int(min(s.time if s.time is not None else moment, moment) * 1e6) * 1000, s.row, s.kind, source=s.source, key=s.key, caller=caller, **said(s)) for s in sent]
+    return [Feedback(s.request_id, int(min(s.time if s.time is not None else moment, moment) * 1e6) * 1000, s.row, s.kind, source=s.source, key=s.key, caller=caller, models=of, **said(s)) for s in sent]
 
 
 def take(
@@ -75,9 +77,10 @@ def take(
     writer: Writer[Feedback],
     now: float | None = None,
     caller: str = "",
+    models: Sequence[str] = ("*",),
 ) -> int: # how many
     "Keep what was sent, all of it before this returns. Raises `ServingError` and `JournalFull`."
-    every = feedback_of(body, now, caller)
+    every = feedback_of(body, now, caller, models)
     for one in every: writer.write(one)
     return len(every)
 

@@ -58,6 +58,7 @@ class Feedback(msgspec.Struct, omit_defaults=True, gc=False, frozen=True):
     source: str = ""        # who says so: another system, a person's role
     key: str = ""           # idempotency key; the same one twice is one saying
     caller: str = ""        # public part of the API key that sent it
+    models: str = ""        # globs of the models that it may speak of, with spaces between; empty: any
 
 
 One = TypeVar("One", bound=msgspec.Struct)
@@ -119,7 +120,7 @@ class Journal(Generic[One]):
     def __init__(self, folder: Path, full: Policy = "refuse", sync_s: float = 1.0, most_bytes: int = 2**26):
         self.folder, self.full, self.sync_s, self.most_bytes = Path(folder), full, sync_s, most_bytes
         self.dropped, self.written = 0, 0   # records that could not be kept, and records that were
-        self._said = 0                      # of those dropped, how many the journal itself tells of
+        self._said, self._last = 0, b"\n"   # of those dropped, how many the journal itself tells of; the last record
         self._segment: _Segment | None = None
         self._torn, self._dirty, self._lock, self._stop = False, False, threading.RLock(), threading.Event()
         if sync_s: threading.Thread(target=self._keep_up, name="journal", daemon=True).start()
@@ -135,7 +136,7 @@ class Journal(Generic[One]):
     def _append(self, record: One) -> None:
         if self.dropped > self._said and isinstance(record, Entry): record = msgspec.structs.replace(record, lost=self.dropped - self._said)
         if self._segment is None: self._segment = _new_segment(self.folder)
-        line = b"\n" * self._torn + line_of(record)
+        self._last = line = b"\n" * self._torn + line_of(record)
         done = os.write(self._segment.file, line)
         self._torn, self._dirty = done != len(line), True
         if self._torn: raise OSError(28, "no space left for a whole record")
@@ -144,12 +145,14 @@ class Journal(Generic[One]):
         if self._segment.size >= self.most_bytes: self.rotate()
 
     def able(self) -> bool:
-        "Whether a record could be kept, where that is asked for: if the last one was not, an empty line is tried."
+        "Whether a record could be kept, where that is asked for: if the last one was not, as much is tried, and taken back."
         with self._lock:
             if self.full != "refuse" or self.dropped == self._said: return True
             try:
                 if self._segment is None: self._segment = _new_segment(self.folder)
-                return os.write(self._segment.file, b"\n") == 1
+                size, done = os.fstat(self._segment.file).st_size, os.write(self._segment.file, b"\n" * len(self._last)) # a single byte fits into what a full disk has left of a block
+                os.ftruncate(self._segment.file, size)
+                return done == len(self._last)
             except OSError: return False
 
     def rotate(self) -> None:

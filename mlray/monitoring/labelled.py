@@ -24,7 +24,7 @@ import polars as pl
 from ..judgement.work_list import chosen, disagreement, places, uncertainty
 from ..learning.contract import Contract, check, schema
 from ..learning.features import apply
-from .archive import journaled, marked, replace_privately
+from .archive import asked_in, journaled, marked, replace_privately
 from .believed import LeftOut, believed
 from .feedback import label_codes, truth
 from .keeping import kept_as
@@ -78,9 +78,10 @@ def _shown(contract: Contract, live: pl.DataFrame, rows: int) -> list[pl.Series]
 
 # %% ../../nbs/08_monitoring/17_labelled.ipynb #0ccf7b4c
 def answers_of(folder: Path, name: str, since: datetime | None, until: datetime | None, version: str | None = None) -> pl.DataFrame:
-    "What was answered to people, each answer once."
+    "What was answered to people, each answer once; nothing under a name that several different answers bear, for nobody can say which of them is meant."
     rows = journaled(folder, name, version, since, until).filter(pl.col("row").is_not_null() & (pl.col("arm") != "shadow")).collect()
-    return rows.sort("time", "id", "row").unique(["id", "row"], keep="first", maintain_order=True)
+    once = rows.with_columns(asked_in(rows.schema).alias("asked")).sort("time", "id", "row").unique(["id", "row", "caller", "asked"], keep="first", maintain_order=True) # by whichever version
+    return once.drop("asked").filter(pl.len().over("id", "row") == 1)
 
 
 def labelled_rows(
@@ -92,7 +93,7 @@ def labelled_rows(
 ) -> Learnable:
     "Answers of a model with labels that are believed. Raises `DataError`."
     folder, contract = settings.home / "journal", Contract(learnable_contract(spec), spec.rules)
-    rows, said = answers_of(folder, spec.name, since, until), journaled(folder / "feedback", until=until).collect()
+    rows, said = answers_of(folder, spec.name, since, until), journaled(folder / "feedback", spec.name, until=until).collect()
     some, left_out = believed(contract, task, said.filter(pl.col("id").is_in(rows["id"].implode())) if rows.height else said.clear(), spec.retrain.guard)
     some = truth(some)
     some = some.with_columns(label_codes(contract, task, some).alias("code"))
@@ -206,7 +207,7 @@ def next_to_label(
     "Which answers to have labelled next. Raises `DataError`."
     rows = answers_of(settings.home / "journal", bundle.name, since, until, version)[-most:]
     if not rows.height: raise DataError(f"{bundle.name}/{version} has answered nothing that the journal in {settings.home / 'journal'} knows of.")
-    known = truth(journaled(settings.home / "journal" / "feedback").collect()).select("id", "row", pl.lit(True).alias("known"))
+    known = truth(journaled(settings.home / "journal" / "feedback", bundle.name).collect()).select("id", "row", pl.lit(True).alias("known"))
     has = rows.join(known, on=["id", "row"], how="left", maintain_order="left")["known"].fill_null(False).to_numpy()
     live = live_rows(bundle.contract, rows)
     asked, _ = askable(bundle, live)

@@ -168,7 +168,7 @@ def from_journal(
         return [*kept.stored(standing.since), *current]
 
     def rows(standing: Standing, number: str, arm: str) -> pl.DataFrame:
-        return journaled(folder, standing.name, number, datetime.fromtimestamp(standing.since, UTC)).filter(pl.col("arm") == arm).select("id", "row", pl.selectors.starts_with("answer:")).collect()
+        return journaled(folder, standing.name, number, datetime.fromtimestamp(standing.since, UTC)).filter(pl.col("arm") == arm).filter(pl.len().over("id", "row") == 1).select("id", "row", pl.selectors.starts_with("answer:")).collect()
 
     def read(standing: Standing, spec: RunSpec, now: float) -> Seen:
         seconds = int(age_of(spec.rollout.every).total_seconds())

@@ -159,7 +159,7 @@ def _counts(task: Task, by: pl.DataFrame, rows: pl.DataFrame, label: str | pl.Se
 
 def _labelled(bundle: Bundle, by: pl.DataFrame, rows: pl.DataFrame, said: pl.DataFrame) -> tuple[Counts | None, dict[str, Sum], GroupSums | None]:
     "What labels and other feedback say of some rows."
-    task, at = bundle.task, rows.select("id", "row").with_row_index("place")
+    task, at = bundle.task, rows.select("id", "row").with_row_index("place").filter(pl.len().over("id", "row") == 1) # of several answers under one name nobody can say which is meant
     known = at.join(truth(said), on=["id", "row"], how="inner", maintain_order="left")
     codes = label_sets(task, known) if task.kind == "multilabel" else label_codes(bundle.contract, task, known)
     known, codes = known.filter(codes.is_not_null()), codes.drop_nulls()
@@ -269,7 +269,7 @@ def count_new(
     for folder in (kept.journal, kept.journal / "feedback"): put_away(folder, workers)
     mark, reference = kept.mark(), seen_through(bundle.contract, bundle.profile)
     files = sorted(str(p.relative_to(kept.journal)) for p in (kept.journal / "feedback").glob("rows/*/*.parquet"))
-    said, over = journaled(kept.journal / "feedback").collect(), int((now - _GRACE) // seconds * seconds)
+    said, over = journaled(kept.journal / "feedback", kept.model).collect(), int((now - _GRACE) // seconds * seconds)
     _count_feedback_again(kept, bundle, [f for f in files if f not in set(mark["feedback"])], said, mark["until"], seconds, since)
     current = []
     for begin, until in _journal_days(kept.journal, max(mark["until"], since // seconds * seconds), now + 1):

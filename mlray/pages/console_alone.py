@@ -63,4 +63,4 @@ def serve_alone(
     address = f"http://127.0.0.1:{console.settings.port}/console" + f"/enter?link={console.door.link}" * bool(local.roles)
     say(address)
     if browse: threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()
-    uvicorn.Server(uvicorn.Config(app_of(console), access_log=False, log_level="warning", lifespan="off")).run([listener])
+    uvicorn.Server(uvicorn.Config(app_of(console), access_log=False, server_header=False, log_level="warning", lifespan="off")).run([listener])

@@ -51,7 +51,7 @@ def _hour(folder: str, tick: int) -> pl.DataFrame:
     since = datetime.fromtimestamp(tick * 2, UTC) - timedelta(minutes=MINUTES)
     rows = journaled(Path(folder), since=since)
     if "model" not in rows.collect_schema().names(): return pl.DataFrame()
-    one = rows.unique(["id", "version", "arm"]).with_columns(((tick * 2 - pl.col("time") / 1e9) // 60).cast(pl.Int64).alias("ago"))
+    one = rows.filter(pl.col("row").fill_null(0) == 0).with_columns(((tick * 2 - pl.col("time") / 1e9) // 60).cast(pl.Int64).alias("ago"))
     return one.group_by("model", "version", "arm", "ago").agg(pl.len().alias("requests"), (pl.col("status") >= 500).sum().alias("errors"), ((pl.col("status") >= 400) & (pl.col("status") < 500)).sum().alias("refused"), pl.col("seconds").quantile(0.5).alias("p50"), pl.col("seconds").quantile(0.99).alias("p99")).collect()
 
 

@@ -62,8 +62,19 @@ def broken(column, value):
     return "values" if column["values"] and value not in column["values"] else None
 
 
+SPACES = "\\t\\n\\v\\f\\r \\x85\\xa0\\u1680\\u2000\\u2001\\u2002\\u2003\\u2004\\u2005\\u2006\\u2007\\u2008\\u2009\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000"
+
+
+def as_read(row):
+    "A row with its texts as training reads them: without the spaces around, and by what other spellings stand for."
+    if not isinstance(row, dict): return row
+    bare = {n: v.strip(SPACES) if isinstance(v, str) and n in COLUMNS else v for n, v in row.items()}
+    return {n: COLUMNS[n]["aliases"].get(v, v) if isinstance(v, str) and n in COLUMNS else v for n, v in bare.items()}
+
+
 def problems(row):
     "What is wrong with a row: pairs of a column and what was expected. Empty: nothing."
+    row = as_read(row)
     if not isinstance(row, dict): return [("", "an object with the features")]
     found = [(n, f"{'this column' if n in MODEL['others'] else 'an unknown column'} is not a feature of this model") for n in row if n not in COLUMNS and n not in MODEL["ids"]]
     for name, column in COLUMNS.items():

@@ -71,6 +71,7 @@ def answer(rows):
     "A prediction a row. Raises `Refused`."
     found = [{"row": i, "column": column if column in COLUMNS else "", "expected": expected} for i, row in enumerate(rows) for column, expected in problems(row)]
     if found: raise Refused(found)
+    rows = [as_read(row) for row in rows]
     if not rows: return []
     said, names, kind = scores(rows), TASK["names"], TASK["kind"]
     if not np.isfinite(said).all(): raise ArithmeticError("The model has no answer to one of these rows.")

@@ -27,7 +27,7 @@ from typing import Any
 
 import msgspec
 
-from ..learning.request import broken_rules
+from ..learning.request import as_read, broken_rules
 from .answer_script import script
 from .openapi import example_row
 from .served import Served
@@ -97,7 +97,7 @@ def expected(
     rows: Sequence[Any],
 ) -> list[Any]: # a prediction as JSON has it, or a list of pairs: column, what was expected
     "What mlray says of rows, one by one for what is wrong, together for what is right."
-    served = Served("1", bundle)
+    served, rows = Served("1", bundle), [as_read(bundle.contract, r) for r in rows]
     wrong = [broken_rules(bundle.contract, {k: v for k, v in r.items() if k not in served.ids} if isinstance(r, dict) else r) for r in rows]
     good = [r for r, w in zip(rows, wrong, strict=True) if not w]
     said = iter(msgspec.to_builtins(served.predictions(msgspec.convert(good, list[served.row], strict=True)) or [None] * len(good)) if good else []) # type: ignore[name-defined]

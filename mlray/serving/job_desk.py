@@ -48,7 +48,7 @@ def _pinned(choice: Choice, model: str) -> Traffic:
     return Traffic(model, one, choice.version, 1.0, previous=two) if choice.arm == "canary" and one else Traffic(model, choice.version, previous=one)
 
 # %% ../../nbs/09_serving/16_job_desk.ipynb #1b50e3b3
-def shelf_of(settings: Settings) -> Shelf: return Shelf(settings.home / "jobs", settings.jobs_queued, settings.jobs_kept_s)
+def shelf_of(settings: Settings) -> Shelf: return Shelf(settings.home / "jobs", settings.jobs_queued, settings.jobs_each, settings.jobs_kept_s)
 
 
 class Minder(threading.Thread):
@@ -156,7 +156,7 @@ class Worker:
 
     def run(self) -> None:
         "The same, here and now."
-        while any([self.one(id) for id in self.shelf.waiting()]): pass
+        while any(self.one(id) for id in self.shelf.waiting()): pass # who has come meanwhile is asked after each
         sweep(self.shelf)
 
     def one(self, id: str) -> bool: # whether there may be more to do

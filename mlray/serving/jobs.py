@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Shelf:
     "The jobs of a folder; for several processes."
     folder: Path
     most: int = 16              # jobs that are not over; more are refused
+    each: int = 8               # of them, of one owner
     kept_s: float = 86_400      # what is over stays so long
     now: Callable[[], float] = time.time
 
@@ -95,13 +97,21 @@ class Shelf:
         return "running" if (self.folder / job.id / "claimed").exists() else "queued"
 
     def waiting(self) -> list[str]:
-        "Jobs that are not over, the first submitted first."
+        "Jobs that are not over: the first of each owner, then the second of each, the first submitted first."
+        return [job.id for job in self.open()]
+
+    def open(self) -> list[Job]:
+        "The same, as they were asked."
         if not self.folder.is_dir(): return []
-        found = list[tuple[int, str]]()
+        found, taken = list[tuple[int, Job]](), Counter[str]()
         for path in self.folder.glob("[0-9a-f]*/job.json"):
             with suppress(FileNotFoundError): # another process has deleted it meanwhile
-                if not (path.parent / "end.json").exists(): found.append((path.stat().st_mtime_ns, path.parent.name))
-        return [name for _, name in sorted(found)]
+                if not (path.parent / "end.json").exists() and (job := self.get(path.parent.name)): found.append((path.stat().st_mtime_ns, job))
+        turns = list[tuple[int, int, Job]]()
+        for at, job in sorted(found, key=lambda one: (one[0], one[1].id)):
+            turns.append((taken[job.owner], at, job))
+            taken[job.owner] += 1
+        return [job for _, _, job in sorted(turns, key=lambda one: one[:2])]
 
 # %% ../../nbs/09_serving/15_jobs.ipynb #6076f9dc
 def _written(path: Path, data: bytes) -> Path:
@@ -123,7 +133,9 @@ def put(shelf: Shelf, job: Job, rows: pl.DataFrame) -> Job:
             if known.sha256 != job.sha256: raise Refused(409, "key_used", "This key has named another job already. Send a new Idempotency-Key.")
             return known
         sweep(shelf)
-        if len(shelf.waiting()) >= shelf.most: raise Refused(429, "too_many_jobs", "As many jobs as may wait do wait.", headers={"Retry-After": "5"})
+        waiting = shelf.open()
+        if sum(one.owner == job.owner for one in waiting) >= shelf.each: raise Refused(429, "too_many_jobs", f"{shelf.each} jobs of yours wait or are worked on, as many as one caller may have. Fetch or cancel one, or send more rows in each.", headers={"Retry-After": "5"})
+        if len(waiting) >= shelf.most: raise Refused(429, "too_many_jobs", "As many jobs as may wait do wait.", headers={"Retry-After": "5"})
         made = shelf.folder / f".{job.id}-{os.urandom(4).hex()}"
         made.mkdir(mode=0o700)
         rows.write_ipc(made / "rows.arrow")

@@ -43,8 +43,20 @@ export function broken(column, value) {
   return column.values.length && !column.values.includes(value) ? "values" : null;
 }
 
+const SPACES = "[\\t\\n\\v\\f\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+", AROUND = new RegExp(`^${SPACES}|${SPACES}$`, "g");
+
+// a row with its texts as training reads them: without the spaces around, and by what other spellings stand for
+export function as_read(row) {
+  return Object.fromEntries(Object.entries(row).map(([n, v]) => {
+    if (typeof v !== "string" || !Object.hasOwn(columns, n)) return [n, v];
+    const bare = v.replace(AROUND, "");
+    return [n, Object.hasOwn(columns[n].aliases, bare) ? columns[n].aliases[bare] : bare];
+  }));
+}
+
 export function problems(row) {
   if (typeof row !== "object" || row === null || Array.isArray(row)) return [["", "an object with the features"]];
+  row = as_read(row);
   const found = Object.keys(row).filter(n => !(n in columns) && !model.ids.includes(n)).map(n => [n, `${model.others.includes(n) ? "this column" : "an unknown column"} is not a feature of this model`]);
   for (const column of model.columns) {
     const rule = broken(column, row[column.name]);
@@ -188,6 +200,7 @@ export const threshold = row => Math.fround(model.by.length ? model.thresholds[m
 
 export async function answer(rows) {
   for (const row of rows) if (problems(row).length) throw new Error(problems(row).map(p => p.join(": ")).join("; "));
+  rows = rows.map(as_read);
   const tensors = encode(rows), { score } = await session.run(Object.fromEntries(session.inputNames.map(n => [n, tensors[n]])));
   const width = score.dims[1] ?? 1, { names, kind } = task;
   return rows.map((row, i) => {

@@ -23,7 +23,7 @@ import numpy as np
 import polars as pl
 
 from ..learning.contract import Checked, Contract, check, schema
-from ..learning.request import broken_rules, row_type
+from ..learning.request import as_read, broken_rules, read_text, row_type
 from .wire import MOST_PROBLEMS, Answer, Problem, Refused, Rows, not_json, said_once, wrong_shape
 from ..shipping.answer import prediction_type, predictions
 from ..shipping.bundle import Bundle, decide, predict
@@ -192,7 +192,7 @@ def instances_of(body: bytes) -> list[Any]: # one a row, as they came
 def rows_of_json(served: Served, body: bytes) -> Rows:
     "The rows of a KServe request, `{\"instances\": [{…}, …]}`. Raises `Refused`."
     try: rows = served.taken(served.decoder.decode(body).instances)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError): raise _complaint_about(served, body) from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError): return rows_of_records(served, instances_of(body))
     if not served.once.surely(body, rows): said_once(body, served.names)
     return rows
 
@@ -204,12 +204,6 @@ def rows_to_explain(served: Served, body: bytes) -> Rows:
     return rows
 
 
-def _complaint_about(served: Served, body: bytes) -> Refused:
-    sent = instances_of(body)
-    bounded(served, len(sent))
-    return complaint(served, sent)
-
-
 def rows_of_records(
     served: Served,
     records: Sequence[Any], # decoded JSON, one a row
@@ -219,7 +213,9 @@ def rows_of_records(
     "Rows that a route has put together. Raises `Refused`."
     bounded(served, len(records), most)
     try: return served.taken(msgspec.convert(records, list[served.row], strict=True), **more)  # type: ignore[name-defined]
-    except msgspec.ValidationError: raise complaint(served, records) from None
+    except msgspec.ValidationError: read = [as_read(served.bundle.contract, row) for row in records]
+    try: return served.taken(msgspec.convert(read, list[served.row], strict=True), **more)  # type: ignore[name-defined]
+    except msgspec.ValidationError: raise complaint(served, read) from None
 
 # %% ../../nbs/09_serving/02_served.ipynb #6dff82fe
 def _odd(served: Served, frame: pl.DataFrame) -> tuple[list[str], list[Problem]]:
@@ -257,7 +253,7 @@ def rows_of_frame(
     try: checked = check(contract, whole, missing=())
     except (DataError, pl.exceptions.PolarsError) as error: raise Refused(422, "contract", "The columns cannot be read as the model's contract has them.") from error
     if checked.problems: raise _complaint_of(served, checked)
-    subject = next((str(whole[n][0]) for n in served.ids if n in frame.columns and whole[n][0] is not None), "")
+    subject = next((read_text(served.bundle.contract.columns[n], str(whole[n][0])) for n in served.ids if n in frame.columns and whole[n][0] is not None), "")
     return Rows(checked.good.select(names), frame.height, subject)
 
 # %% ../../nbs/09_serving/02_served.ipynb #f7d5ec4a

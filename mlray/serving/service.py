@@ -255,12 +255,13 @@ async def answered(service: Service, asked: Asked, caller: Caller, start: float)
     return replace(reply, headers={**reply.headers, **ends}) if (ends := service.ending(done.model, done.version, False)) else reply
 
 
-def _taken(service: Service, asked: Asked) -> Reply:
-    "Keep what is said of answers; 202 once it is kept."
+def _taken(service: Service, asked: Asked, caller: Caller) -> Reply:
+    "Keep what is said of answers, with the models that it may be said of: whose answer is meant only the journal knows. 202 once it is kept."
     if service.feedback is None: raise Refused(404, "no_feedback", "No journal is kept here, so no feedback is taken.")
+    if not any(caller.may(asked.action, model) for model in service.models): raise Refused(403, "not_allowed", "This key is for other models than those that answer here.")
     if asked.kind not in _JSON: raise Refused(415, "wrong_type", "Send application/json.")
     said_once(asked.body)
-    try: return Reply(202, encode({"accepted": take(asked.body, service.feedback, caller=named(asked.presented or "")), "request_id": asked.request_id}))
+    try: return Reply(202, encode({"accepted": take(asked.body, service.feedback, caller=named(asked.presented or ""), models=caller.models), "request_id": asked.request_id}))
     except JournalFull: raise Refused(503, "not_recorded", "The feedback could not be kept. Try again later.", headers={"Retry-After": "5"}) from None
     except ServingError as error: raise wrong_shape(str(error)) from None
 
@@ -268,7 +269,7 @@ def _taken(service: Service, asked: Asked) -> Reply:
 def _told(service: Service, asked: Asked, caller: Caller) -> Reply:
     "What is not a prediction."
     if asked.route == "metrics": return Reply(200, service.meters.text(lambda model: caller.may("metrics:read", model)), {"content-type": TEXT})
-    if asked.route == "feedback": return _taken(service, asked)
+    if asked.route == "feedback": return _taken(service, asked, caller)
     if asked.route in DEFERRED:
         if service.desk is None: raise Refused(404, "no_jobs", "No jobs are taken here.")
         return service.desk(service, asked, caller)

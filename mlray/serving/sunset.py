@@ -89,5 +89,5 @@ def callers_of(
     name, _, number = version.partition("/")
     until = datetime.fromtimestamp(time.time() if now is None else now, UTC)
     owners = {k.id: k.owner or "" for k in keys}
-    rows = journaled(settings.home / "journal", name, number, until - timedelta(days=days)).filter(pl.col("arm") != "shadow").group_by("caller").agg(pl.col("id").n_unique().alias("requests"), pl.col("time").max()).sort(["requests", "caller"], descending=[True, False]).collect()
+    rows = journaled(settings.home / "journal", name, number, until - timedelta(days=days)).filter((pl.col("arm") != "shadow") & (pl.col("row").fill_null(0) == 0)).group_by("caller").agg(pl.len().alias("requests"), pl.col("time").max()).sort(["requests", "caller"], descending=[True, False]).collect()
     return Callers(version, days, tuple((r["caller"], owners.get(r["caller"], ""), int(r["requests"]), datetime.fromtimestamp(r["time"] / 1e9, UTC).isoformat(timespec="seconds")) for r in rows.iter_rows(named=True)))

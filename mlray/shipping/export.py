@@ -71,7 +71,7 @@ def _bound(column: Column, bound: Any) -> Any:
 def _column(name: str, column: Column) -> dict[str, Any]:
     low, high = bounds(column)
     asks = {"missing": "never missing", **rules(column)} if not column.nullable else rules(column)
-    return {"name": name, "type": column.type, "nullable": column.nullable, "min": _bound(column, low), "max": _bound(column, high), "values": list(column.values), "pattern": column.pattern,
+    return {"name": name, "type": column.type, "nullable": column.nullable, "min": _bound(column, low), "max": _bound(column, high), "values": list(column.values), "aliases": dict(column.aliases), "pattern": column.pattern,
             "length": column.length, "time_zone": column.time_zone, "longest": LONGEST.get(column.type), "description": column.description, "asks": {k: v for k, v in asks.items() if k not in ("unique", "fresh")}}
 
 

@@ -136,6 +136,7 @@ class Settings(Replicas):
     shadow_queued: Annotated[int, Field(ge=1)] = 256 # requests that wait for a shadow; more are dropped, and counted
     traces: str = ""                        # URL of an OTLP receiver over HTTP, which is told where the time of each request went; empty: OTEL_EXPORTER_OTLP_ENDPOINT, else none
     jobs_queued: Annotated[int, Field(ge=0)] = 16 # batches that wait to be answered; more get 429; 0: none are taken
+    jobs_each: Annotated[int, Field(ge=1)] = 8 # of them, of one caller; more get 429
     jobs_kept_s: Annotated[float, Field(gt=0)] = 86_400 # so long the answers of a batch can be fetched
     tls_cert: Path | None = None            # PEM; with both, HTTPS
     tls_key: Path | None = None
