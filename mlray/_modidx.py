@@ -4974,7 +4974,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mlray.running.run.Supply.job': ('07_running/run.html#supply.job', 'mlray/running/run.py'),
                                    'mlray.running.run.Supply.rows': ('07_running/run.html#supply.rows', 'mlray/running/run.py'),
                                    'mlray.running.run._Decision': ('07_running/run.html#_decision', 'mlray/running/run.py'),
-                                   'mlray.running.run._answers': ('07_running/run.html#_answers', 'mlray/running/run.py'),
                                    'mlray.running.run._decision': ('07_running/run.html#_decision', 'mlray/running/run.py'),
                                    'mlray.running.run._graph': ('07_running/run.html#_graph', 'mlray/running/run.py'),
                                    'mlray.running.run._mitigated': ('07_running/run.html#_mitigated', 'mlray/running/run.py'),

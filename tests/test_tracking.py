@@ -4,8 +4,10 @@ import os
 import struct
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -284,9 +286,11 @@ def test_words_with_brackets_are_words():
 
 def test_who_waits_for_many_rows_is_told_of_the_other_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    for many, threads, told in ((200, 1, 1), (200, 4, 0), (20_000, 1, 0)):
-        monkeypatch.setattr("mlray.running.run._MANY", many)
-        spec, notes = read_spec(shipped("configs") / "diabetes.yaml", [f"train.threads={threads}", "train.epochs=1"]), []
-        job = make_job(spec, read_rows(spec, Settings(env="local", home=tmp_path)))
-        for _ in LocalBackend().train(job, f"run-{many}-{threads}", tmp_path, note=notes.append): pass
+    spec = read_spec(shipped("configs") / "diabetes.yaml", ["model.network=linear", "train.epochs=1"])
+    few = make_job(spec, read_rows(spec, Settings(env="local", home=tmp_path)))
+    of = np.arange(20_000) % len(few.labels)
+    many = replace(few, rows=few.rows[of], labels=few.labels[of], train=few.train.model_copy(update={"batch_size": 4096}))
+    for job, threads, told in ((many, 1, 1), (many, 4, 0), (few, 1, 0)):
+        notes = []
+        for _ in LocalBackend().train(replace(job, train=job.train.model_copy(update={"threads": threads})), f"run-{len(job.labels)}-{threads}", tmp_path, note=notes.append): pass
         assert [n for n in notes if "learning on 1 of 4 cores" in n and "train.threads=4" in n] == notes and len(notes) == told

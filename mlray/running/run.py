@@ -24,7 +24,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from safetensors.numpy import load as load_tensors
-from torch import nn
 
 from ..governance.deed import Ask
 from ..governance.lineage import lineage_of
@@ -35,7 +34,7 @@ from ..learning.calibration import calibrate, calibrated, expected_calibration_e
 from ..learning.contract import labels
 from ..learning.declared import declared, declared_scale
 from ..learning.estimator_graph import answer
-from ..learning.features import Matrix, apply, learn
+from ..learning.features import apply, learn
 from ..learning.fitting_privately import budget_of
 from ..learning.folds import deal, epochs_of, of_folds, out_of_fold
 from ..learning.loss import row_weights, scaled
@@ -59,7 +58,7 @@ from ..values.errors import BundleError, SpecError, TrainingError
 from ..values.imported import source_digest
 from ..values.settings import Settings, read_settings
 from ..values.spec import Rule, RunSpec
-from ..values.task import Task, task_of
+from ..values.task import task_of
 
 # %% ../../nbs/07_running/10_run.ipynb #7e676f4b
 Note = Callable[[str], None]
@@ -73,9 +72,6 @@ class Backend(Protocol):
         "The epochs of a job, kept in `home/name`; the last one has the state. Closed before its end, it leaves nothing running."
 
 
-_MANY = 20_000 # rows that take long enough to ask for more cores
-
-
 @dataclass(frozen=True)
 class LocalBackend:
     "Training in this process."
@@ -85,7 +81,7 @@ class LocalBackend:
     def train(self, job: Job, name: str, home: Path, resume: bool = False, note: Note = lambda text: None) -> Generator[Epoch, None, None]:
         kept = open_checkpoints(home / name, self.checkpoints)
         if not resume: kept.forget()
-        if len(job.labels) >= _MANY and job.train.threads < (cores := os.cpu_count() or 1):
+        if len(job.labels) >= 20_000 and job.train.threads < (cores := os.cpu_count() or 1): # long enough to ask for more
             note(f"learning on {job.train.threads} of {cores} cores: more of them with train.threads={cores}, which may change the last bits")
         start = kept.newest(note)
         yield from replayed(start)
@@ -179,9 +175,6 @@ def _provenance(spec: RunSpec, job: Job, rows: Rows, backend: Backend, last: Epo
     return {**{f"{part}_rows": digest for part, digest in rows.fingerprints.items()}, "sources": sources, **({"parts": kept} if kept else {}), **state, **found, "workers": backend.workers, **team,
             "backend": type(backend).__name__, "python": platform.python_version(), "packages": packages} | ({"parent": parent.digest} if parent else {}) | _own_code(spec)
 
-
-def _answers(network: nn.Module, rows: Matrix, task: Task) -> np.ndarray: return scores(network, *map(torch.from_numpy, rows.tensors), task=task).numpy()
-
 # %% ../../nbs/07_running/10_run.ipynb #5de15171
 def make_bundle(spec: RunSpec, job: Job, rows: Rows, backend: Backend, tracker: Tracker, kept: Checkpoints, folder: Path, parent: Bundle | None = None, resume: bool = False) -> Bundle:
     "Train and pack."
@@ -236,7 +229,7 @@ def _graph(job: Job, state: State) -> tuple[bytes, np.ndarray]:
     "What was fitted as a graph, and its own answers for the validation rows."
     if job.model.estimator: return state.best["graph"].numpy().tobytes(), state.best["answers"].numpy()
     network = fitted(job.features, job.model, state.best, job.task.outputs)
-    return to_onnx(network, job.features, job.task), _answers(network, job.valid_rows, job.task)
+    return to_onnx(network, job.features, job.task), scores(network, *map(torch.from_numpy, job.valid_rows.tensors), task=job.task).numpy()
 
 # %% ../../nbs/07_running/10_run.ipynb #9ce4cfd7
 def moved_since(registry: Registry, rows: Rows, name: str, tracker: Tracker) -> DriftReport | None:
