@@ -72,8 +72,7 @@ def _on_connect(connection: Any, _: Any) -> None:
 def _engine(url: str) -> sa.Engine:
     kind, _, rest = url.partition("://")
     if kind == "sqlite" and rest.startswith("/"):
-        (path := Path(rest[1:])).parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError): os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)) # who came with which key is nobody else's; where it cannot be made, SQLite says why
+        Path(rest[1:]).parent.mkdir(parents=True, exist_ok=True)
         engine, begin = sa.create_engine(url), "BEGIN IMMEDIATE"
         sa.event.listen(engine, "connect", _on_connect)
     elif kind in ("postgresql", "postgresql+psycopg"):
@@ -176,7 +175,9 @@ class Database:
         self._engine, self.folder = _engine(url), folder
         self.shown = (at := self._engine.url).render_as_string(hide_password=True)
         self._anchor = folder / (f"{'-'.join(str(p) for p in (at.host, at.port, at.database) if p).replace('/', '-')}.anchor" if at.host else f"{Path(at.database or 'registry').name}.anchor")
-        if at.get_backend_name() == "sqlite" and at.database and not Path(at.database).exists(): _refuse_anew(self.shown, self._anchor) # before a file is made
+        if at.get_backend_name() == "sqlite" and at.database and not Path(at.database).exists():
+            _refuse_anew(self.shown, self._anchor)
+            with suppress(OSError): os.close(os.open(at.database, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)) # who came with which key is nobody else's; where it cannot be made, SQLite says why
         with self.change() as connection:
             _migrate(connection, self._adopt)
             if connection.execute(EVENTS.select().limit(1)).first() is None: _refuse_anew(self.shown, self._anchor)
