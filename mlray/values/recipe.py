@@ -105,7 +105,7 @@ class Train(Part):
     clip: Annotated[float, Field(gt=0)] | None = None # largest norm of a step's gradient
     precision: Literal["float32", "bf16"] = "float32" # of the forward pass while training; weights stay float32
     parallel: Literal["ddp", "fsdp"] = "ddp"        # several workers: each has all weights, or, for networks too large for that, a shard of them and of what the optimiser remembers
-    compile: bool = False                           # torch.compile; needs a C++ compiler on the workers
+    compile: bool = False                           # torch.compile; needs a C++ compiler on the workers, and on a CPU pays for small networks only
     seed: Seed = 0
     threads: Annotated[int, Field(ge=1)] = 1        # CPU threads a worker; more can change the last bits
     privacy: Privacy | None = None                  # differential privacy of the training rows
