@@ -388,3 +388,27 @@ def test_a_verdict_in_the_lab(gated, monkeypatch):
     shown, _ = shell.display_formatter.format(done.result)
     assert "Verdict: passed" in shown["text/html"] and shown[MIME]["passed"]
     assert isinstance(shell.run_cell(f"%gate --agin one {found}").error_in_exec, GateError)
+
+
+def test_a_kernel_does_not_outlive_the_process_that_it_was_forked_from(tmp_path):
+    import os
+    import time
+
+    import psutil
+    from jupyter_client.connect import write_connection_file
+
+    from mlray.engines.warm_kernels import _Stem
+    stem = _Stem()
+    connection, ports = write_connection_file(str(tmp_path / "kernel.json"))
+    kernel = psutil.Process(stem.fork(arguments=["-f", connection], environment=dict(os.environ), folder=str(tmp_path)))
+    end = time.monotonic() + 60
+    while not any(c.laddr.port == ports["shell_port"] for c in kernel.net_connections()): # until it listens
+        assert time.monotonic() < end and kernel.is_running()
+        time.sleep(0.1)
+    stem.process.kill()
+    stem.process.wait()
+    end = time.monotonic() + 60 # it looks once a second
+    while not gone(kernel) and time.monotonic() < end: time.sleep(0.1)
+    left = not gone(kernel)
+    if left: kernel.kill()
+    assert not left

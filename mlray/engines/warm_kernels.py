@@ -64,7 +64,7 @@ def _become_kernel(request: Mapping[str, Any]) -> NoReturn:
     from ipykernel.kernelapp import IPKernelApp
     code = 1
     try:
-        IPKernelApp.launch_instance(request["arguments"])
+        IPKernelApp.launch_instance(request["arguments"], parent_handle=os.getppid()) # its default was read from the environment before the fork, and without it a kernel outlives the stem
         code = 0
     except SystemExit as left: code = left.code if isinstance(left.code, int) else 1
     finally: os._exit(code)
